@@ -1,0 +1,30 @@
+"""raybooth: DreamBooth for Stable Diffusion on Ray.
+
+    import raybooth
+    run = raybooth.run(raybooth.Config(subject={"photos": "./my-dog", "class": "dog"}))
+    run.images("output")
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raybooth.api import class_images, encode, finetune, generate, prepare, run
+    from raybooth.config import Config
+    from raybooth.errors import RayboothError
+    from raybooth.session import Run
+
+__version__ = "0.1.0"
+__all__ = ["Config", "RayboothError", "Run", "class_images", "encode", "finetune", "generate", "prepare", "run"]
+
+_HOMES = {"Config": "raybooth.config", "RayboothError": "raybooth.errors", "Run": "raybooth.session"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imported on first use: `raybooth --help` must not wait for Ray."""
+    if name not in __all__:
+        raise AttributeError(f"module 'raybooth' has no attribute '{name}'")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES.get(name, "raybooth.api")), name)
+    globals()[name] = value
+    return value

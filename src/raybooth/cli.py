@@ -1,0 +1,117 @@
+"""The command line: one verb per stage, plus run, demo and doctor. Nothing heavy is imported before it is needed."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raybooth import __version__
+from raybooth.errors import RayboothError
+
+if TYPE_CHECKING:
+    from raybooth.config import Config
+
+VERBS = {
+    "run": "all stages: from photographs to a personalised model and its pictures",
+    "prepare": "fetch the base model, turn the photographs into instance images",
+    "class-images": "let the base model draw pictures of the class",
+    "encode": "encode pictures and prompts for training",
+    "finetune": "fine-tune the base model",
+    "generate": "draw with the fine-tuned model",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="raybooth",
+        description="Five photographs in, a personalised Stable Diffusion model and its pictures out. The same command, run again, resumes.",
+    )
+    top.add_argument("--version", action="version", version=f"raybooth {__version__}")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, text in VERBS.items():
+        _settings(verbs.add_parser(verb, help=text, description=text))
+    demo = verbs.add_parser("demo", help="the whole way on mini, the embedded base model, with a drawn dog")
+    demo.add_argument("--storage", default="raybooth-demo", help="folder of the run (default: %(default)s)")
+    demo.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting; may be repeated")
+    verbs.add_parser("doctor", help="what this machine has, and what to expect of it")
+    return top
+
+
+def _settings(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("config", nargs="?", type=Path, help="TOML file; without one, the settings the storage was made with")
+    verb.add_argument("--photos", nargs="+", metavar="SOURCE", help="folders, files, URLs, or hf://owner/dataset")
+    verb.add_argument("--class", dest="class_name", metavar="WORD", help="what the subject is an instance of, such as dog")
+    verb.add_argument("--token", metavar="WORD", help="the rare word that will name the subject (default: unqtkn)")
+    verb.add_argument("--base", metavar="MODEL", help="hub repository, local folder, or mini (default: CompVis/stable-diffusion-v1-4)")
+    verb.add_argument("--storage", metavar="DIR", help="folder or URI of the run (default: raybooth-run)")
+    verb.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting; may be repeated")
+
+
+def config_of(args: argparse.Namespace) -> "Config":
+    """The configuration a verb was given: file, then options, then --set."""
+    from raybooth import config
+
+    subject = {"photos": args.photos, "token": args.token, "class": args.class_name}
+    values = {
+        "subject": {k: v for k, v in subject.items() if v is not None},
+        "base": {"model": args.base} if args.base is not None else {},
+        **({"storage": args.storage} if args.storage is not None else {}),
+    }
+    path = args.config or _settings_of_storage(args)
+    return config.load(path, args.set, **values)
+
+
+def _settings_of_storage(args: argparse.Namespace) -> Path | None:
+    """A single stage, given no file, goes by what the storage was made with."""
+    path = Path(args.storage or "raybooth-run") / "config.json"
+    return path if args.verb != "run" and path.exists() else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 0, 2 for what the user can put right, 130 for Ctrl-C."""
+    args = parser().parse_args(argv)
+    _quieten()
+    try:
+        if args.verb == "doctor":
+            from raybooth.doctor import report
+
+            print(report())
+        elif args.verb == "demo":
+            from raybooth.demo import demo
+
+            demo(args.storage, args.set)
+        else:
+            _run(args)
+    except RayboothError as error:
+        print(f"raybooth: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nraybooth: stopped. What was complete is kept; the same command goes on from there.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quieten() -> None:
+    """Libraries' own chatter off, unless asked for."""
+    for key, value in {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        os.environ.setdefault(key, value)
+
+
+def _run(args: argparse.Namespace) -> None:
+    config = config_of(args)
+    from raybooth.session import Run
+    from raybooth.stages import STAGES
+
+    with Run(config) as run:
+        for name, stage in STAGES.items():
+            if args.verb in ("run", name):
+                stage(run)
+        if args.verb == "run":
+            _tell(run.workspace.root)
+
+
+def _tell(root: Path) -> None:
+    print(f"\npictures  {root / 'output-images'}\nmodel     {root / 'fine-tuned-model'}  (opens in plain diffusers)\nall       {root}")
+
+

@@ -1,0 +1,134 @@
+"""One function on a group of workers under Ray Train, with the live word of the first of them."""
+
+import contextlib
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from raybooth.cluster.session import Resources, check_workers
+from raybooth.errors import RayboothError
+
+Say = Callable[[dict[str, Any]], None]
+Loop = Callable[["Group", Say], Any]
+
+
+class Group:
+    """What a worker knows of its group: device, rank, size, how to wrap a module and how to sum over all."""
+
+    def __init__(self, threads: int) -> None:
+        import ray.train
+        import ray.train.torch
+        import torch
+
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            torch.set_num_threads(threads)
+
+    def wrap(self, module: Any) -> Any:
+        import ray.train.torch
+
+        # Not wrapped where there is one worker; callers must not reach through it (`.module`).
+        return ray.train.torch.prepare_model(module, move_to_device=False)
+
+    def total(self, value: Any) -> Any:
+        if self.world > 1:
+            import torch.distributed
+
+            torch.distributed.all_reduce(value)
+        return value
+
+
+def run_group(loop: Loop, *, workers: int, gpus_per_worker: float | None, have: Resources, heard: Say) -> Any:
+    """`loop(group, say)` on every worker; returns what the first worker's returns. `heard` gets what it says meanwhile."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    each = check_workers(workers, gpus_per_worker, have)
+    threads = max(1, have.cpus // have.nodes // workers)
+    with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch, _Board(heard) as board:
+        trainer = TorchTrainer(
+            _in_worker,
+            train_loop_config={"loop": loop, "board": board.actor, "threads": threads},
+            torch_config=TorchConfig(backend="nccl" if each else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=each > 0,
+                resources_per_worker={"CPU": 1, "GPU": each} if each else {"CPU": 1},
+            ),
+            run_config=RunConfig(name="finetune", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
+        )
+        with _unwrapped_errors():
+            return trainer.fit().return_value
+
+
+def _in_worker(config: dict[str, Any]) -> Any:
+    group = Group(config["threads"])
+
+    def say(word: dict[str, Any]) -> None:
+        if group.rank == 0:
+            config["board"].put.remote(word)
+
+    return config["loop"](group, say)
+
+
+@contextlib.contextmanager
+def _unwrapped_errors() -> Any:
+    """A RayboothError raised in a worker, as itself."""
+    from ray.train import TrainingFailedError
+
+    try:
+        yield
+    except TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", {}) or {}
+        for failure in failures.values():
+            cause = getattr(failure, "cause", None) or failure
+            for one in (failure, cause, getattr(failure, "base_exc", None)):
+                if isinstance(one, RayboothError):
+                    raise one from None
+        raise
+
+
+class _Board:
+    """Carries a worker's words to the driver while it runs."""
+
+    def __init__(self, heard: Say):
+        import ray
+
+        @ray.remote(num_cpus=0)
+        class Words:
+            def __init__(self) -> None:
+                self.words: list[dict[str, Any]] = []
+
+            def put(self, word: dict[str, Any]) -> None:
+                self.words.append(word)
+
+            def take(self) -> list[dict[str, Any]]:
+                words, self.words = self.words, []
+                return words
+
+        self.heard, self.actor, self.over = heard, Words.remote(), threading.Event()
+        self.thread = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> "_Board":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        import ray
+
+        self.over.set()
+        self.thread.join(timeout=10)
+        ray.kill(self.actor)
+
+    def _listen(self) -> None:
+        import ray
+
+        last = False
+        while not last:
+            last = self.over.wait(0.3)  # after the end once more: the last words count
+            with contextlib.suppress(ray.exceptions.RayError):
+                for word in ray.get(self.actor.take.remote(), timeout=10):
+                    self.heard(word)

@@ -1,0 +1,250 @@
+"""What a run is: every field, its default, its bounds, its one-line help.
+
+Layers, later ones win: the defaults (the 2023 notebook's settings for SD 1.x), mini's own when the base is mini, the
+TOML file, `--set section.key=value`.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from raybooth.errors import RayboothError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+SchedulerName = Literal["dpmsolver++", "ddim", "pndm", "euler"]
+
+MINI_DEFAULTS: dict[str, dict[str, Any]] = {
+    "prior": {"images": 64, "steps": 20, "guidance": 3.0},
+    "finetune": {"steps": 250, "batch": 4, "lr": 1e-4},
+    "generate": {"steps": 20, "guidance": 3.0},
+}
+"""What mini brings of its own: a model forty times smaller than SD learns in larger steps and needs fewer of them."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, str_strip_whitespace=True)
+
+
+class Subject(Section):
+    """Who or what is learnt."""
+
+    photos: list[str] = Field(default=[], description="folders, files, http(s) URLs, or hub datasets as hf://owner/name")
+    token: str = Field("unqtkn", min_length=1, max_length=100, description="the rare word that will name the subject")
+    class_name: str = Field("", alias="class", max_length=100, description="what it is an instance of, as in 'dog'")
+
+    @field_validator("photos", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [str(value)] if isinstance(value, str | Path) else value
+
+    @property
+    def prompt(self) -> str:
+        """What every instance image is called."""
+        return f"photo of {self.name}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.token} {self.class_name}"
+
+
+class Base(Section):
+    """The model to start from."""
+
+    model: str = Field("CompVis/stable-diffusion-v1-4", min_length=1, description="hub repository, local folder, or 'mini'")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub repository; SD 1.4 is pinned by default")
+    resolution: int | None = Field(None, ge=16, le=4096, multiple_of=8, description="side of a picture in pixels; default: the model's")
+
+    @property
+    def pinned_revision(self) -> str | None:
+        return self.revision or PINNED_REVISIONS.get(self.model)
+
+
+PINNED_REVISIONS = {"CompVis/stable-diffusion-v1-4": "b95be7d6f134c3a9e62ee616f310733567f069ce"}
+
+
+class Prior(Section):
+    """Prior preservation: pictures of the class that keep 'a dog' from becoming this dog (Ruiz et al. 2023, section 3.2)."""
+
+    images: int = Field(200, ge=0, le=1_000_000, description="class pictures the base model draws; 0 turns prior preservation off")
+    weight: NonNegative = Field(1.0, description="weight of a class row in the loss")
+    prompt: str = Field("photo of a {class}", min_length=1, description="what the class pictures show")
+    steps: int = Field(25, ge=1, le=1000, description="denoising steps a picture")
+    guidance: float = Field(7.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale; 1 or less turns it off")
+    scheduler: SchedulerName = Field("dpmsolver++", description="sampler; the 2023 notebook's is pndm at 50 steps")
+
+
+class Finetune(Section):
+    """The fine-tuning itself."""
+
+    steps: Count = Field(400, description="optimizer steps")
+    batch: Count = Field(2, description="instance rows a step over all workers; as many class rows go with them")
+    lr: Positive = Field(5e-6, description="learning rate of AdamW, constant")
+    weight_decay: NonNegative = Field(0.01, description="AdamW's decoupled weight decay")
+    max_grad_norm: Positive = Field(1.0, description="bound on the norm of all gradients together")
+    text_encoder: bool = Field(True, description="train the text encoder with the UNet")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="autocast over fp32 weights; auto: bf16 or fp16 on GPUs, fp32 on CPUs")
+    log_every: Count = Field(10, description="read the loss back and show it every so many steps")
+
+
+class Generate(Section):
+    """What is drawn with the result."""
+
+    prompts: list[str] = Field(
+        default=["photo of {subject}", "photo of {subject} in the snow", "photo of {subject} on the beach", "photo of {subject} in the city",
+                 "photo of {subject} at night", "photo of {subject} in the desert"],
+        min_length=1, description="prompts; {subject}, {token} and {class} are filled in",
+    )  # fmt: skip
+    images_per_prompt: Count = Field(4, le=100_000, description="pictures a prompt")
+    steps: int = Field(25, ge=1, le=1000, description="denoising steps a picture")
+    guidance: float = Field(7.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale")
+    scheduler: SchedulerName = Field("dpmsolver++", description="sampler")
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class Cluster(Section):
+    """Where the work runs."""
+
+    address: str | None = Field(None, description="of a Ray cluster, 'auto' for the one this machine is in; default: start Ray here")
+    workers: Count = Field(1, le=4096, description="workers that fine-tune together")
+    gpus_per_worker: float | None = Field(None, ge=0, le=16, description="default: 1 where the cluster has GPUs, else 0")
+    samplers: int | None = Field(None, ge=1, le=4096, description="workers that draw; default: one a GPU, or one a CPU for small models")
+    sample_batch: Count = Field(8, le=256, description="pictures in one forward pass; a smaller one needs less memory")
+
+
+class Config(Section):
+    """A run of raybooth."""
+
+    subject: Subject = Subject()
+    base: Base = Base()
+    prior: Prior = Prior()
+    finetune: Finetune = Finetune()
+    generate: Generate = Generate()
+    cluster: Cluster = Cluster()
+    storage: str = Field("raybooth-run", min_length=1, description="folder, or URI such as s3://bucket/run")
+    seed: int = Field(0, ge=0, lt=2**63, description="of every random draw in the run")
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise RayboothError(_sentence(error)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mini_brings_its_own(cls, values: Any) -> Any:
+        base = values.get("base") if isinstance(values, dict) else None
+        model = base.get("model") if isinstance(base, dict) else getattr(base, "model", None)
+        return merged(MINI_DEFAULTS, values) if model == "mini" else values
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        subject = self.subject
+        if not subject.class_name:
+            raise ValueError("subject.class is empty: say what the subject is an instance of, as in --class dog")
+        if subject.token.casefold() == subject.class_name.casefold():
+            raise ValueError(f"subject.token equals subject.class ('{subject.token}'): choose a rare word for the token, such as unqtkn")
+        if self.finetune.batch < self.cluster.workers:
+            raise ValueError(
+                f"finetune.batch is {self.finetune.batch} for {self.cluster.workers} workers: each needs at least one row, raise the batch or lower cluster.workers"
+            )
+        for key, prompt in [("prior.prompt", self.prior.prompt), *(("generate.prompts", p) for p in self.generate.prompts)]:
+            if not prompt.strip():
+                raise ValueError(f"{key} holds an empty prompt: write what the picture shall show")
+            self.fill(prompt, key)
+        return self
+
+    def fill(self, prompt: str, key: str = "prompt") -> str:
+        """`prompt` with {subject}, {token} and {class} filled in."""
+        try:
+            return prompt.format(**{"subject": self.subject.name, "token": self.subject.token, "class": self.subject.class_name})
+        except (KeyError, IndexError, ValueError, AttributeError):
+            raise ValueError(f"{key} '{prompt}' has a placeholder that is not known: use {{subject}}, {{token}} or {{class}}") from None
+
+    @property
+    def class_prompt(self) -> str:
+        return self.fill(self.prior.prompt)
+
+
+def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `under`, section by section. Sections that are models already stand as they are."""
+    result = dict(under)
+    for key, value in over.items():
+        below = result.get(key)
+        if isinstance(value, Section) and isinstance(below, dict):
+            value = {**below, **value.model_dump(by_alias=True, exclude_unset=True)}
+        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def load(path: Path | None = None, overrides: Iterable[str] = (), **values: Any) -> Config:
+    """The configuration of a TOML file (or none), with `values` (sections) and then `section.key=value` on top.
+
+    Raises:
+        RayboothError: naming the field, what is wrong with it and what to do.
+    """
+    data = merged(_read_toml(path) if path else {}, values)
+    for override in overrides:
+        data = merged(data, _parsed_override(override))
+    return Config(**data)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RayboothError(f"There is no configuration file {path}: give the path of a TOML file, such as examples/dog.toml.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RayboothError(f"{path} cannot be read as a configuration: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RayboothError(f"{path} is not valid TOML: {error}.") from None
+
+
+def _parsed_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RayboothError(f"--set {text} is not of the form section.key=value, as in --set finetune.steps=200.")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first of pydantic's complaints as one sentence that names the field."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{where} is not a known setting{_nearest(where)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not where:
+        return f"{message}."
+    return f"{where} = {problem['input']!r} is not possible: {message[0].lower()}{message[1:]}."
+
+
+def _nearest(name: str) -> str:
+    known = field_names()
+    last = name.rpartition(".")[2]
+    near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else f": the sections are {', '.join(Config.model_fields)}."
+
+
+def field_names() -> list[str]:
+    """Every setting, as `section.key`."""
+    names = []
+    for section, field in Config.model_fields.items():
+        inner = field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, Section) else None
+        names += [f"{section}.{f.alias or k}" for k, f in inner.model_fields.items()] if inner else [section]
+    return names

@@ -1,0 +1,33 @@
+"""The known model families, and which of them a model folder is."""
+
+from pathlib import Path
+
+from raybooth.errors import RayboothError
+from raybooth.families import sd
+from raybooth.families.base import Facts, Family, Loaded
+from raybooth.families.folder import read_index
+
+FAMILIES = (sd.FAMILY,)
+
+__all__ = ["FAMILIES", "Facts", "Family", "Loaded", "family_of", "mini_folder"]
+
+
+def family_of(folder: Path) -> Family:
+    """The family of a model folder.
+
+    Raises:
+        RayboothError: if it is not a diffusers folder, or of a family that is not known.
+    """
+    index = read_index(folder)
+    for family in FAMILIES:
+        if family.detect(index):
+            return family
+    known = "; ".join(f.name for f in FAMILIES)
+    raise RayboothError(f"The model {folder} is a {index.get('_class_name', 'pipeline without a name')}, a family that is not known; known are: {known}.")
+
+
+def mini_folder() -> Path:
+    """Where the embedded base model lies."""
+    from raybooth.mini import FOLDER
+
+    return FOLDER

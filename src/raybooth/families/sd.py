@@ -1,0 +1,129 @@
+"""Stable Diffusion 1.x and 2.x: a UNet on KL latents, one CLIP text encoder, epsilon or velocity.
+
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models". mini is of this family too.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from raybooth.errors import RayboothError
+from raybooth.families.base import Facts, Family, Loaded
+from raybooth.families.folder import INDEX, read_index
+from raybooth.noise import Diffusion
+
+_CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+}
+
+
+def detect(index: dict[str, Any]) -> bool:
+    return index.get("_class_name") == "StableDiffusionPipeline"
+
+
+def facts(folder: Path) -> Facts:
+    unet, vae, scheduler = (_config(folder, part) for part in ("unet/config", "vae/config", "scheduler/scheduler_config"))
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise RayboothError(f"The model {folder} predicts '{prediction}': Stable Diffusion models of epsilon or v_prediction can be fine-tuned.")
+    downscale = 2 ** (len(vae["block_out_channels"]) - 1)
+    alphas = _ddim(folder).alphas_cumprod
+    return Facts(unet["sample_size"] * downscale, unet["in_channels"], downscale, Diffusion(alphas, prediction))
+
+
+def _ddim(folder: Path) -> Any:
+    return diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / f"{name}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RayboothError(f"The model's {path} cannot be read ({error}): copy or download the model again.") from None
+
+
+def load(folder: Path, parts: Sequence[str], dtype: torch.dtype = torch.float32) -> Loaded:
+    modules: dict[str, nn.Module] = {}
+    for part in parts:
+        kind = _CLASSES[part]
+        dtype_argument = {"dtype": dtype} if kind is CLIPTextModel else {"torch_dtype": dtype}
+        modules[part] = kind.from_pretrained(folder / part, use_safetensors=True, **dtype_argument).eval().requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer") if "text_encoder" in parts else None
+    return Loaded(folder, modules, tokenizer)
+
+
+def encode_text(loaded: Loaded, prompts: Sequence[str]) -> Tensor:
+    tokenizer, encoder = loaded.tokenizer, loaded.modules["text_encoder"]
+    tokens = tokenizer(
+        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return encoder(tokens.to(next(encoder.parameters()).device)).last_hidden_state
+
+
+def encode_image(loaded: Loaded, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    vae = loaded.modules["vae"]
+    posterior = vae.encode(pixels).latent_dist  # type: ignore[operator]
+    scale = vae.config.scaling_factor  # type: ignore[union-attr]
+    return posterior.mean * scale, posterior.std * scale
+
+
+def decode(loaded: Loaded, latents: Tensor) -> Tensor:
+    vae = loaded.modules["vae"]
+    return vae.decode(latents / vae.config.scaling_factor).sample  # type: ignore[operator, union-attr]
+
+
+def predict(unet: nn.Module, latents: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+    return unet(latents, t, conditioning).sample
+
+
+def trainable(text_encoder: bool) -> tuple[str, ...]:
+    return ("unet", "text_encoder") if text_encoder else ("unet",)
+
+
+def scheduler(folder: Path, name: str) -> Any:
+    """Deterministic samplers only: a picture depends on its initial latents and on nothing drawn on the way."""
+    kind, extra = _SAMPLERS[name]
+    return getattr(diffusers, kind).from_config(_ddim(folder).config, **extra)
+
+
+def save(base: Path, trained: dict[str, nn.Module], target: Path) -> None:
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if part in trained:
+            trained[part].save_pretrained(target / part)  # type: ignore[operator]
+        else:
+            shutil.copytree(base / part, target / part, dirs_exist_ok=True)
+    # No safety checker: its weights are no part of what was fine-tuned, nor of what was fetched.
+    index = read_index(base) | {"requires_safety_checker": False}
+    index |= {k: [None, None] for k in ("safety_checker", "feature_extractor", "image_encoder") if k in index}
+    index.pop("_name_or_path", None)
+    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+FAMILY = Family(
+    name="Stable Diffusion 1.x and 2.x",
+    weights=("unet", "vae", "text_encoder"),
+    settings=("tokenizer", "scheduler"),
+    detect=detect,
+    facts=facts,
+    load=load,
+    encode_text=encode_text,
+    encode_image=encode_image,
+    decode=decode,
+    predict=predict,
+    trainable=trainable,
+    scheduler=scheduler,
+    save=save,
+)

@@ -1,0 +1,90 @@
+"""Models and photographs from the Hugging Face hub: pinned, only what is needed, resumable, checked against its hashes.
+
+HF_ENDPOINT, HF_TOKEN and the other variables of huggingface_hub are honoured.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from raybooth.errors import RayboothError
+from raybooth.families.folder import plain_name
+from raybooth.workspace import file_digest
+
+Choose = Callable[[list[str], Path], list[str]]
+
+
+def resolve(repo: str, revision: str | None) -> str:
+    """The commit that `revision` (default: the main branch) stands for."""
+    from huggingface_hub import HfApi
+
+    with _explained(repo, revision):
+        return str(HfApi().model_info(repo, revision=revision).sha)
+
+
+def fetch_model(repo: str, revision: str, target: Path, choose: Choose) -> None:
+    """Download the files that `choose(all names, folder with model_index.json)` names into `target`; a stop is gone on from.
+
+    Raises:
+        RayboothError: if the hub, the repository or the revision cannot be had, or a file's hash is not the hub's.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+
+    with _explained(repo, revision):
+        siblings = {f.rfilename: f for f in HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []}
+        if "model_index.json" in siblings:
+            hf_hub_download(repo, "model_index.json", revision=revision, local_dir=target)
+        names = choose(list(siblings), target)
+        for name in names:
+            path = Path(hf_hub_download(repo, name, revision=revision, local_dir=target))
+            lfs = siblings[name].lfs
+            if lfs is not None and file_digest(path) != lfs.sha256:
+                path.unlink()
+                raise RayboothError(f"{name} of {repo} arrived with another hash than the hub states: it was deleted, run the same command again to fetch it anew.")
+    _tidy(target, names)
+
+
+def _tidy(target: Path, names: list[str]) -> None:
+    import shutil
+
+    shutil.rmtree(target / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
+    for name in names:
+        (target / name).rename(target / plain_name(name))
+
+
+def fetch_dataset(spec: str, target: Path, suffixes: frozenset[str]) -> Path:
+    """The pictures of a dataset repository, "owner/name" or "owner/name@revision"."""
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = spec.removeprefix("datasets/").partition("@")
+    with _explained(repo, revision or None, kind="dataset"):
+        patterns = [f"*{s}" for s in suffixes] + [f"*{s.upper()}" for s in suffixes]
+        snapshot_download(repo, repo_type="dataset", revision=revision or None, local_dir=target, allow_patterns=patterns)
+    return target
+
+
+@contextlib.contextmanager
+def _explained(repo: str, revision: str | None, kind: str = "model") -> Iterator[None]:
+    """huggingface_hub's errors in a sentence each."""
+    import httpx
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT
+    try:
+        yield
+    except errors.RevisionNotFoundError:
+        raise RayboothError(f"The {kind} {repo} has no revision '{revision}' on {hub}: check base.revision.") from None
+    except errors.GatedRepoError:
+        raise RayboothError(f"The {kind} {repo} asks for its licence to be accepted: do so at {hub}/{repo} and set HF_TOKEN.") from None
+    except errors.RepositoryNotFoundError:
+        raise RayboothError(f"There is no {kind} {repo} on {hub}, or it is private: check the name, or set HF_TOKEN.") from None
+    except errors.HFValidationError:
+        raise RayboothError(f"'{repo}' is neither a folder nor a name on the hub (owner/name): give a diffusers folder, owner/name, or 'mini' with --base.") from None
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx.HTTPError, errors.HfHubHTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (13, 28, 30):  # the disk's, not the hub's
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RayboothError(
+            f"The hub {hub} cannot be reached for the {kind} {repo} ({reason}): check the network and run the same command again, "
+            "give a local folder with --base, or try '--base mini', which needs no download."
+        ) from None

@@ -1,0 +1,43 @@
+"""`python -m raybooth.mini`: where mini lies, and how it is made."""
+
+import argparse
+from pathlib import Path
+
+PARTS = ("tokenizer", "vae", "clip", "vit", "unet")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m raybooth.mini", description="mini, the embedded base model of raybooth")
+    parser.add_argument("--path", action="store_true", help="print the folder of the shipped model")
+    parser.add_argument("--train", type=Path, metavar="WORK", help="train mini from scratch in this folder; the same command goes on after a stop")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to train (default: all)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    args = parser.parse_args()
+    if args.train:
+        train(args.train, args.parts, args.threads)
+    else:
+        parser.print_help()
+
+
+def train(work: Path, parts: tuple[str, ...], threads: int | None) -> None:
+    import torch
+
+    from raybooth.mini import pretrain
+
+    if threads:
+        torch.set_num_threads(threads)
+    work.mkdir(parents=True, exist_ok=True)
+    steps = pretrain.STEPS
+    tokenizer = pretrain.train_tokenizer(work)
+    if "vae" in parts:
+        pretrain.train_vae(work, steps["vae"])
+    if "clip" in parts:
+        pretrain.train_clip(work, tokenizer, steps["clip"])
+    if "vit" in parts:
+        pretrain.train_vit(work, steps["vit"])
+    if "unet" in parts:
+        vae, clip = pretrain.train_vae(work, steps["vae"]), pretrain.train_clip(work, tokenizer, steps["clip"])
+        pretrain.train_unet(work, tokenizer, vae, clip, steps["unet"])
+
+
+main()

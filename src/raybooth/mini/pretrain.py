@@ -1,0 +1,192 @@
+"""Training mini from scratch: tokenizer, VAE, CLIP, identity ViT and, on the first three, the UNet.
+
+Each part is a file in the working folder when done, a checkpoint before; the same command goes on after a stop.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer, ViTModel
+
+from raybooth.mini import networks
+from raybooth.mini.trainer import Trainer
+from raybooth.mini.world import Scene, caption, make_identity, make_scene, make_worn, random_scene, render
+
+STEPS = {"vae": 2400, "clip": 700, "vit": 700, "unet": 6000}
+PICTURES = 24_000  # scenes whose latents the UNet is trained on
+
+
+def pixels(scenes: list[Scene]) -> Tensor:
+    """(n, 3, 64, 64) in [-1, 1]."""
+    array = np.stack([np.asarray(render(s)) for s in scenes])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+def scenes_of_step(step: int, batch: int) -> list[Scene]:
+    return [random_scene(step * batch + i) for i in range(batch)]
+
+
+def _captions(scenes: list[Scene], step: int) -> list[str]:
+    rng = random.Random(f"captions {step}")
+    return [caption(s, rng) for s in scenes]
+
+
+def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """(n, 32) token numbers, padded."""
+    batch = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    return batch.input_ids  # type: ignore[return-value]
+
+
+def _generator(*key: object) -> torch.Generator:
+    return torch.Generator().manual_seed(random.Random(str(key)).getrandbits(63))
+
+
+def train_tokenizer(work: Path) -> CLIPTokenizer:
+    path = work / "tokenizer"
+    if not path.exists():
+        networks.make_tokenizer(caption(random_scene(i)) for i in range(20_000)).save_pretrained(path)
+    return CLIPTokenizer.from_pretrained(path)
+
+
+def _gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def vae_loss(vae: AutoencoderKL, x: Tensor, generator: torch.Generator) -> Tensor:
+    """L1 + MSE + L1 of the picture's gradients (sharp edges without a discriminator) + a little KL."""
+    posterior = vae.encode(x).latent_dist  # type: ignore[union-attr]
+    y = vae.decode(posterior.sample(generator)).sample  # type: ignore[union-attr]
+    edges = sum((a - b).abs().mean() for a, b in zip(_gradients(x), _gradients(y), strict=True))
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    return (x - y).abs().mean() + F.mse_loss(x, y) + edges + 5e-4 * kl
+
+
+def train_vae(work: Path, steps: int, batch: int = 8) -> AutoencoderKL:
+    torch.manual_seed(1)
+    vae = networks.make_vae()
+
+    def loss(step: int) -> Tensor:
+        return vae_loss(vae, pixels(scenes_of_step(step, batch)), _generator("vae", step))
+
+    def finish() -> None:
+        with torch.no_grad():
+            latents = vae.encode(pixels(scenes_of_step(0, 256))).latent_dist.mean  # type: ignore[union-attr]
+        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+        vae.save_pretrained(work / "vae")
+
+    return _train(work, "vae", vae, loss, finish, steps=steps, lr=2e-3)  # type: ignore[return-value]
+
+
+def train_clip(work: Path, tokenizer: CLIPTokenizer, steps: int, batch: int = 160) -> CLIPModel:
+    """Contrastive (Radford et al. 2021), pictures lightly blurred and noised so that drawn ones are read as well."""
+    torch.manual_seed(2)
+    clip = networks.make_clip(len(tokenizer))
+
+    def loss(step: int) -> Tensor:
+        scenes = scenes_of_step(step, batch)
+        x = roughened(pixels(scenes), _generator("clip", step))
+        return clip(input_ids=tokens(tokenizer, _captions(scenes, step)), pixel_values=x, return_loss=True).loss
+
+    return _train(work, "clip", clip, loss, lambda: clip.save_pretrained(work / "clip"), steps=steps, lr=1e-3)  # type: ignore[return-value]
+
+
+def roughened(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the pictures blurred by a reduction to 32 to 60 pixels, all with noise up to 0.1: scorers must not judge sharpness."""
+    blurred = torch.rand(len(x), generator=generator) < 0.5
+    side = int(torch.randint(32, 61, (1,), generator=generator))
+    small = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
+    x = torch.where(blurred[:, None, None, None], F.interpolate(small, size=x.shape[-2:], mode="bilinear"), x)
+    amount = 0.1 * torch.rand(len(x), 1, 1, 1, generator=generator)
+    return x + amount * torch.randn(x.shape, generator=generator)
+
+
+def identity_pairs(step: int, groups: int = 20, alike: int = 4) -> tuple[list[Scene], list[Scene]]:
+    """Two scenes each of groups * alike identities; those of one group differ only in what captions never mention."""
+    rng = random.Random(f"identities {step}")
+    pairs = []
+    for _ in range(groups):
+        kin = make_identity(rng)
+        for _ in range(alike):
+            one = type(kin)(kin.kind, kin.color, kin.accent, kin.pattern, rng.getrandbits(32))
+            pairs.append([make_scene(rng, one, make_worn(rng, one, 0.3)) for _ in range(2)])
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def train_vit(work: Path, steps: int, temperature: float = 0.1) -> ViTModel:
+    """Two scenes of one identity attract, all others repel (InfoNCE, van den Oord et al. 2018)."""
+    torch.manual_seed(3)
+    vit = networks.make_vit()
+
+    def loss(step: int) -> Tensor:
+        first, second = identity_pairs(step)
+        x = roughened(pixels(first + second), _generator("vit", step))
+        z = F.normalize(vit(x).last_hidden_state[:, 0], dim=-1)
+        a, b = z.chunk(2)
+        logits, target = a @ b.T / temperature, torch.arange(len(a))
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    return _train(work, "vit", vit, loss, lambda: vit.save_pretrained(work / "vit"), steps=steps, lr=7e-4)  # type: ignore[return-value]
+
+
+def cached_latents(work: Path, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Posterior mean and standard deviation of the first PICTURES scenes, scaled: 2 x (PICTURES, 4, 16, 16)."""
+    path = work / "latents.safetensors"
+    if not path.exists():
+        means, stds = [], []
+        for i in range(0, PICTURES, 50):
+            with torch.no_grad():
+                d = vae.encode(pixels([random_scene(j) for j in range(i, i + 50)])).latent_dist  # type: ignore[union-attr]
+            means.append(d.mean * vae.config.scaling_factor)  # type: ignore[attr-defined]
+            stds.append(d.std * vae.config.scaling_factor)  # type: ignore[attr-defined]
+        save_file({"mean": torch.cat(means), "std": torch.cat(stds)}, path)
+    cache = load_file(path)
+    return cache["mean"], cache["std"]
+
+
+def train_unet(work: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip: CLIPModel, steps: int, batch: int = 32) -> UNet2DConditionModel:
+    """epsilon, min-SNR-5 (Hang et al. 2023), stratified timesteps, one prompt in ten empty; the text tower is frozen."""
+    torch.manual_seed(4)
+    unet = networks.make_unet()
+    networks.zero_init(unet)
+    unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    mean, std = cached_latents(work, vae)
+    scenes = [random_scene(i) for i in range(PICTURES)]
+    scheduler = networks.make_scheduler()
+    text = clip.text_model.eval().requires_grad_(False)
+
+    def loss(step: int) -> Tensor:
+        g = _generator("unet", step)
+        rows = torch.randint(0, PICTURES, (batch,), generator=g)
+        texts = _captions([scenes[int(i)] for i in rows], step)
+        texts = ["" if torch.rand((), generator=g) < 0.1 else t for t in texts]
+        with torch.no_grad():
+            condition = text(tokens(tokenizer, texts)).last_hidden_state
+        x = mean[rows] + std[rows] * torch.randn(batch, 4, 16, 16, generator=g)
+        t = ((torch.arange(batch) + torch.rand(batch, generator=g)) * (1000 / batch)).long().clamp(0, 999)
+        noise = torch.randn(x.shape, generator=g)
+        noisy = scheduler.add_noise(x, noise, t)  # type: ignore[arg-type]
+        alpha = scheduler.alphas_cumprod[t]
+        weight = (5 * (1 - alpha) / alpha).clamp(max=1)  # min(SNR, 5) / SNR
+        out = unet(noisy.contiguous(memory_format=torch.channels_last), t, condition).sample
+        return (weight * (out - noise).square().mean((1, 2, 3))).mean()
+
+    def finish() -> None:
+        unet.save_pretrained(work / "unet")
+
+    return _train(work, "unet", unet, loss, finish, steps=steps, lr=1e-3)  # type: ignore[return-value]
+
+
+def _train(work: Path, name: str, net: torch.nn.Module, loss: Callable[[int], Tensor], finish: Callable[[], None], *, steps: int, lr: float) -> torch.nn.Module:
+    """`net` trained, or read back if it is done."""
+    if (work / name / "config.json").exists():
+        return type(net).from_pretrained(work / name).eval().requires_grad_(False)  # type: ignore[attr-defined]
+    Trainer(name, net, loss, steps=steps, lr=lr, folder=work).run()
+    finish()
+    return net

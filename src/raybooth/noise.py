@@ -1,0 +1,59 @@
+"""Keyed randomness, and what noise does to latents.
+
+Every random draw of a run comes from a generator keyed by what it is for, on the CPU: so it is the same on any worker,
+in any batch, before and after a restart, and no random state needs to be stored.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Prediction = Literal["epsilon", "v_prediction"]
+
+
+def generator(seed: int, *key: str | int) -> torch.Generator:
+    """A CPU generator that depends on (seed, key) alone, e.g. (seed, "noise", step, row)."""
+    text = "\x1f".join(str(k) for k in (seed, *key))
+    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return torch.Generator().manual_seed(number)
+
+
+def normal(shape: Sequence[int], *key: str | int) -> Tensor:
+    """Standard normal draws of a key: (*shape), float32, on the CPU."""
+    seed, *rest = key
+    return torch.randn(tuple(shape), generator=generator(int(seed), *rest))
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The forward process and what the network predicts (Ho et al. 2020, eq. 4; Salimans and Ho 2022 for v).
+
+    `alphas_cumprod` is (T,), float32: the share of the signal's variance left at each timestep.
+    """
+
+    alphas_cumprod: Tensor
+    prediction: Prediction
+
+    @property
+    def timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+    def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t of clean latents (n, c, h, w) and timesteps (n,)."""
+        signal, sigma = self._coefficients(t)
+        return signal * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network is trained to say at x_t."""
+        if self.prediction == "epsilon":
+            return noise
+        signal, sigma = self._coefficients(t)
+        return signal * noise - sigma * x0

@@ -1,0 +1,102 @@
+"""A run: configuration, storage and Ray, and what the stages made."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from raybooth.config import Config
+from raybooth.workspace import Workspace, digest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from raybooth.cluster.session import Resources
+
+T = TypeVar("T")
+
+
+class Run:
+    """One run. Stages are functions of it; Ray starts when the first of them needs it.
+
+    Use it as a context manager: it holds the storage's lock and shuts Ray down at the end.
+    """
+
+    def __init__(self, config: Config, quiet: bool = False):
+        self.config, self.quiet = config, quiet
+        self.workspace = Workspace(config.storage)
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> "Run":
+        self._exit.enter_context(self.workspace.locked())
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._exit.close()
+        self.__dict__.pop("ray", None)
+
+    @cached_property
+    def ray(self) -> "Resources":
+        """What the cluster has; starts or joins Ray on first use."""
+        from raybooth.cluster.session import check_workers, connected
+
+        cluster = self.config.cluster
+        have = self._exit.enter_context(connected(cluster.address))
+        check_workers(cluster.workers, cluster.gpus_per_worker, have)  # before hours of drawing, not after
+        return have
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def progress(self, things: Iterable[T], total: int, title: str, unit: str) -> Iterator[T]:
+        """`things` with a line that shows how many, at which rate, and the time left."""
+        from tqdm import tqdm
+
+        yield from tqdm(things, desc=title, total=total, unit=unit, disable=self.quiet, dynamic_ncols=True, file=sys.stderr)
+
+    @property
+    def base_folder(self) -> Path:
+        return self.workspace.root / "base-model"
+
+    @property
+    def model_folder(self) -> Path:
+        """The fine-tuned pipeline: a folder that plain diffusers opens."""
+        return self.workspace.root / "fine-tuned-model"
+
+    def outputs(self, stage: str) -> dict[str, str]:
+        """name -> sha256 of what a stage has made.
+
+        Raises:
+            RayboothError: if it has not been run.
+        """
+        return {name: o["sha256"] for name, o in self.workspace.manifest(stage)["outputs"].items()}
+
+    def model_digest(self, stage: str) -> str:
+        return digest(self.outputs(stage))
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        return self.workspace.manifest(stage)["facts"]
+
+    def images(self, what: str = "output") -> list["Image"]:
+        """The pictures of a stage, as PIL images: "instance", "class", "output", or a stage folder's own name."""
+        from PIL import Image
+
+        stage = what if what.endswith("-images") else f"{what}-images"
+        names = self.facts(stage).get("pictures") or sorted(self.outputs(stage))
+        images = []
+        for name in names:
+            with Image.open(self.workspace.root / stage / name) as image:
+                images.append(image.convert("RGB"))
+        return images
+
+    def save_config(self) -> None:
+        """Keep the configuration beside what it made, for people and for `--config`."""
+        from raybooth.workspace import write_atomically
+
+        text = json.dumps(self.config.model_dump(by_alias=True, mode="json"), indent=1, ensure_ascii=False)
+        write_atomically(self.workspace.root / "config.json", text.encode())
+        self.workspace.push("config.json")

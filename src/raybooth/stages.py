@@ -1,0 +1,354 @@
+"""The stages, in order. Each reads what the ones before it left in the storage, and does only what is missing."""
+
+import os
+import re
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from raybooth.config import Generate, Prior
+from raybooth.errors import RayboothError
+from raybooth.photos import HUB, SUFFIXES, Photo, contact_sheet, gather, is_remote, png, square
+from raybooth.session import Run
+from raybooth.workspace import Stage, digest
+
+SHEET = "contact-sheet.png"
+
+
+def prepare(run: Run) -> None:
+    """The base model and the instance images."""
+    run.save_config()
+    prepare_base(run)
+    prepare_photos(run)
+
+
+def prepare_base(run: Run) -> None:
+    """The base model into the storage: from the hub, a local folder, or mini."""
+    from raybooth.families.folder import check_weights, plain_name
+
+    base = run.config.base
+    source = _local_source(base.model)
+    if source is None:
+        stage = run.workspace.stage("base-model", {"repo": base.model, "revision": base.pinned_revision})
+    else:
+        names = _needed_of_folder(source)
+        check_weights(source, names)
+        stats = [(n, (source / n).stat().st_size, (source / n).stat().st_mtime_ns) for n in names]
+        stage = run.workspace.stage("base-model", {"files": stats})
+    if stage.done():
+        return run.say("base-model: up to date")
+    if source is None:
+        facts = _fetch(run, stage)
+    else:
+        facts = {"source": base.model}
+        for name in run.progress(names, len(names), "base-model: copying", "file"):
+            target = stage.partial / plain_name(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target)
+    check_weights(stage.partial, [n for n in _all_names(stage.partial) if n.endswith(".safetensors")])
+    stage.finish(facts, only=_all_names(stage.partial))
+
+
+def _local_source(model: str) -> Path | None:
+    """The folder that `base.model` names, or None where it names a repository of the hub."""
+    if model == "mini":
+        from raybooth.families import mini_folder
+
+        return mini_folder()
+    path = Path(model).expanduser()
+    looks_local = path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
+    return path if looks_local else None
+
+
+def _needed_of_folder(folder: Path) -> list[str]:
+    from raybooth.families import family_of
+    from raybooth.families.folder import needed_files
+
+    family = family_of(folder)
+    return needed_files(_all_names(folder), family.weights, family.settings, str(folder))
+
+
+def _all_names(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def _fetch(run: Run, stage: Stage) -> dict[str, Any]:
+    from raybooth import hub
+    from raybooth.families import family_of
+    from raybooth.families.folder import needed_files
+
+    base = run.config.base
+    commit = hub.resolve(base.model, base.pinned_revision)
+
+    def choose(names: list[str], folder: Path) -> list[str]:
+        family = family_of(folder)
+        return needed_files(names, family.weights, family.settings, base.model)
+
+    run.say(f"base-model: {base.model} at {commit}")
+    hub.fetch_model(base.model, commit, stage.partial, choose)
+    return {"source": base.model, "commit": commit}
+
+
+def resolution(run: Run) -> int:
+    """Side of every picture of the run, in pixels."""
+    if run.config.base.resolution:
+        return run.config.base.resolution
+    known = run.facts("base-model").get("resolution")
+    if known:
+        return known
+    from raybooth.families import family_of
+
+    return family_of(run.base_folder).facts(run.base_folder).resolution
+
+
+def prepare_photos(run: Run) -> None:
+    """People's photographs to instance images: upright RGB squares of the base's resolution."""
+    sources, side = run.config.subject.photos, resolution(run)
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def fetch(spec: str) -> Path:
+            from raybooth import hub
+
+            return hub.fetch_dataset(spec, Path(scratch) / digest(spec)[:16], SUFFIXES)
+
+        local = [s for s in sources if not is_remote(s)]
+        there = gather(local, fetch) if local else None
+        # A remote source stands for itself: what was fetched once is kept, and nothing is fetched to see whether it changed.
+        inputs = {
+            "photos": [p.sha256 for p in there.photos] if there else [],
+            "remote": [s for s in sources if is_remote(s)],
+            "resolution": side,
+        }
+        stage = run.workspace.stage("instance-images", inputs)
+        for name, reason in there.skipped if there else ():
+            run.say(f"instance-images: skipped {name}: {reason}")
+        if sources and stage.done():
+            return run.say(f"instance-images: {len(stage.manifest['facts']['pictures'])} photographs, up to date")  # type: ignore[index]
+        gathered = gather(sources, fetch)
+        images = [(photo, square(photo, side)) for photo in gathered.photos]
+    _write_instances(run, stage, images, gathered.skipped)
+
+
+def _write_instances(run: Run, stage: Stage, images: list[tuple[Photo, Image.Image]], skipped: list[tuple[str, str]]) -> None:
+    names = [f"{i:02d}.png" for i in range(len(images))]
+    for name, (_, image) in zip(names, images, strict=True):
+        stage.write(name, png(image))
+    title = f"{run.config.subject.prompt}: what the model will see"
+    stage.write(SHEET, png(contact_sheet([(title, [image for _, image in images])])))
+    sources = [{"name": photo.name, "sha256": photo.sha256} for photo, _ in images]
+    stage.finish({"pictures": names, "sources": sources, "skipped": skipped}, only=[*names, SHEET])
+    run.say(f"instance-images: {len(names)} photographs; look at {stage.folder / SHEET}")
+
+
+def class_images(run: Run) -> None:
+    """Pictures of the class by the base model, for prior preservation."""
+    prior, prompt = run.config.prior, run.config.class_prompt
+    if prior.images:
+        rows = [{"name": f"{i:05d}.png", "prompt": prompt, "seed": _seed(run, "class", i)} for i in range(prior.images)]
+        _draw(run, "class-images", "base-model", prior, rows, {"prompt": prompt, "seed": run.config.seed})
+
+
+def encode(run: Run) -> None:
+    """Instance and class images to latents (posterior mean and std), prompts to conditioning; named by their content."""
+    from raybooth import jobs
+    from raybooth.cluster.rows import map_rows
+
+    stage, rows = _latents(run)
+    missing = set(stage.missing(rows))
+    if not missing and stage.done(rows):
+        return run.say(f"latents: {len(rows)} rows, up to date")
+    work = [{"name": n, **_read_row(run, rows[n])} for n in rows if n in missing]
+    if work:
+        done = map_rows(
+            partial(jobs.encoder, run.workspace.uri), work, batch=16, have=run.ray,
+            samplers=run.config.cluster.samplers, model_bytes=_model_bytes(run, "base-model"),
+        )  # fmt: skip
+        for name, data in run.progress(done, len(work), "encode", "row"):
+            stage.write(name, data)
+    stage.finish(only=rows)
+
+
+def _latents(run: Run) -> tuple[Stage, dict[str, dict[str, str]]]:
+    """The latents' stage and, by name, what each is made from."""
+    stage = run.workspace.stage("latents", {"model": run.model_digest("base-model")})
+    rows = {_latent_name(sha): {"stage": s, "file": f} for s in ("instance-images", "class-images") for f, sha in _pictures(run, s).items()}
+    rows |= {name: {"prompt": p} for name, p in _prompt_names(run).items()}
+    return stage, rows
+
+
+def _pictures(run: Run, stage: str) -> dict[str, str]:
+    """File -> sha256 of the pictures that are trained on."""
+    if stage == "class-images" and not run.config.prior.images:
+        return {}
+    outputs = run.outputs(stage)
+    return {name: outputs[name] for name in run.facts(stage)["pictures"]}
+
+
+def _latent_name(sha256: str) -> str:
+    return f"{sha256[:32]}.safetensors"
+
+
+def _prompt_names(run: Run) -> dict[str, str]:
+    from raybooth.jobs import prompt_name
+
+    return {prompt_name(p): p for p in (run.config.subject.prompt, run.config.class_prompt)}
+
+
+def _read_row(run: Run, row: dict[str, str]) -> dict[str, Any]:
+    return row if "prompt" in row else {"picture": (run.workspace.root / row["stage"] / row["file"]).read_bytes()}
+
+
+def finetune(run: Run) -> None:
+    """The base model to the fine-tuned model, by the prior-preserving loss."""
+    from raybooth import jobs
+    from raybooth.cluster.fit import run_group
+
+    config = run.config
+    latents = run.outputs("latents")
+    rows = {k: [_latent_name(sha) for sha in _pictures(run, f"{k}-images").values()] for k in ("instance", "class")}
+    absent = [n for names in rows.values() for n in names if n not in latents]
+    if absent:
+        raise RayboothError("The latents do not belong to the present pictures: run 'raybooth encode' first, or 'raybooth run' for all.")
+    prompts = {"instance": config.subject.prompt, "class": config.class_prompt}
+    inputs = {
+        "model": run.model_digest("base-model"),
+        "rows": {k: [latents[n] for n in names] for k, names in rows.items()},
+        "prompts": prompts,
+        "prior_weight": config.prior.weight,
+        "finetune": config.finetune.model_dump(exclude={"log_every"}),
+        "seed": config.seed,
+    }
+    stage = run.workspace.stage("fine-tuned-model", inputs)
+    if stage.done():
+        return run.say("fine-tuned-model: up to date")
+    stage.clear()
+    target = f"fine-tuned-model/{stage.partial.name}"
+    loop = jobs.finetuner(run.workspace.uri, target, rows, prompts, config.prior.weight, config.finetune, config.seed)
+    with _StepLine(run) as line:
+        facts = run_group(
+            loop, workers=config.cluster.workers, gpus_per_worker=config.cluster.gpus_per_worker, have=run.ray, heard=line.heard
+        )  # fmt: skip
+    run.workspace.pull("fine-tuned-model")
+    stage.finish(facts, only=_all_names(stage.partial))
+    run.say(f"fine-tuned-model: {stage.folder}")
+
+
+class _StepLine:
+    """The live line of fine-tuning at the driver."""
+
+    def __init__(self, run: Run):
+        from tqdm import tqdm
+
+        total = run.config.finetune.steps
+        self.bar = tqdm(total=total, desc="finetune", unit="step", disable=run.quiet, dynamic_ncols=True)
+
+    def heard(self, word: dict[str, Any]) -> None:
+        self.bar.set_postfix_str(f"loss {word['loss']:.4f}, instance {word['instance']:.4f}, prior {word['prior']:.4f}", refresh=False)
+        self.bar.update(word["step"] - self.bar.n)
+
+    def __enter__(self) -> "_StepLine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.close()
+
+
+def generate(run: Run) -> None:
+    """Pictures of every prompt by the fine-tuned model."""
+    _draw(run, "output-images", "fine-tuned-model", run.config.generate, output_rows(run), {"seed": run.config.seed})
+
+
+def output_rows(run: Run, subject: str | None = None) -> list[dict[str, Any]]:
+    """One row a picture: the same seeds for every prompt, so that columns compare. Names start with the prompt's words."""
+    rows = []
+    for prompt in (run.config.fill(p) for p in run.config.generate.prompts):
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48]
+        for k in range(run.config.generate.images_per_prompt):
+            name = f"{slug}-{digest(prompt)[:8]}-{k:03d}.png"
+            rows.append({"name": name, "prompt": prompt, "seed": _seed(run, "output", k)})
+    return rows
+
+
+def _seed(run: Run, purpose: str, index: int) -> int:
+    """A picture's own seed: from the run's seed, what it is for, and its number."""
+    return int(digest([run.config.seed, purpose, index])[:12], 16)
+
+
+def _draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: list[dict[str, Any]], inputs: dict[str, Any]) -> None:
+    """The pictures of `rows` that are missing in stage folder `name`, and its contact sheet."""
+    from raybooth import jobs
+    from raybooth.cluster.rows import map_rows
+    from raybooth.sample import Sampling
+
+    sampling = Sampling(how.steps, how.guidance, how.scheduler, resolution(run))
+    model = run.model_digest(model_stage)
+    stage = run.workspace.stage(name, {"model": model, **vars(sampling), **inputs})
+    names = [r["name"] for r in rows]
+    missing = set(stage.missing(names))
+    if not missing and stage.holds and stage.manifest["facts"]["pictures"] == names and stage.done([SHEET]):  # type: ignore[index]
+        return run.say(f"{name}: {len(names)} pictures, up to date")
+    work = [r for r in rows if r["name"] in missing]
+    if work:
+        batch = run.config.cluster.sample_batch
+        done = map_rows(
+            partial(jobs.sampler, run.workspace.uri, model_stage, sampling, batch, model), work, batch=batch, have=run.ray,
+            samplers=run.config.cluster.samplers, model_bytes=_model_bytes(run, model_stage),
+        )  # fmt: skip
+        for file, data in run.progress(done, len(work), name, "picture"):
+            stage.write(file, data)
+    stage.write(SHEET, png(contact_sheet(_titled(stage, rows))))
+    stage.finish({"pictures": names})
+    run.say(f"{name}: {len(names)} pictures; look at {stage.folder / SHEET}")
+
+
+def _titled(stage: Stage, rows: list[dict[str, Any]], columns: int = 8, most: int = 64) -> list[tuple[str, list[Image.Image]]]:
+    """Rows of a contact sheet: a prompt each, broken into lines of `columns`."""
+    by_prompt: dict[str, list[str]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt"], []).append(row["name"])
+    lines = []
+    for prompt, names in by_prompt.items():
+        for i in range(0, min(len(names), most), columns):
+            images = [Image.open(stage.path(n)).convert("RGB") for n in names[i : min(i + columns, most)]]
+            lines.append((prompt if i == 0 else "", images))
+    return lines
+
+
+def _model_bytes(run: Run, stage: str) -> int:
+    return sum(o["bytes"] for o in run.workspace.manifest(stage)["outputs"].values())
+
+
+def before_after(run: Run) -> Path:
+    """`before-after.png`: the photographs; prompts and seeds before and after; class pictures before and after."""
+    how, config = run.config.generate, run.config
+    rows = output_rows(run)
+    _draw(run, "before-images", "base-model", how, rows, {"seed": config.seed})
+    classes = min(8, config.prior.images or 8)
+    after = [{"name": f"{i:05d}.png", "prompt": config.class_prompt, "seed": _seed(run, "class", i)} for i in range(classes)]
+    class_inputs = {"prompt": config.class_prompt, "seed": config.seed}
+    _draw(run, "class-after-images", "fine-tuned-model", config.prior, after, class_inputs)
+    if not config.prior.images:
+        _draw(run, "class-before-images", "base-model", config.prior, after, class_inputs)
+    class_before = run.images("class" if config.prior.images else "class-before")[:classes]
+    before, drawn = run.images("before"), run.images("output")
+    each = how.images_per_prompt
+    lines = [("the photographs", run.images("instance"))]
+    for i in range(0, len(rows), each):
+        prompt = rows[i]["prompt"]
+        lines.append((f"{prompt}: before", before[i : i + each]))
+        lines.append((f"{prompt}: after", drawn[i : i + each]))
+    lines += [(f"{config.class_prompt}: before", class_before), (f"{config.class_prompt}: after", run.images("class-after"))]
+    path = run.workspace.root / "before-after.png"
+    from raybooth.workspace import write_atomically
+
+    write_atomically(path, png(contact_sheet(lines)))
+    run.workspace.push(path.name)
+    return path
+
+
+STAGES = {"prepare": prepare, "class-images": class_images, "encode": encode, "finetune": finetune, "generate": generate}
+"""The way of the data, in order; the names are the verbs of the command line."""

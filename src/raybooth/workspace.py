@@ -1,0 +1,316 @@
+"""Where a run's things lie: stage folders with manifests, atomic writes, a lock, and a mirror of remote storage.
+
+A stage folder holds a stage's complete outputs and `manifest.json`, which names each with its sha256. Work in progress
+lies in `.partial-<digest of inputs>` beside them and moves in only when it is complete, so that what a stage made
+before survives until then. Files that no manifest names are the user's and are never touched.
+"""
+
+import contextlib
+import errno
+import fcntl
+import getpass
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from raybooth.errors import RayboothError
+
+MANIFEST = "manifest.json"
+CHUNK = 1 << 20
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON-able value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Whole or not at all: written beside, synced, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Stage:
+    """One stage's folder. `inputs` says from what the outputs follow; its digest decides whether they still hold."""
+
+    def __init__(self, workspace: "Workspace", name: str, inputs: dict[str, Any]):
+        self.workspace, self.name, self.inputs = workspace, name, inputs
+        self.folder = workspace.root / name
+        self.key = digest(inputs)
+        self.partial = self.folder / f".partial-{self.key[:16]}"
+        workspace.pull(name)
+        self._complete_interrupted_finish()
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """Of what is complete, whatever its inputs were."""
+        return read_manifest(self.folder)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the complete outputs follow from these inputs."""
+        manifest = self.manifest
+        return manifest is not None and manifest["digest"] == self.key
+
+    def done(self, names: Iterable[str] | None = None) -> bool:
+        """Whether every one of `names` (default: all outputs) is there and intact."""
+        if not self.holds:
+            return False
+        outputs = self.manifest["outputs"]  # type: ignore[index]
+        return all(n in outputs and self._intact(n, outputs[n]) for n in (outputs if names is None else names))
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that are neither complete and intact nor among the work in progress."""
+        outputs = self.manifest["outputs"] if self.holds else {}  # type: ignore[index]
+        return [
+            n for n in names if not (self.partial / n).exists() and not (n in outputs and self._intact(n, outputs[n]))
+        ]  # fmt: skip
+
+    def path(self, name: str) -> Path:
+        """Where output `name` lies now."""
+        return self.partial / name if (self.partial / name).exists() else self.folder / name
+
+    def clear(self) -> None:
+        """Drop the work in progress, for results that are made as a whole."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Add one output to the work in progress."""
+        write_atomically(self.partial / name, data)
+        self.workspace.push(f"{self.name}/{self.partial.name}/{name}")
+
+    def finish(self, facts: dict[str, Any] | None = None, only: Iterable[str] | None = None) -> dict[str, Any]:
+        """Move the work in progress into place: beside what holds already, instead of what does not.
+
+        `only` names the outputs that are still wanted; without it all that hold are kept.
+        """
+        old = self.manifest
+        self.partial.mkdir(parents=True, exist_ok=True)
+        new = {n: describe(self.partial / n) for n in files_under(self.partial) if n != MANIFEST}
+        kept = dict(old["outputs"]) if old and old["digest"] == self.key else {}
+        self._refuse_to_overwrite(new, old)
+        outputs = kept | new
+        if only is not None:
+            outputs = {n: outputs[n] for n in only}
+        manifest = {
+            "stage": self.name,
+            "digest": self.key,
+            "inputs": self.inputs,
+            "facts": facts or {},
+            "outputs": dict(sorted(outputs.items())),
+        }
+        write_atomically(self.partial / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+        self._move_in()
+        self.workspace.push_stage(self.name, manifest)
+        return manifest
+
+    def _move_in(self) -> None:
+        """Idempotent: a stop in the middle is put right by the next start."""
+        target = json.loads((self.partial / MANIFEST).read_text())
+        old = self.manifest
+        for name in set(old["outputs"]) - set(target["outputs"]) if old else ():
+            (self.folder / name).unlink(missing_ok=True)
+        for name in files_under(self.partial):
+            if name in target["outputs"]:
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(self.partial / name, self.folder / name)
+        os.replace(self.partial / MANIFEST, self.folder / MANIFEST)
+        for folder in self.folder.glob(".partial-*"):  # of other inputs too: they were on the way to something not wanted now
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _complete_interrupted_finish(self) -> None:
+        if (self.partial / MANIFEST).exists():
+            self._move_in()
+
+    def _refuse_to_overwrite(self, new: Iterable[str], old: dict[str, Any] | None) -> None:
+        ours = set(old["outputs"]) if old else set()
+        for name in new:
+            if name not in ours and (self.folder / name).exists():
+                raise RayboothError(
+                    f"{self.folder / name} was not made by raybooth and is in the way of an output of that name: "
+                    "move it elsewhere and run the same command again."
+                )
+
+    def _intact(self, name: str, described: dict[str, Any]) -> bool:
+        path = self.folder / name
+        if not path.is_file() or path.stat().st_size != described["bytes"]:
+            return False
+        # Hashing gigabytes of weights at every start would cost more than it tells; their size must do.
+        return path.stat().st_size > 64 * CHUNK or file_digest(path) == described["sha256"]
+
+
+def describe(path: Path) -> dict[str, Any]:
+    return {"sha256": file_digest(path), "bytes": path.stat().st_size}
+
+
+def files_under(folder: Path) -> list[str]:
+    """Relative names of all files, but temporary ones."""
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(n for n in names if not n.rpartition("/")[2].endswith(".tmp"))
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest if {"digest", "outputs"} <= manifest.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None  # none, torn, or not ours: the stage is not done
+
+
+class Workspace:
+    """One storage. A URI is mirrored in a folder of this machine: read from there, written through.
+
+    Raises:
+        RayboothError: if the storage cannot be written to.
+    """
+
+    def __init__(self, storage: str):
+        self.storage = storage
+        self._fs, self._base = None, ""
+        if "://" in storage:
+            self._fs, self._base = _open_remote(storage)
+            cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+            self.root = cache / "raybooth" / digest(storage)[:16]
+        else:
+            self.root = Path(storage).expanduser().absolute()
+        with self._explained():
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.root / ".writable", b"")
+            (self.root / ".writable").unlink()
+
+    @property
+    def uri(self) -> str:
+        """The storage as a worker in another folder can open it: an absolute path, or the URI."""
+        return self.storage if self._fs is not None else str(self.root)
+
+    def stage(self, name: str, inputs: dict[str, Any]) -> Stage:
+        return Stage(self, name, inputs)
+
+    def manifest(self, stage: str) -> dict[str, Any]:
+        """Of a stage that must have been run before.
+
+        Raises:
+            RayboothError: if it has not.
+        """
+        self.pull(stage)
+        manifest = read_manifest(self.root / stage)
+        if manifest is None:
+            raise RayboothError(f"The storage {self.storage} holds no complete {stage}: run the stages before this one first, or 'raybooth run' for all.")
+        return manifest
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the storage against other runs of this machine, or of all that share the mount.
+
+        Raises:
+            RayboothError: naming the holder.
+        """
+        path = self.root / ".lock"
+        with path.open("a+") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                f.seek(0)
+                holder = f.read().strip() or "another run"
+                raise RayboothError(f"The storage {self.storage} is in use by {holder}: wait for it, stop it, or give another --storage.") from None
+            f.truncate(0)
+            f.write(f"{getpass.getuser()}@{socket.gethostname()}, process {os.getpid()}")
+            f.flush()
+            with self._explained():
+                yield
+
+    def pull(self, stage: str) -> None:
+        """Bring what the remote storage holds of a stage and this machine does not."""
+        if self._fs is None:
+            return
+        remote = f"{self._base}/{stage}"
+        manifest = f"{remote}/{MANIFEST}"
+        ours = self.root / stage / MANIFEST
+        same = self._fs.exists(manifest) and ours.exists() and self._fs.cat_file(manifest) == ours.read_bytes()
+        for found in self._fs.find(remote) if self._fs.exists(remote) else []:
+            name = found[len(remote) :].lstrip("/")
+            target = self.root / stage / name
+            if (same or name.startswith(".partial-")) and target.exists():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, self._fs.cat_file(found))
+
+    def push(self, name: str) -> None:
+        """Copy one file to the remote storage, if there is one."""
+        if self._fs is not None:
+            target = f"{self._base}/{name}"
+            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(str(self.root / name), target)
+
+    def push_tree(self, name: str) -> None:
+        """Copy a folder's files to the remote storage, if there is one."""
+        for file in files_under(self.root / name) if self._fs is not None else ():
+            self.push(f"{name}/{file}")
+
+    def push_stage(self, stage: str, manifest: dict[str, Any]) -> None:
+        """Copy a complete stage, its manifest last, then drop what was in progress."""
+        if self._fs is None:
+            return
+        for name in [*manifest["outputs"], MANIFEST]:
+            self.push(f"{stage}/{name}")
+        remote = f"{self._base}/{stage}"
+        for found in self._fs.find(remote):
+            if found[len(remote) :].lstrip("/").startswith(".partial-"):
+                self._fs.rm_file(found)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            sentence = _DISK_ERRORS.get(error.errno or 0)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            ours = error.filename is not None and str(error.filename).startswith(str(self.root))
+            if sentence is None or not (full or ours):
+                raise
+            raise RayboothError(f"The storage {self.storage} {sentence} ({error.filename or self.root}).") from error
+
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "is full: free some space, or give another --storage, and run the same command again; what was complete is kept",
+    errno.EDQUOT: "is over its quota: free some space, or give another --storage, and run the same command again; what was complete is kept",
+    errno.EACCES: "is not writable: give a folder that you may write to",
+    errno.EPERM: "is not writable: give a folder that you may write to",
+    errno.EROFS: "is on a read-only file system: give a folder that you may write to",
+    errno.ENOTDIR: "is not a folder: give the path of a folder, it need not exist",
+    errno.EEXIST: "is not a folder: give the path of a folder, it need not exist",
+    errno.ENOENT: "cannot be made: give the path of a folder, it need not exist",
+}
+
+
+def _open_remote(uri: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        fs, base = fsspec.core.url_to_fs(uri)
+        fs.exists(base)
+    except (ValueError, ImportError, OSError) as error:
+        raise RayboothError(f"The storage {uri} cannot be opened: {error}.") from error
+    return fs, base.rstrip("/")
+
+

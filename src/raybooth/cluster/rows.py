@@ -1,6 +1,8 @@
 """A plain function over many rows, by a pool of Ray Data actors."""
 
+import logging
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +23,7 @@ class _Actor:
         self.work = make()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        rows = batch["row"].tolist()
+        rows = [pickle.loads(r) for r in batch["row"]]
         return {"name": [r["name"] for r in rows], "data": self.work(rows)}
 
 
@@ -46,10 +48,12 @@ def map_rows(make: Callable[[], Work], rows: list[Row], *, batch: int, have: Res
     size = pool_size(blocks, have, samplers, model_bytes)
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.data._internal"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Fractions of a CPU: actors that held all CPUs would starve Ray Data's own tasks, and the pipeline would hang.
     share = {"num_gpus": 1, "num_cpus": 0.5} if have.gpus else {"num_cpus": 0.5}
-    done = ray.data.from_items([{"row": r} for r in rows], override_num_blocks=blocks).map_batches(
+    # Pickled: as columns, rows with different keys would be filled up with nulls.
+    done = ray.data.from_items([{"row": pickle.dumps(r)} for r in rows], override_num_blocks=blocks).map_batches(
         _Actor,
         batch_size=None,
         compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),

@@ -27,17 +27,15 @@ def train(work: Path, parts: tuple[str, ...], threads: int | None) -> None:
     if threads:
         torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
-    steps = pretrain.STEPS
     tokenizer = pretrain.train_tokenizer(work)
     if "vae" in parts:
-        pretrain.train_vae(work, steps["vae"])
+        pretrain.train_vae(work)
     if "clip" in parts:
-        pretrain.train_clip(work, tokenizer, steps["clip"])
+        pretrain.train_clip(work, tokenizer)
     if "vit" in parts:
-        pretrain.train_vit(work, steps["vit"])
+        pretrain.train_vit(work)
     if "unet" in parts:
-        vae, clip = pretrain.train_vae(work, steps["vae"]), pretrain.train_clip(work, tokenizer, steps["clip"])
-        pretrain.train_unet(work, tokenizer, vae, clip, steps["unet"])
+        pretrain.train_unet(work, tokenizer, pretrain.train_vae(work), pretrain.train_clip(work, tokenizer))
 
 
 main()

@@ -5,6 +5,7 @@ Each part is a file in the working folder when done, a checkpoint before; the sa
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
 from raybooth.mini import networks
+from raybooth.mini.things import KINDS
 from raybooth.mini.trainer import Trainer
 from raybooth.mini.world import Scene, caption, make_identity, make_scene, make_worn, random_scene, render
 
-STEPS = {"vae": 2400, "clip": 700, "vit": 700, "unet": 6000}
+# Parts with a second phase go on from the first: whole pictures, then crops of the things; random pairs, then look-alikes.
+STEPS = {"vae": 2400, "vae-detail": 2400, "clip": 700, "clip-kinds": 500, "vit": 700, "unet": 5000}
 PICTURES = 24_000  # scenes whose latents the UNet is trained on
 
 
@@ -59,32 +62,45 @@ def _gradients(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
-def vae_loss(vae: AutoencoderKL, x: Tensor, generator: torch.Generator) -> Tensor:
+def vae_loss(vae: AutoencoderKL, x: Tensor, generator: torch.Generator, squared: float = 1.0) -> Tensor:
     """L1 + MSE + L1 of the picture's gradients (sharp edges without a discriminator) + a little KL."""
     posterior = vae.encode(x).latent_dist  # type: ignore[union-attr]
     y = vae.decode(posterior.sample(generator)).sample  # type: ignore[union-attr]
     edges = sum((a - b).abs().mean() for a, b in zip(_gradients(x), _gradients(y), strict=True))
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    return (x - y).abs().mean() + F.mse_loss(x, y) + edges + 5e-4 * kl
+    return (x - y).abs().mean() + squared * F.mse_loss(x, y) + edges + 5e-4 * kl
 
 
-def train_vae(work: Path, steps: int, batch: int = 8) -> AutoencoderKL:
+def _cropped(x: Tensor, generator: torch.Generator, side: int = 32) -> Tensor:
+    """The same random crop of every picture, from the middle, where the things are."""
+    top, left = (int(torch.randint(lo, hi, (), generator=generator)) for lo, hi in ((10, 26), (4, 28)))
+    return x[..., top : top + side, left : left + side]
+
+
+def train_vae(work: Path, steps: dict[str, int] = STEPS, batch: int = 8) -> AutoencoderKL:
     torch.manual_seed(1)
     vae = networks.make_vae()
 
     def loss(step: int) -> Tensor:
         return vae_loss(vae, pixels(scenes_of_step(step, batch)), _generator("vae", step))
 
-    def finish() -> None:
+    def finish(name: str) -> None:
         with torch.no_grad():
             latents = vae.encode(pixels(scenes_of_step(0, 256))).latent_dist.mean  # type: ignore[union-attr]
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-        vae.save_pretrained(work / "vae")
+        vae.save_pretrained(work / name)
 
-    return _train(work, "vae", vae, loss, finish, steps=steps, lr=2e-3)  # type: ignore[return-value]
+    def detail_loss(step: int) -> Tensor:
+        """Crops cost a quarter and show what is hard; every fourth batch is whole, for the normalisation's statistics."""
+        g = _generator("vae-detail", step)
+        x = pixels([random_scene(10**6 + step * 16 + i) for i in range(8 if step % 4 == 0 else 16)])
+        return vae_loss(vae, x if step % 4 == 0 else _cropped(x, g), g, squared=4.0)
+
+    vae = _train(work, "vae", vae, loss, finish, steps=steps["vae"], lr=2e-3)  # type: ignore[assignment]
+    return _train(work, "vae-detail", vae, detail_loss, finish, steps=steps["vae-detail"], lr=1.5e-3)  # type: ignore[return-value]
 
 
-def train_clip(work: Path, tokenizer: CLIPTokenizer, steps: int, batch: int = 160) -> CLIPModel:
+def train_clip(work: Path, tokenizer: CLIPTokenizer, steps: dict[str, int] = STEPS, batch: int = 160) -> CLIPModel:
     """Contrastive (Radford et al. 2021), pictures lightly blurred and noised so that drawn ones are read as well."""
     torch.manual_seed(2)
     clip = networks.make_clip(len(tokenizer))
@@ -94,7 +110,38 @@ def train_clip(work: Path, tokenizer: CLIPTokenizer, steps: int, batch: int = 16
         x = roughened(pixels(scenes), _generator("clip", step))
         return clip(input_ids=tokens(tokenizer, _captions(scenes, step)), pixel_values=x, return_loss=True).loss
 
-    return _train(work, "clip", clip, loss, lambda: clip.save_pretrained(work / "clip"), steps=steps, lr=1e-3)  # type: ignore[return-value]
+    def kinds_loss(step: int) -> Tensor:
+        """Among random pictures place and colours nearly suffice to find the caption; look-alikes and a head make it see kinds."""
+        scenes = scenes_of_step(10**5 + step, batch // 2) + look_alikes(step, batch // 8)
+        x = roughened(pixels(scenes), _generator("clip-kinds", step))
+        out = clip(input_ids=tokens(tokenizer, _captions(scenes, step)), pixel_values=x, return_loss=True)
+        kinds = torch.tensor([list(KINDS).index(s.identity.kind) for s in scenes])
+        return out.loss + F.cross_entropy(clip.kind_head(out.vision_model_output.pooler_output), kinds)
+
+    def finish(name: str) -> None:
+        if hasattr(clip, "kind_head"):
+            del clip.kind_head
+        clip.save_pretrained(work / name)
+
+    clip = _train(work, "clip", clip, loss, finish, steps=steps["clip"], lr=1e-3)  # type: ignore[assignment]
+    if not (work / "clip-kinds").exists():
+        clip.kind_head = torch.nn.Linear(clip.config.projection_dim, len(KINDS))
+    return _train(work, "clip-kinds", clip, kinds_loss, finish, steps=steps["clip-kinds"], lr=1e-3)  # type: ignore[return-value]
+
+
+def look_alikes(step: int, groups: int, alike: int = 4) -> list[Scene]:
+    """Groups of scenes of different kinds that share place, size, direction and colours."""
+    rng = random.Random(f"look-alikes {step}")
+    scenes = []
+    for _ in range(groups):
+        model = make_identity(rng)
+        frame = make_scene(rng, model, None)
+        for kind in rng.sample(list(KINDS), alike):
+            one = make_identity(rng, kind)
+            one = replace(one, color=model.color, accent=model.accent)
+            own = make_scene(rng, one, None)
+            scenes.append(replace(own, place=frame.place, size=frame.size, mirrored=frame.mirrored))
+    return scenes
 
 
 def roughened(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -119,7 +166,7 @@ def identity_pairs(step: int, groups: int = 20, alike: int = 4) -> tuple[list[Sc
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def train_vit(work: Path, steps: int, temperature: float = 0.1) -> ViTModel:
+def train_vit(work: Path, steps: dict[str, int] = STEPS, temperature: float = 0.1) -> ViTModel:
     """Two scenes of one identity attract, all others repel (InfoNCE, van den Oord et al. 2018)."""
     torch.manual_seed(3)
     vit = networks.make_vit()
@@ -132,7 +179,7 @@ def train_vit(work: Path, steps: int, temperature: float = 0.1) -> ViTModel:
         logits, target = a @ b.T / temperature, torch.arange(len(a))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    return _train(work, "vit", vit, loss, lambda: vit.save_pretrained(work / "vit"), steps=steps, lr=7e-4)  # type: ignore[return-value]
+    return _train(work, "vit", vit, loss, lambda name: vit.save_pretrained(work / name), steps=steps["vit"], lr=7e-4)  # type: ignore[return-value]
 
 
 def cached_latents(work: Path, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
@@ -150,7 +197,7 @@ def cached_latents(work: Path, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
     return cache["mean"], cache["std"]
 
 
-def train_unet(work: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip: CLIPModel, steps: int, batch: int = 32) -> UNet2DConditionModel:
+def train_unet(work: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip: CLIPModel, steps: dict[str, int] = STEPS, batch: int = 32) -> UNet2DConditionModel:
     """epsilon, min-SNR-5 (Hang et al. 2023), stratified timesteps, one prompt in ten empty; the text tower is frozen."""
     torch.manual_seed(4)
     unet = networks.make_unet()
@@ -177,16 +224,21 @@ def train_unet(work: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip: C
         out = unet(noisy.contiguous(memory_format=torch.channels_last), t, condition).sample
         return (weight * (out - noise).square().mean((1, 2, 3))).mean()
 
-    def finish() -> None:
-        unet.save_pretrained(work / "unet")
+    def finish(name: str) -> None:
+        unet.save_pretrained(work / name)
 
-    return _train(work, "unet", unet, loss, finish, steps=steps, lr=1e-3)  # type: ignore[return-value]
+    return _train(work, "unet", unet, loss, finish, steps=steps["unet"], lr=1e-3)  # type: ignore[return-value]
 
 
-def _train(work: Path, name: str, net: torch.nn.Module, loss: Callable[[int], Tensor], finish: Callable[[], None], *, steps: int, lr: float) -> torch.nn.Module:
-    """`net` trained, or read back if it is done."""
+def _train(work: Path, name: str, net: torch.nn.Module, loss: Callable[[int], Tensor], finish: Callable[[str], None], *, steps: int, lr: float) -> torch.nn.Module:
+    """`net` trained and saved by `finish`, or read back in place if it is done."""
     if (work / name / "config.json").exists():
-        return type(net).from_pretrained(work / name).eval().requires_grad_(False)  # type: ignore[attr-defined]
+        done = type(net).from_pretrained(work / name)  # type: ignore[attr-defined]
+        net.load_state_dict(done.state_dict())
+        if hasattr(net, "register_to_config"):
+            net.register_to_config(**done.config)
+        return net.eval()
+    net.requires_grad_(True)
     Trainer(name, net, loss, steps=steps, lr=lr, folder=work).run()
-    finish()
+    finish(name)
     return net

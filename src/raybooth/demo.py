@@ -1,0 +1,107 @@
+"""The whole way on mini: five pictures of one drawn dog, a personalised model, before and after."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from raybooth import config as configuration
+from raybooth import stages
+from raybooth.config import Config
+from raybooth.session import Run
+
+SUBJECT_SEED = 3  # of the dog
+PLACES = ("in the snow", "on the beach", "in the city", "at night", "in the desert", "on the water")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What mini's scorers say of a run. Similarities are cosines; `ceiling` is the photographs' among themselves."""
+
+    subject_before: float
+    subject_after: float
+    subject_ceiling: float
+    prompt_before: float
+    prompt_after: float
+    class_distance_before: float
+    class_distance_after: float
+
+    @property
+    def subject_gain(self) -> float:
+        """How much of the way from the base model to the photographs' own similarity."""
+        return (self.subject_after - self.subject_before) / (self.subject_ceiling - self.subject_before)
+
+    @property
+    def prompt_kept(self) -> float:
+        return self.prompt_after / self.prompt_before
+
+    @property
+    def class_kept(self) -> float:
+        return self.class_distance_after / self.class_distance_before
+
+    def __str__(self) -> str:
+        return (
+            f"subject   similarity to the photographs {self.subject_before:.3f} before, {self.subject_after:.3f} after, "
+            f"{self.subject_ceiling:.3f} among themselves: {self.subject_gain:.0%} of the way\n"
+            f"prompt    CLIP-T {self.prompt_before:.3f} before, {self.prompt_after:.3f} after: {self.prompt_kept:.0%} kept\n"
+            f"class     mean distance {self.class_distance_before:.3f} before, {self.class_distance_after:.3f} after: {self.class_kept:.0%} kept"
+        )
+
+
+def demo_config(storage: str, overrides: list[str]) -> Config:
+    """mini, its own defaults, a drawn dog, and places that mini knows."""
+    prompts = [f"photo of {{subject}} {place}" for place in PLACES]
+    return configuration.load(
+        None,
+        overrides,
+        subject={"photos": [str(Path(storage) / "photographs")], "class": "dog"},
+        base={"model": "mini"},
+        generate={"prompts": prompts},
+        storage=storage,
+    )
+
+
+def photographs(folder: Path, seed: int = SUBJECT_SEED, kind: str = "dog", n: int = 5) -> None:
+    """Five pictures of one subject of mini's world, as a user would bring them."""
+    from raybooth.mini.world import render, subject_scenes
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, scene in enumerate(subject_scenes(seed, kind, n)):
+        path = folder / f"{i}.png"
+        if not path.exists():
+            render(scene).save(path)
+
+
+def demo(storage: str, overrides: list[str], quiet: bool = False) -> Scores:
+    """Run it, write `before-after.png`, say where everything lies and how well it went."""
+    config = demo_config(storage, overrides)
+    photographs(Path(config.subject.photos[0]))
+    with Run(config, quiet) as run:
+        for stage in stages.STAGES.values():
+            stage(run)
+        sheet = stages.before_after(run)
+    scores = score(run)
+    print(f"\n{scores}\n\nlook at   {sheet}\npictures  {run.workspace.root / 'output-images'}\nmodel     {run.model_folder}  (opens in plain diffusers)")
+    return scores
+
+
+def score(run: Run) -> Scores:
+    """Of a run on mini for which `stages.before_after` was made."""
+    from raybooth.mini.scorers import Scorers
+    from raybooth.score import distance_among, prompt_fidelity, similarity_among, subject_similarity
+
+    with_ = Scorers()
+    subject = with_.identity(run.images("instance"))
+    before, after = run.images("before"), run.images("output")
+    # The token means nothing to the scorer's CLIP; what it can judge is the class in its place.
+    prompts = [r["prompt"].replace(run.config.subject.name, f"a {run.config.subject.class_name}") for r in stages.output_rows(run)]
+    texts = with_.prompts(prompts)
+    class_before = run.images("class" if run.config.prior.images else "class-before")
+    class_after = run.images("class-after")
+    return Scores(
+        subject_before=subject_similarity(with_.identity(before), subject),
+        subject_after=subject_similarity(with_.identity(after), subject),
+        subject_ceiling=similarity_among(subject),
+        prompt_before=prompt_fidelity(with_.pictures(before), texts),
+        prompt_after=prompt_fidelity(with_.pictures(after), texts),
+        class_distance_before=distance_among(with_.pictures(class_before[: len(class_after)])),
+        class_distance_after=distance_among(with_.pictures(class_after)),
+    )

@@ -1,0 +1,90 @@
+"""What this machine has, and what to expect of it."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+
+SHOWN = ("torch", "ray", "diffusers", "transformers", "huggingface_hub", "safetensors", "pillow", "pydantic")
+
+
+def report() -> str:
+    """One line a fact, plain text."""
+    lines = [
+        f"python       {platform.python_version()} on {platform.platform(terse=True)}",
+        f"versions     {', '.join(f'{name} {_version(name)}' for name in SHOWN)}",
+        f"processors   {len(os.sched_getaffinity(0))}",
+        f"memory       {_memory()}",
+        f"disk         {shutil.disk_usage('.').free / 2**30:.0f} GiB free here",
+        f"graphics     {_gpus()}",
+        f"ray          {_ray()}",
+        f"hub          {_hub()}",
+        f"mini         {_mini()}",
+        "",
+        _expectation(),
+    ]
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _memory() -> str:
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    available = os.sysconf("SC_AVPHYS_PAGES") * size / 2**30
+    return f"{pages * size / 2**30:.0f} GiB, {available:.0f} GiB free"
+
+
+def _gpus() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA GPU that torch can use" + ("" if torch.version.cuda else " (this torch is the CPU build)")
+    found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return ", ".join(f"{p.name} with {p.total_memory / 2**30:.0f} GiB" for p in found)
+
+
+def _ray() -> str:
+    from raybooth.cluster.session import connected
+    from raybooth.errors import RayboothError
+
+    try:
+        with connected(None) as have:
+            return f"starts here, with {have.cpus} CPUs and {have.gpus} GPUs"
+    except RayboothError as error:
+        return str(error)
+
+
+def _hub() -> str:
+    import httpx
+    from huggingface_hub import constants
+
+    try:
+        status = httpx.head(constants.ENDPOINT, timeout=5, follow_redirects=True).status_code
+        return f"{constants.ENDPOINT} answers ({status})"
+    except httpx.HTTPError as error:
+        return f"{constants.ENDPOINT} cannot be reached ({error or type(error).__name__}); local models and mini work without it"
+
+
+def _mini() -> str:
+    from raybooth.mini import FOLDER
+
+    return str(FOLDER) if (FOLDER / "model_index.json").exists() else "its weights are not in this installation"
+
+
+def _expectation() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return (
+            "Without a GPU: 'raybooth demo' takes a few minutes. Stable Diffusion itself runs here too, but a picture takes minutes "
+            "and a fine-tuning of 400 steps many hours."
+        )
+    most = max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / 2**30
+    if most < 20:
+        return "UNet and text encoder of SD 1.4 need about 16 GB for their weights, gradients and AdamW: set finetune.text_encoder = false if it does not fit."
+    return "SD 1.4 with its text encoder fits."

@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import pytest
+
+from raybooth import config
+from raybooth.config import Base, Config
+from raybooth.errors import RayboothError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_defaults_are_the_notebooks_and_the_example_spells_them_out():
+    plain = config.load(None, ["subject.class=dog"])
+    spelled = config.load(ROOT / "examples" / "dog.toml")
+    assert spelled.base.model == plain.base.model == "CompVis/stable-diffusion-v1-4"
+    assert plain.base.pinned_revision == spelled.base.revision == "b95be7d6f134c3a9e62ee616f310733567f069ce"
+    assert (plain.finetune.steps, plain.finetune.lr, plain.finetune.max_grad_norm) == (400, 5e-6, 1.0)
+    assert (plain.prior.images, plain.prior.weight) == (200, 1.0)
+    assert spelled.finetune.model_copy(update={"batch": plain.finetune.batch}) == plain.finetune
+    assert spelled.finetune.batch == plain.finetune.batch * spelled.cluster.workers  # the notebook counts rows a worker
+    assert spelled.subject.photos == ["hf://diffusers/dog-example"]
+    assert (spelled.cluster.workers, spelled.cluster.gpus_per_worker) == (2, 1)
+
+
+def test_every_example_is_valid():
+    for path in (ROOT / "examples").glob("*.toml"):
+        assert config.load(path, ["subject.class=dog"]).subject.class_name
+
+
+def test_mini_brings_its_own_defaults_and_the_user_has_the_last_word():
+    mini = config.load(None, ["subject.class=dog", "base.model=mini", "finetune.steps=7"])
+    assert mini.finetune.lr == config.MINI_DEFAULTS["finetune"]["lr"]
+    assert mini.finetune.steps == 7
+    assert Config(subject={"class": "dog"}, base=Base(model="mini")).prior.images == config.MINI_DEFAULTS["prior"]["images"]
+
+
+def test_layers_file_then_values_then_set(tmp_path: Path):
+    path = tmp_path / "my.toml"
+    path.write_text('seed = 3\n[subject]\nclass = "cat"\ntoken = "zwx"\n[finetune]\nsteps = 10\nbatch = 6\n')
+    made = config.load(path, ["finetune.steps=30"], subject={"class": "dog"})
+    assert (made.seed, made.subject.class_name, made.subject.token, made.finetune.steps, made.finetune.batch) == (3, "dog", "zwx", 30, 6)
+
+
+def test_a_saved_configuration_reads_back_the_same():
+    made = config.load(None, ["subject.class=dog", "base.model=mini", "generate.images_per_prompt=2"])
+    assert Config(**made.model_dump(by_alias=True, mode="json")) == made
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("finetune.stepz", "finetune.steps"), ("steps", "finetune.steps|prior.steps|generate.steps"), ("subject.klass", "subject.class"),
+     ("cluster.worker", "cluster.workers"), ("storag", "storage"), ("fintune.lr", "finetune.lr")],
+)  # fmt: skip
+def test_an_unknown_key_names_the_nearest_known_one(key: str, meant: str):
+    with pytest.raises(RayboothError) as caught:
+        config.load(None, ["subject.class=dog", f"{key}=1"])
+    assert any(f"did you mean {m}?" in str(caught.value) for m in meant.split("|"))
+
+
+def test_prompts_are_filled_in():
+    made = config.load(None, ["subject.class=dog", "subject.token=zwx"])
+    assert made.fill("{subject} / {token} / {class}") == "zwx dog / zwx / dog"
+    assert made.class_prompt == "photo of a dog"
+    assert made.subject.prompt == "photo of zwx dog"

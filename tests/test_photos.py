@@ -1,0 +1,135 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from raybooth.errors import RayboothError
+from raybooth.photos import Photo, contact_sheet, gather, png, square
+
+RED = (200, 30, 40)
+
+
+def saved(image: Image.Image, kind: str, **how) -> Photo:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **how)
+    return Photo(f"a.{kind.lower()}", buffer.getvalue())
+
+
+def no_hub(spec: str) -> Path:
+    raise AssertionError(spec)
+
+
+def halves(mode: str = "RGB") -> Image.Image:
+    """Left half black, right half white, 120 x 60."""
+    image = Image.new("L", (120, 60), 0)
+    image.paste(255, (60, 0, 120, 60))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize(
+    "photo",
+    [
+        saved(Image.new("RGB", (90, 70), RED), "PNG"),
+        saved(Image.new("RGB", (90, 70), RED), "WEBP", lossless=True),
+        saved(Image.new("RGB", (90, 70), RED), "TIFF"),
+        saved(Image.new("RGB", (90, 70), RED), "BMP"),
+        saved(Image.new("RGB", (90, 70), RED), "AVIF", quality=95),
+        saved(Image.new("RGB", (90, 70), RED), "JPEG", quality=95),
+        saved(Image.new("RGB", (90, 70), RED).quantize(4), "PNG"),
+        saved(Image.new("RGB", (90, 70), RED).quantize(4), "GIF"),
+        saved(Image.new("RGB", (90, 70), RED).convert("RGBA"), "PNG"),
+        saved(Image.new("RGB", (90, 70), RED).convert("CMYK"), "JPEG", quality=95),
+    ],
+    ids=lambda p: p.name,
+)
+def test_every_format_comes_out_as_the_same_rgb_square(photo: Photo):
+    image = square(photo, 48)
+    assert (image.mode, image.size) == ("RGB", (48, 48))
+    assert np.abs(np.asarray(image, int) - RED).max() <= 8
+
+
+def test_heic_from_a_phone_is_read():
+    import pillow_heif
+
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(Image.new("RGB", (96, 64), RED)).save(buffer, quality=95)
+    assert np.abs(np.asarray(square(Photo("a.heic", buffer.getvalue()), 32), int) - RED).max() <= 8
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned = np.asarray(square(saved(halves(), "JPEG", exif=exif, quality=95), 60), int)
+    assert turned[:, :25].min() > 240
+    assert turned[:, -25:].max() < 15
+
+
+def test_transparent_pixels_become_white():
+    image = Image.new("RGBA", (64, 64), (*RED, 0))
+    assert np.asarray(square(saved(image, "PNG"), 32)).min() == 255
+    palette = Image.new("P", (64, 64), 0)
+    palette.putpalette([200, 30, 40] * 4)
+    assert np.asarray(square(saved(palette, "PNG", transparency=0), 32)).min() == 255
+    grey = Image.new("LA", (64, 64), (0, 0))
+    assert np.asarray(square(saved(grey, "PNG"), 32)).min() == 255
+
+
+def test_sixteen_bits_keep_their_tones():
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    image = np.asarray(square(saved(Image.fromarray(ramp), "PNG"), 64), float)
+    assert np.abs(image[..., 0] - ramp / 257).max() <= 1
+
+
+def test_an_embedded_profile_is_honoured():
+    swapped = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    assert np.abs(np.asarray(square(saved(Image.new("RGB", (64, 64), RED), "PNG", icc_profile=swapped.tobytes()), 32), int) - RED).max() <= 1
+    broken = saved(Image.new("RGB", (64, 64), RED), "PNG", icc_profile=b"not a profile")
+    assert np.asarray(square(broken, 32))[0, 0].tolist() == list(RED)
+
+
+def test_the_shorter_side_is_fitted_and_the_centre_kept():
+    image = Image.new("RGB", (200, 100), "black")
+    image.paste("white", (60, 0, 140, 100))
+    out = np.asarray(square(saved(image, "PNG"), 50), int)[..., 0]
+    assert out[:, 8:42].min() > 240
+    assert out[:, :3].max() < 15
+    assert out[:, -3:].max() < 15
+
+
+def test_what_is_no_picture_in_a_folder_is_skipped_with_its_reason(tmp_path: Path):
+    Image.new("RGB", (64, 64), RED).save(tmp_path / "b.JPG")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / ".DS_Store").write_text("x")
+    found = gather([str(tmp_path)], no_hub)
+    assert [Path(p.name).name for p in found.photos] == ["b.JPG"]
+    assert {Path(n).name: r for n, r in found.skipped} == {"notes.txt": "'.txt' is not a picture's file type", ".DS_Store": "a hidden file"}
+
+
+def test_folders_files_and_datasets_add_up(tmp_path: Path):
+    for i, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / folder / "x.png")
+    Image.new("RGB", (64, 64), (9, 0, 0)).save(tmp_path / "one.png")
+    found = gather([str(tmp_path / "a"), str(tmp_path / "one.png"), "hf://me/dog"], lambda spec: tmp_path / "b")
+    assert len(found.photos) == 3
+
+
+def test_png_text_and_bytes_are_stable():
+    image = Image.new("RGB", (8, 8), RED)
+    data = png(image, prompt="fünf", seed="3")
+    assert data == png(image, prompt="fünf", seed="3")
+    assert Image.open(io.BytesIO(data)).text == {"prompt": "fünf", "seed": "3"}  # type: ignore[attr-defined]
+
+
+def test_a_contact_sheet_shows_every_picture():
+    images = [Image.new("RGB", (8, 8), c) for c in ("red", "lime", "blue")]
+    sheet = contact_sheet([("first", images), ("second", images[:1])], cell=16)
+    assert {c for _, c in sheet.getcolors(10_000)} >= {(255, 0, 0), (0, 255, 0), (0, 0, 255)}  # type: ignore[misc, union-attr]
+
+
+def test_a_damaged_photograph_is_named(photos: Path):
+    data = (photos / "0.png").read_bytes()
+    with pytest.raises(RayboothError, match=r"0\.png is damaged or cut off"):
+        square(Photo("0.png", data[: len(data) // 2]), 32)

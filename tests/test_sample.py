@@ -1,0 +1,50 @@
+"""Sampling: a picture is its prompt's and seed's alone, and it is what diffusers draws."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
+
+from raybooth.families import family_of
+from raybooth.noise import normal
+from raybooth.sample import PARTS, Sampler, Sampling
+
+
+def sampler(toy: Path, scheduler: str = "dpmsolver++", guidance: float = 3.0, batch: int = 4) -> Sampler:
+    family = family_of(toy)
+    return Sampler(family, family.load(toy, PARTS), family.facts(toy), Sampling(6, guidance, scheduler, 32), batch)
+
+
+def test_a_picture_is_the_same_alone_in_a_batch_and_elsewhere(toy: Path):
+    prompts, seeds = [f"photo of a {c} dog" for c in ("red", "blue", "black", "white", "green", "pink")], [11, 12, 13, 14, 15, 16]
+    together = list(sampler(toy).draw(prompts, seeds))
+    for i in (0, 3, 5):
+        alone = next(iter(sampler(toy).draw([prompts[i]], [seeds[i]])))
+        assert np.array_equal(together[i], alone)
+    backwards = list(sampler(toy).draw(prompts[::-1], seeds[::-1]))
+    assert all(np.array_equal(a, b) for a, b in zip(together, backwards[::-1], strict=True))
+    assert not np.array_equal(together[0], together[1])
+
+
+ORACLES = {
+    "dpmsolver++": (DPMSolverMultistepScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
+    "euler": (EulerDiscreteScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+@pytest.mark.parametrize("name", ORACLES)
+def test_it_is_what_the_pipeline_of_diffusers_draws(toy: Path, name: str, guidance: float):
+    pipe = StableDiffusionPipeline.from_pretrained(toy)
+    pipe.set_progress_bar_config(disable=True)
+    kind, extra = ORACLES[name]
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **extra)
+    latents = torch.stack([normal((4, 16, 16), s, "latents") for s in (1, 2)])
+    prompts = ["photo of a red dog", "photo of a cat at night"]
+    theirs = pipe(prompts, latents=latents, num_inference_steps=6, guidance_scale=guidance, output_type="np", height=32, width=32).images
+    ours = np.stack(list(sampler(toy, name, guidance, batch=2).draw(prompts, [1, 2])))
+    assert np.abs(ours - theirs * 255).max() <= 0.6  # half a level of rounding

@@ -1,0 +1,155 @@
+"""fit() against a plain torch loop, and its promises: clipping, determinism, shares of workers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from raybooth.errors import RayboothError
+from raybooth.families import family_of
+from raybooth.noise import generator, normal
+from raybooth.train import Parallel, Settings, TrainingSet, fit, rows_of_step
+
+SETTINGS = Settings(steps=4, batch=2, lr=1e-3, weight_decay=0.01, max_grad_norm=0.05, text_encoder=True, log_every=1, seed=5)
+
+
+def changed(**values) -> Settings:
+    return Settings(**{**vars(SETTINGS), **values})
+
+
+def data(instances: int = 3, classes: int = 4, weight: float = 0.6) -> TrainingSet:
+    n, g = instances + classes, torch.Generator().manual_seed(1)
+    of_class = torch.arange(n) >= instances
+    return TrainingSet(
+        mean=torch.randn(n, 4, 16, 16, generator=g),
+        std=0.1 * torch.rand(n, 4, 16, 16, generator=g),
+        prompt=of_class.long(),
+        weight=torch.where(of_class, weight, 1.0),
+        prompts=["photo of unqtkn dog", "photo of a dog"],
+        instances=instances,
+    )
+
+
+def trained(toy: Path, settings: Settings = SETTINGS, rows: TrainingSet | None = None, parallel: Parallel = Parallel()):
+    family = family_of(toy)
+    loaded = family.load(toy, ("unet", "text_encoder"))
+    steps = list(fit(family, loaded, family.facts(toy), rows or data(), settings, parallel))
+    return {f"{part}.{k}": v for part, m in loaded.modules.items() for k, v in m.state_dict().items()}, steps
+
+
+def plain_loop(toy: Path, settings: Settings, rows: TrainingSet):
+    """The same, written down straight: chunks, one encoding a row, torch's own optimizer and clipping."""
+    family = family_of(toy)
+    loaded, facts = family.load(toy, ("unet", "text_encoder")), family.facts(toy)
+    unet, text = loaded.modules["unet"].train(), loaded.modules["text_encoder"].train()
+    parameters = [p.requires_grad_() for m in (unet, text) for p in m.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    losses, norms = [], []
+    for step in range(settings.steps):
+        index = rows_of_step(rows, step, settings.batch, settings.seed)
+        shape = rows.mean.shape[1:]
+        draw = [normal(shape, settings.seed, "posterior", step, i) for i in range(len(index))]
+        noise = torch.stack([normal(shape, settings.seed, "noise", step, i) for i in range(len(index))])
+        t = torch.cat([torch.randint(1000, (1,), generator=generator(settings.seed, "timestep", step, i)) for i in range(len(index))])
+        x0 = rows.mean[index] + rows.std[index] * torch.stack(draw)
+        text_of_rows = family.encode_text(loaded, [rows.prompts[rows.prompt[i]] for i in index])
+        alpha = facts.diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
+        out = unet(alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, t, text_of_rows).sample
+        b = settings.batch
+        loss = F.mse_loss(out[:b], noise[:b])
+        if len(index) > b:
+            loss = loss + float(rows.weight[-1]) * F.mse_loss(out[b:], noise[b:])
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item())
+        optimizer.step()
+        losses.append(loss.item())
+    return {f"{part}.{k}": v for part, m in loaded.modules.items() for k, v in m.state_dict().items()}, losses, norms
+
+
+@pytest.mark.parametrize("classes", [4, 0], ids=["with prior", "without prior"])
+def test_it_is_a_plain_loop(toy: Path, classes: int):
+    rows = data(classes=classes)
+    ours, steps = trained(toy, rows=rows)
+    theirs, losses, norms = plain_loop(toy, SETTINGS, rows)
+    assert [s.metrics.loss for s in steps] == pytest.approx(losses, rel=1e-5)
+    assert [s.metrics.grad_norm for s in steps] == pytest.approx(norms, rel=1e-4)
+    for name, value in theirs.items():
+        # AdamW's first steps are +-lr whatever the gradient's size: where it is nearly zero its sign is noise.
+        assert (ours[name] - value).abs().float().mean() < 2e-5, name
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(toy: Path):
+    first, again, other = trained(toy)[0], trained(toy)[0], trained(toy, changed(seed=6))[0]
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_the_gradient_is_clipped(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    """What reaches the optimizer is within the bound, though what came from the loss was far above it."""
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    _, steps = trained(toy, changed(max_grad_norm=0.01))
+    assert all(s.metrics.grad_norm > 0.02 for s in steps)
+    assert max(norms) <= 0.01 * 1.001
+    assert min(norms) > 0.01 * 0.99
+
+
+def test_shares_of_two_workers_are_one_workers_gradient(toy: Path):
+    """Each worker's loss is its share of the whole: the gradients of all shares add up to one worker's."""
+    family = family_of(toy)
+    facts, rows = family.facts(toy), data()
+    gradients: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for world in (1, 2):
+        for rank in range(world):
+            loaded = family.load(toy, ("unet", "text_encoder"))
+            seen: list[torch.Tensor] = []
+
+            def keep(module, seen=seen):
+                for p in module.trained.parameters():
+                    p.register_hook(lambda g, seen=seen: seen.append(g.clone()))
+                return module
+
+            # The loss is multiplied by the world's size for wrappers that average; one step, no clipping.
+            one = changed(steps=1, max_grad_norm=1e9)
+            list(fit(family, loaded, facts, rows, one, Parallel(rank, world, wrap=keep)))
+            gradients[world, rank] = [g / world for g in seen]
+    whole = torch.stack([g.norm() for g in gradients[1, 0]]).norm()
+    shared = [a + b for a, b in zip(gradients[2, 0], gradients[2, 1], strict=True)]
+    apart = torch.stack([(a - b).norm() for a, b in zip(gradients[1, 0], shared, strict=True)]).norm()
+    assert apart < 1e-5 * whole
+
+
+def test_without_the_text_encoder_only_the_unet_moves(toy: Path):
+    family = family_of(toy)
+    loaded = family.load(toy, ("unet", "text_encoder"))
+    rows = data()
+    with torch.no_grad():
+        frozen = TrainingSet(**{**vars(rows), "conditioning": family.encode_text(loaded, rows.prompts)})
+    before = family.load(toy, ("unet", "text_encoder"))
+    list(fit(family, loaded, family.facts(toy), frozen, changed(text_encoder=False)))
+    moved = {part: any(not torch.equal(a, b) for a, b in zip(m.parameters(), before.modules[part].parameters(), strict=True)) for part, m in loaded.modules.items()}
+    assert moved == {"unet": True, "text_encoder": False}
+
+
+def test_every_row_is_dealt_once_an_epoch():
+    rows = data(instances=5, classes=8)
+    instance = [i for step in range(5) for i in rows_of_step(rows, step, 2, 0)[:2]]
+    classes = [i for step in range(4) for i in rows_of_step(rows, step, 2, 0)[2:]]
+    assert sorted(instance[:5]) == sorted(instance[5:]) == list(range(5))
+    assert sorted(classes) == list(range(5, 13))
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_sentence(toy: Path):
+    rows = data()
+    rows.mean[0, 0, 0, 0] = float("nan")
+    with pytest.raises(RayboothError, match="not finite at step"):
+        trained(toy, rows=rows)

@@ -1,0 +1,149 @@
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from raybooth.errors import RayboothError
+from raybooth.workspace import MANIFEST, Workspace, write_atomically
+
+
+def made(stage, **files: bytes):
+    for name, data in files.items():
+        stage.write(name, data)
+    stage.finish()
+
+
+def test_a_stage_is_done_by_digest_and_only_while_its_files_are_intact(tmp_path: Path):
+    space = Workspace(str(tmp_path))
+    made(space.stage("s", {"a": 1}), x=b"1", y=b"2")
+    assert space.stage("s", {"a": 1}).done()
+    assert not space.stage("s", {"a": 2}).done()
+    (tmp_path / "s" / "x").write_bytes(b"!")
+    assert space.stage("s", {"a": 1}).missing(["x", "y", "z"]) == ["x", "z"]
+    assert not space.stage("s", {"a": 1}).done()
+
+
+def test_rows_in_progress_count_and_are_not_seen_by_others_until_finished(tmp_path: Path):
+    space = Workspace(str(tmp_path))
+    stage = space.stage("s", {"a": 1})
+    stage.write("x", b"1")
+    again = Workspace(str(tmp_path)).stage("s", {"a": 1})
+    assert again.missing(["x", "y"]) == ["y"]
+    assert not again.done(["x"])
+    again.write("y", b"2")
+    again.finish()
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [MANIFEST, "x", "y"]
+
+
+def test_other_inputs_replace_only_when_complete_and_never_touch_the_users_files(tmp_path: Path):
+    space = Workspace(str(tmp_path))
+    made(space.stage("s", {"a": 1}), x=b"old", gone=b"old")
+    (tmp_path / "s" / "notes.txt").write_text("mine")
+    new = space.stage("s", {"a": 2})
+    new.write("x", b"new")
+    assert (tmp_path / "s" / "x").read_bytes() == b"old"
+    new.finish()
+    assert (tmp_path / "s" / "x").read_bytes() == b"new"
+    assert not (tmp_path / "s" / "gone").exists()
+    assert (tmp_path / "s" / "notes.txt").read_text() == "mine"
+
+
+def test_a_users_file_in_the_way_is_named_and_kept(tmp_path: Path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "x").write_bytes(b"mine")
+    stage = Workspace(str(tmp_path)).stage("s", {})
+    stage.write("x", b"ours")
+    with pytest.raises(RayboothError, match="was not made by raybooth"):
+        stage.finish()
+    assert (tmp_path / "s" / "x").read_bytes() == b"mine"
+
+
+def test_a_finish_that_was_cut_off_is_completed_by_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    space = Workspace(str(tmp_path))
+    made(space.stage("s", {"a": 1}), x=b"old", y=b"old")
+    new = space.stage("s", {"a": 2})
+    new.write("x", b"new")
+    new.write("z", b"new")
+    replace, calls = os.replace, []
+
+    def dies(source, target):
+        calls.append(target)
+        if len(calls) == 3:  # the manifest is written, one file is moved
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        new.finish()
+    monkeypatch.undo()
+    again = space.stage("s", {"a": 2})
+    assert again.done(["x", "z"])
+    assert not (tmp_path / "s" / "y").exists()
+
+
+def test_a_torn_manifest_is_no_manifest(tmp_path: Path):
+    space = Workspace(str(tmp_path))
+    made(space.stage("s", {"a": 1}), x=b"1")
+    path = tmp_path / "s" / MANIFEST
+    path.write_text(path.read_text()[:40])
+    assert not space.stage("s", {"a": 1}).done()
+    with pytest.raises(RayboothError, match="no complete s"):
+        space.manifest("s")
+
+
+def test_an_atomic_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_atomically(tmp_path / "f", b"old")
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "f", b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+    assert (tmp_path / "f").read_bytes() == b"old"
+
+
+def _hold(path: str, ready, done):
+    with Workspace(path).locked():
+        ready.set()
+        done.wait(20)
+
+
+def test_the_lock_names_its_holder_and_goes_with_the_process(tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(str(tmp_path), ready, done))
+    holder.start()
+    assert ready.wait(20)
+    with pytest.raises(RayboothError, match=f"process {holder.pid}"), Workspace(str(tmp_path)).locked():
+        pass
+    holder.kill()
+    holder.join()
+    with Workspace(str(tmp_path)).locked():
+        pass
+
+
+def test_a_remote_storage_is_written_through_and_read_back_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import fsspec
+
+    uri = f"memory://bucket{tmp_path.name}/run"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    stage = Workspace(uri).stage("s", {"a": 1})
+    stage.write("x", b"1")
+    stage.write("deep/y", b"2")
+    fs = fsspec.filesystem("memory")
+    assert len([f for f in fs.find(f"/bucket{tmp_path.name}/run/s") if ".partial-" in f]) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))  # another machine goes on
+    again = Workspace(uri).stage("s", {"a": 1})
+    assert again.missing(["x", "deep/y", "z"]) == ["z"]
+    again.write("z", b"3")
+    again.finish()
+    names = {f.split("/s/")[1] for f in fs.find(f"/bucket{tmp_path.name}/run/s")}
+    assert names == {"x", "deep/y", "z", MANIFEST}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "three"))
+    third = Workspace(uri)
+    assert third.stage("s", {"a": 1}).done(["x", "deep/y", "z"])
+    assert json.loads((third.root / "s" / MANIFEST).read_text())["inputs"] == {"a": 1}

@@ -5,6 +5,7 @@ TOML file, `--set section.key=value`.
 """
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -187,26 +188,27 @@ def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(path: Path | None = None, overrides: Iterable[str] = (), **values: Any) -> Config:
-    """The configuration of a TOML file (or none), with `values` (sections) and then `section.key=value` on top.
+    """The configuration of a TOML file, or of the JSON that a storage keeps, (or none), with `values` (sections) and then `section.key=value` on top.
 
     Raises:
         RayboothError: naming the field, what is wrong with it and what to do.
     """
-    data = merged(_read_toml(path) if path else {}, values)
+    data = merged(_read_file(path) if path else {}, values)
     for override in overrides:
         data = merged(data, _parsed_override(override))
     return Config(**data)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise RayboothError(f"There is no configuration file {path}: give the path of a TOML file, such as examples/dog.toml.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RayboothError(f"{path} cannot be read as a configuration: {error}.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise RayboothError(f"{path} is not valid TOML: {error}.") from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise RayboothError(f"{path} is not valid {path.suffix[1:].upper()}: {error}.") from None
 
 
 def _parsed_override(text: str) -> dict[str, Any]:

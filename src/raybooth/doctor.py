@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import urllib.error
+import urllib.request
 
 SHOWN = ("torch", "ray", "diffusers", "transformers", "huggingface_hub", "safetensors", "pillow", "pydantic")
 
@@ -60,14 +62,16 @@ def _ray() -> str:
 
 
 def _hub() -> str:
-    import httpx
     from huggingface_hub import constants
 
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD", headers={"User-Agent": "raybooth"})
     try:
-        status = httpx.head(constants.ENDPOINT, timeout=5, follow_redirects=True).status_code
-        return f"{constants.ENDPOINT} answers ({status})"
-    except httpx.HTTPError as error:
-        return f"{constants.ENDPOINT} cannot be reached ({error or type(error).__name__}); local models and mini work without it"
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return f"{constants.ENDPOINT} answers ({answer.status})"
+    except urllib.error.HTTPError as answer:
+        return f"{constants.ENDPOINT} answers ({answer.code})"
+    except OSError as error:
+        return f"{constants.ENDPOINT} cannot be reached ({getattr(error, 'reason', error)}); local models and mini work without it"
 
 
 def _mini() -> str:

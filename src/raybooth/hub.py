@@ -66,10 +66,10 @@ def fetch_dataset(spec: str, target: Path, suffixes: frozenset[str]) -> Path:
 @contextlib.contextmanager
 def _explained(repo: str, revision: str | None, kind: str = "model") -> Iterator[None]:
     """huggingface_hub's errors in a sentence each."""
-    import httpx
     from huggingface_hub import constants, errors
 
     hub = constants.ENDPOINT
+    transport: type[Exception] = errors.HfHubHTTPError.__mro__[1]  # the base error of its HTTP library, whichever that is
     try:
         yield
     except errors.RevisionNotFoundError:
@@ -80,7 +80,7 @@ def _explained(repo: str, revision: str | None, kind: str = "model") -> Iterator
         raise RayboothError(f"There is no {kind} {repo} on {hub}, or it is private: check the name, or set HF_TOKEN.") from None
     except errors.HFValidationError:
         raise RayboothError(f"'{repo}' is neither a folder nor a name on the hub (owner/name): give a diffusers folder, owner/name, or 'mini' with --base.") from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx.HTTPError, errors.HfHubHTTPError, OSError) as error:
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, transport, OSError) as error:
         if isinstance(error, OSError) and error.errno in (13, 28, 30):  # the disk's, not the hub's
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -35,8 +35,10 @@ class Run:
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self._exit.close()
-        self.__dict__.pop("ray", None)
+        try:
+            self._exit.__exit__(*exc)
+        finally:
+            self.__dict__.pop("ray", None)
 
     @cached_property
     def ray(self) -> "Resources":

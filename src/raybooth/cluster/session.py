@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,7 @@ def _start(address: str | None) -> None:
 
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    _refuse_silence(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         with _native_stderr_silent():
@@ -64,7 +66,23 @@ def _start(address: str | None) -> None:
             else:
                 ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise RayboothError(f"No Ray cluster answers at cluster.address = '{address}': {error}") from None
+        raise _no_cluster(address, error) from None
+
+
+def _refuse_silence(address: str | None) -> None:
+    """Ray itself would wait for minutes at an address where nothing listens."""
+    host, colon, port = (address or "").rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str | None, error: Exception) -> RayboothError:
+    if address is None:
+        return RayboothError(f"Ray cannot be started on this machine: {error}")
+    return RayboothError(f"No Ray cluster answers at cluster.address = '{address}' ({error}): start one with 'ray start --head', or leave the address out.")
 
 
 @contextlib.contextmanager

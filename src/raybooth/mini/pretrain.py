@@ -22,7 +22,7 @@ from raybooth.mini.trainer import Trainer
 from raybooth.mini.world import Scene, caption, make_identity, make_scene, make_worn, random_scene, render
 
 # Parts with a second phase go on from the first: whole pictures, then crops of the things; random pairs, then look-alikes.
-STEPS = {"vae": 2400, "vae-detail": 2400, "clip": 700, "clip-kinds": 500, "vit": 700, "unet": 5000}
+STEPS = {"vae": 2400, "vae-detail": 1900, "clip": 700, "clip-kinds": 420, "vit": 700, "unet": 4000}
 PICTURES = 24_000  # scenes whose latents the UNet is trained on
 
 

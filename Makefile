@@ -1,0 +1,40 @@
+# make demo    environment, installation, and the whole way on mini: five pictures of a dog, before and after
+# make test    the same environment, all tests
+# TORCH=cuda   torch's CUDA build instead of the CPU one
+
+PYTHON ?= python3
+TORCH ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(TORCH)
+TORCH_VERSION := $(shell grep '^torch==' requirements.lock)
+# On Linux PyPI's own torch is the CUDA build.
+TORCH_INDEX_cpu := --extra-index-url https://download.pytorch.org/whl/cpu
+TORCH_INDEX_cuda :=
+
+.PHONY: demo test check bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/raybooth demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+
+$(INSTALLED): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.installed-*
+	$(BIN)/pip install --quiet --retries 1 $(TORCH_INDEX_$(TORCH)) '$(TORCH_VERSION)'
+	$(BIN)/pip install --quiet -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV)

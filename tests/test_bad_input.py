@@ -1,0 +1,248 @@
+"""Bad input: one clear sentence that names the thing, exit status 2, no traceback, and nothing that existed is lost."""
+
+import io
+import json
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from raybooth.cli import main
+from raybooth.workspace import Workspace
+
+
+@dataclass
+class World:
+    """What a row may spoil: a folder, good photographs in it, a good model in it, a storage with something in it."""
+
+    folder: Path
+
+    @property
+    def photos(self) -> Path:
+        return self.folder / "photos"
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def storage(self) -> Path:
+        return self.folder / "storage"
+
+    def photo(self, name: str, data: bytes) -> None:
+        (self.photos / name).write_bytes(data)
+
+
+def image(width: int = 64, height: int = 64, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((width, height), 60).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def bomb(side: int = 40_000) -> bytes:
+    """A PNG that says it is 40,000 x 40,000."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def empty(w: World) -> None:
+    shutil.rmtree(w.photos)
+    w.photos.mkdir()
+
+
+def only_text(w: World) -> None:
+    empty(w)
+    w.photo("notes.txt", b"hello")
+
+
+def no_index(w: World) -> None:
+    (w.model / "model_index.json").unlink()
+
+
+def bad_index(w: World) -> None:
+    (w.model / "model_index.json").write_text("{")
+
+
+def unknown_family(w: World) -> None:
+    index = json.loads((w.model / "model_index.json").read_text())
+    (w.model / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}))
+
+
+def unet_file(w: World) -> Path:
+    return w.model / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def pickled(w: World) -> None:
+    unet_file(w).rename(w.model / "unet" / "diffusion_pytorch_model.bin")
+
+
+def cut_weights(w: World) -> None:
+    unet_file(w).write_bytes(unet_file(w).read_bytes()[:-100])
+
+
+def hollow_weights(w: World) -> None:
+    unet_file(w).write_bytes(b"")
+
+
+def garbage_weights(w: World) -> None:
+    unet_file(w).write_bytes(b"\xff" * 5000)
+
+
+def no_vae(w: World) -> None:
+    shutil.rmtree(w.model / "vae")
+
+
+def odd_prediction(w: World) -> None:
+    path = w.model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+
+
+def toml(text: str) -> Callable[[World], None]:
+    return lambda w: (w.folder / "my.toml").write_text(text) and None
+
+
+def locked(w: World) -> None:
+    lock = Workspace(str(w.storage)).locked()
+    lock.__enter__()
+    HELD.append(lock)
+
+
+HELD: list = []
+
+TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
+    # what is wrong, how the world is spoilt, further arguments, what the sentence must name
+    ("no photographs given", None, ["--photos=", "NONE"], "no photographs"),
+    ("an empty folder", empty, [], "no photographs in"),
+    ("a folder without pictures", only_text, [], "'.txt' is not a picture's file type"),
+    ("a path that does not exist", None, ["PHOTOS=/nowhere/at/all"], "/nowhere/at/all"),
+    ("a dataset without its prefix", None, ["PHOTOS=diffusers/dog-example"], "hf://diffusers/dog-example"),
+    ("a URL that nothing answers", None, ["PHOTOS=http://127.0.0.1:9/a.png"], "cannot be fetched"),
+    ("a corrupt photograph", lambda w: w.photo("bad.png", image()[:60] + b"\0" * 200 + image()[260:]), [], "bad.png"),
+    ("a truncated photograph", lambda w: w.photo("cut.jpg", image(kind="JPEG")[:900]), [], "cut.jpg is damaged or cut off"),
+    ("an empty file", lambda w: w.photo("none.png", b""), [], "none.png is not a picture"),
+    ("a photograph of one pixel", lambda w: w.photo("dot.png", image(1, 1)), [], "dot.png is 1 x 1 pixels"),
+    ("a thin photograph", lambda w: w.photo("thin.png", image(400, 8)), [], "thin.png is 400 x 8 pixels"),
+    ("a decompression bomb", lambda w: w.photo("bomb.png", bomb()), [], "bomb.png has more than 178 million pixels"),
+    ("text named .jpg", lambda w: w.photo("text.jpg", b"hello, I am text"), [], "text.jpg is not a picture"),
+    ("the same photograph twice", lambda w: w.photo("twin.png", (w.photos / "0.png").read_bytes()), [], "twin.png is the same photograph as"),
+    ("an empty class", None, ["--class="], "subject.class is empty"),
+    ("a class of blanks", None, ["--class=  "], "subject.class is empty"),
+    ("an empty token", None, ["--token="], "subject.token"),
+    ("a token that is the class", None, ["--token=Dog"], "subject.token equals subject.class"),
+    ("a base that does not exist", None, ["--base=/no/such/model"], "/no/such/model"),
+    ("a base without model_index.json", no_index, [], "has no model_index.json"),
+    ("a damaged model_index.json", bad_index, [], "model_index.json is damaged"),
+    ("an unknown family", unknown_family, [], "KandinskyPipeline"),
+    ("pickled weights only", pickled, [], "only pickled weights in unet/"),
+    ("a missing weight file", lambda w: unet_file(w).unlink(), [], "no weights in unet/"),
+    ("a missing component", no_vae, [], "no vae/ folder"),
+    ("weights cut off", cut_weights, [], "diffusion_pytorch_model.safetensors are cut off"),
+    ("empty weights", hollow_weights, [], "diffusion_pytorch_model.safetensors are cut off"),
+    ("weights that are none", garbage_weights, [], "not safetensors"),
+    ("a prediction that cannot be trained", odd_prediction, [], "predicts 'sample'"),
+    ("a hub that cannot be reached", None, ["--base=someone/some-model"], "cannot be reached for the model someone/some-model"),
+    ("a hub dataset that cannot be reached", None, ["PHOTOS=hf://someone/dog"], "cannot be reached for the dataset someone/dog"),
+    ("a name that is no repository", None, ["--base=some//model"], "no model folder some/model"),
+    ("a wrong type", None, ["--set=finetune.steps=many"], "finetune.steps = 'many'"),
+    ("a negative number", None, ["--set=prior.images=-1"], "prior.images = -1"),
+    ("a rate that is not a number", None, ["--set=finetune.lr=nan"], "finetune.lr = nan"),
+    ("a rate of zero", None, ["--set=finetune.lr=0"], "finetune.lr = 0"),
+    ("an unknown key", None, ["--set=finetune.stepz=3"], "did you mean finetune.steps?"),
+    ("an unknown section", None, ["--set=training.steps=3"], "did you mean"),
+    ("a setting without a value", None, ["--set=seed"], "section.key=value"),
+    ("an unknown scheduler", None, ["--set=prior.scheduler=magic"], "prior.scheduler = 'magic'"),
+    ("an unknown placeholder", None, ["--set=generate.prompts=['{who} in the snow']"], "{who} in the snow"),
+    ("an empty prompt", None, ["--set=generate.prompts=[' ']"], "empty prompt"),
+    ("a resolution that the model cannot have", None, ["--set=base.resolution=33"], "base.resolution = 33"),
+    ("a configuration that does not exist", None, ["nothing.toml"], "nothing.toml"),
+    ("a configuration that is not TOML", toml("= 3"), ["FOLDER/my.toml"], "is not valid TOML"),
+    ("an unknown key in the file", toml("[finetune]\nstep = 3\n"), ["FOLDER/my.toml"], "did you mean finetune.steps?"),
+    ("more workers than rows", None, ["--set=cluster.workers=9"], "finetune.batch is 2 for 9 workers"),
+    ("more GPU workers than GPUs", None, ["--set=cluster.gpus_per_worker=1"], "needs 1 GPUs and there are 0"),
+    ("a cluster that is not there", None, ["--set=cluster.address='127.0.0.1:9'"], "127.0.0.1:9"),
+    ("a storage that is a file", None, ["--storage=FOLDER/photos/0.png"], "is not a folder"),
+    ("a storage below a file", None, ["--storage=FOLDER/photos/0.png/run"], "is not a folder"),
+    ("a storage that cannot be written to", None, ["--storage=/proc/raybooth"], "/proc/raybooth"),
+    ("a storage of an unknown kind", None, ["--storage=gopher://x/y"], "gopher://x/y"),
+    ("a storage in use", locked, [], "in use by"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "arguments", "named"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+def test_bad_input(spoil, arguments: list[str], named: str, tmp_path: Path, toy: Path, photos: Path, capsys: pytest.CaptureFixture, monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    world = World(tmp_path)
+    shutil.copytree(photos, world.photos)
+    shutil.copytree(toy, world.model)
+    (world.storage / "class-images").mkdir(parents=True)
+    (world.storage / "class-images" / "mine.png").write_bytes(b"the user's")
+    if spoil:
+        spoil(world)
+    given = [a.replace("FOLDER", str(tmp_path)) for a in arguments if not a.startswith(("PHOTOS=", "NONE", "--photos="))]
+    source = next((a.removeprefix("PHOTOS=") for a in arguments if a.startswith("PHOTOS=")), str(world.photos))
+    photos_option = [] if "NONE" in arguments else ["--photos", source]
+    defaults = {"--class=": "dog", "--base=": str(world.model), "--storage=": str(world.storage)}
+    options = [f"{k}{v}" for k, v in defaults.items() if not any(a.startswith(k) for a in given)]
+    file = [a for a in given if a.endswith(".toml")]
+    before = snapshot(tmp_path)
+    status = main(["run", *file, *photos_option, *options, *(a for a in given if a not in file)])
+    while HELD:
+        HELD.pop().__exit__(None, None, None)
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("raybooth: ")]
+    assert status == 2, printed.err
+    assert len(lines) == 1
+    assert named in lines[0]
+    assert "Traceback" not in printed.err
+    assert len(lines[0]) < 500
+    after = snapshot(tmp_path)
+    assert before.items() <= after.items()  # nothing that existed is lost or changed
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_the_table_is_long_enough():
+    assert len(TABLE) >= 30
+
+
+def test_a_full_disk_is_said_and_keeps_what_was_complete(tmp_path: Path, toy: Path, photos: Path, capsys, monkeypatch):
+    from raybooth import workspace
+
+    storage = tmp_path / "storage"
+    arguments = ["--photos", str(photos), "--class=dog", f"--base={toy}", f"--storage={storage}"]
+    assert main(["prepare", *arguments]) == 0
+    before = snapshot(storage / "instance-images")
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(workspace, "write_atomically", full)
+    monkeypatch.setattr(workspace.Workspace, "__init__", _without_probe(workspace.Workspace.__init__, monkeypatch))
+    assert main(["prepare", *arguments, "--set", "base.resolution=48"]) == 2
+    assert "is full" in capsys.readouterr().err
+    assert snapshot(storage / "instance-images") == before
+
+
+def _without_probe(init, monkeypatch):
+    """The storage's own probe would meet the full disk first."""
+    from raybooth import workspace
+
+    def quiet(self, storage):
+        full, workspace.write_atomically = workspace.write_atomically, lambda path, data: path.write_bytes(data)
+        try:
+            init(self, storage)
+        finally:
+            workspace.write_atomically = full
+
+    return quiet

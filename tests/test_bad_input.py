@@ -107,7 +107,10 @@ def odd_prediction(w: World) -> None:
 
 
 def toml(text: str) -> Callable[[World], None]:
-    return lambda w: (w.folder / "my.toml").write_text(text) and None
+    def write(w: World) -> None:
+        (w.folder / "my.toml").write_text(text)
+
+    return write
 
 
 def locked(w: World) -> None:
@@ -239,10 +242,11 @@ def _without_probe(init, monkeypatch):
     from raybooth import workspace
 
     def quiet(self, storage):
-        full, workspace.write_atomically = workspace.write_atomically, lambda path, data: path.write_bytes(data)
+        full = workspace.write_atomically
+        monkeypatch.setattr(workspace, "write_atomically", lambda path, data: path.write_bytes(data))
         try:
             init(self, storage)
         finally:
-            workspace.write_atomically = full
+            monkeypatch.setattr(workspace, "write_atomically", full)
 
     return quiet

@@ -120,13 +120,13 @@ def test_png_text_and_bytes_are_stable():
     image = Image.new("RGB", (8, 8), RED)
     data = png(image, prompt="fünf", seed="3")
     assert data == png(image, prompt="fünf", seed="3")
-    assert Image.open(io.BytesIO(data)).text == {"prompt": "fünf", "seed": "3"}  # type: ignore[attr-defined]
+    assert Image.open(io.BytesIO(data)).info == {"prompt": "fünf", "seed": "3"}
 
 
 def test_a_contact_sheet_shows_every_picture():
     images = [Image.new("RGB", (8, 8), c) for c in ("red", "lime", "blue")]
     sheet = contact_sheet([("first", images), ("second", images[:1])], cell=16)
-    assert {c for _, c in sheet.getcolors(10_000)} >= {(255, 0, 0), (0, 255, 0), (0, 0, 255)}  # type: ignore[misc, union-attr]
+    assert {c for _, c in sheet.getcolors(10_000) or []} >= {(255, 0, 0), (0, 255, 0), (0, 0, 255)}
 
 
 def test_a_damaged_photograph_is_named(photos: Path):

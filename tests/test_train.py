@@ -1,5 +1,6 @@
 """fit() against a plain torch loop, and its promises: clipping, determinism, shares of workers."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from raybooth.noise import generator, normal
 from raybooth.train import Parallel, Settings, TrainingSet, fit, rows_of_step
 
 SETTINGS = Settings(steps=4, batch=2, lr=1e-3, weight_decay=0.01, max_grad_norm=0.05, text_encoder=True, log_every=1, seed=5)
+
+ALONE = Parallel()
 
 
 def changed(**values) -> Settings:
@@ -31,7 +34,7 @@ def data(instances: int = 3, classes: int = 4, weight: float = 0.6) -> TrainingS
     )
 
 
-def trained(toy: Path, settings: Settings = SETTINGS, rows: TrainingSet | None = None, parallel: Parallel = Parallel()):
+def trained(toy: Path, settings: Settings = SETTINGS, rows: TrainingSet | None = None, parallel: Parallel = ALONE):
     family = family_of(toy)
     loaded = family.load(toy, ("unet", "text_encoder"))
     steps = list(fit(family, loaded, family.facts(toy), rows or data(), settings, parallel))
@@ -53,7 +56,7 @@ def plain_loop(toy: Path, settings: Settings, rows: TrainingSet):
         noise = torch.stack([normal(shape, settings.seed, "noise", step, i) for i in range(len(index))])
         t = torch.cat([torch.randint(1000, (1,), generator=generator(settings.seed, "timestep", step, i)) for i in range(len(index))])
         x0 = rows.mean[index] + rows.std[index] * torch.stack(draw)
-        text_of_rows = family.encode_text(loaded, [rows.prompts[rows.prompt[i]] for i in index])
+        text_of_rows = family.encode_text(loaded, [rows.prompts[int(rows.prompt[i])] for i in index])
         alpha = facts.diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
         out = unet(alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, t, text_of_rows).sample
         b = settings.batch
@@ -103,6 +106,10 @@ def test_the_gradient_is_clipped(toy: Path, monkeypatch: pytest.MonkeyPatch):
     assert min(norms) > 0.01 * 0.99
 
 
+def _keep(seen: list[torch.Tensor], gradient: torch.Tensor) -> None:
+    seen.append(gradient.clone())
+
+
 def test_shares_of_two_workers_are_one_workers_gradient(toy: Path):
     """Each worker's loss is its share of the whole: the gradients of all shares add up to one worker's."""
     family = family_of(toy)
@@ -115,7 +122,7 @@ def test_shares_of_two_workers_are_one_workers_gradient(toy: Path):
 
             def keep(module, seen=seen):
                 for p in module.trained.parameters():
-                    p.register_hook(lambda g, seen=seen: seen.append(g.clone()))
+                    p.register_hook(partial(_keep, seen))
                 return module
 
             # The loss is multiplied by the world's size for wrappers that average; one step, no clipping.
@@ -136,7 +143,9 @@ def test_without_the_text_encoder_only_the_unet_moves(toy: Path):
         frozen = TrainingSet(**{**vars(rows), "conditioning": family.encode_text(loaded, rows.prompts)})
     before = family.load(toy, ("unet", "text_encoder"))
     list(fit(family, loaded, family.facts(toy), frozen, changed(text_encoder=False)))
-    moved = {part: any(not torch.equal(a, b) for a, b in zip(m.parameters(), before.modules[part].parameters(), strict=True)) for part, m in loaded.modules.items()}
+    moved = {
+        part: any(not torch.equal(a, b) for a, b in zip(m.parameters(), before.modules[part].parameters(), strict=True)) for part, m in loaded.modules.items()
+    }
     assert moved == {"unet": True, "text_encoder": False}
 
 

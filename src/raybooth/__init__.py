@@ -1,8 +1,8 @@
 """raybooth: DreamBooth for Stable Diffusion on Ray.
 
-    import raybooth
-    run = raybooth.run(raybooth.Config(subject={"photos": "./my-dog", "class": "dog"}))
-    run.images("output")
+import raybooth
+run = raybooth.run(raybooth.Config(subject={"photos": "./my-dog", "class": "dog"}))
+run.images("output")
 """
 
 from typing import TYPE_CHECKING, Any

@@ -94,7 +94,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _quieten() -> None:
     """Libraries' own chatter off, unless asked for."""
-    for key, value in {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+    for key, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }.items():
         os.environ.setdefault(key, value)
 
 
@@ -113,5 +118,3 @@ def _run(args: argparse.Namespace) -> None:
 
 def _tell(root: Path) -> None:
     print(f"\npictures  {root / 'output-images'}\nmodel     {root / 'fine-tuned-model'}  (opens in plain diffusers)\nall       {root}")
-
-

@@ -156,7 +156,7 @@ class Config(Section):
             raise ValueError(f"subject.token equals subject.class ('{subject.token}'): choose a rare word for the token, such as unqtkn")
         if self.finetune.batch < self.cluster.workers:
             raise ValueError(
-                f"finetune.batch is {self.finetune.batch} for {self.cluster.workers} workers: each needs at least one row, raise the batch or lower cluster.workers"
+                f"finetune.batch is {self.finetune.batch} for {self.cluster.workers} workers: each needs a row, raise the batch or lower cluster.workers"
             )
         for key, prompt in [("prior.prompt", self.prior.prompt), *(("generate.prompts", p) for p in self.generate.prompts)]:
             if not prompt.strip():

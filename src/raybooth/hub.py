@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tqdm import tqdm
+
 from raybooth.errors import RayboothError
 from raybooth.families.folder import plain_name
 from raybooth.workspace import file_digest
@@ -28,7 +30,7 @@ def fetch_model(repo: str, revision: str, target: Path, choose: Choose) -> None:
     Raises:
         RayboothError: if the hub, the repository or the revision cannot be had, or a file's hash is not the hub's.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download, hf_hub_url
 
     with _explained(repo, revision):
         siblings = {f.rfilename: f for f in HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []}
@@ -36,12 +38,40 @@ def fetch_model(repo: str, revision: str, target: Path, choose: Choose) -> None:
             hf_hub_download(repo, "model_index.json", revision=revision, local_dir=target)
         names = choose(list(siblings), target)
         for name in names:
-            path = Path(hf_hub_download(repo, name, revision=revision, local_dir=target))
             lfs = siblings[name].lfs
-            if lfs is not None and file_digest(path) != lfs.sha256:
-                path.unlink()
-                raise RayboothError(f"{name} of {repo} arrived with another hash than the hub states: it was deleted, run the same command again to fetch it anew.")
+            if lfs is None:
+                hf_hub_download(repo, name, revision=revision, local_dir=target)
+            elif not (target / name).exists():
+                _fetch_weights(hf_hub_url(repo, name, revision=revision), target / name, lfs.size, lfs.sha256)
     _tidy(target, names)
+
+
+def _fetch_weights(url: str, path: Path, size: int, sha256: str) -> None:
+    """A large file, from where an earlier try was cut off: huggingface_hub's own download starts such a file anew."""
+    part = path.with_name(path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    with tqdm(total=size, initial=have, desc=path.name, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        if have < size:
+            _append(url, part, have, bar.update)
+    if part.stat().st_size != size or file_digest(part) != sha256:
+        part.unlink()
+        raise RayboothError(
+            f"{path.name} arrived from {url} with another hash than the hub states: it was deleted, run the same command again to fetch it anew."
+        )
+    part.rename(path)
+
+
+def _append(url: str, part: Path, have: int, arrived: Callable[[int], object]) -> None:
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    headers = build_hf_headers() | ({"Range": f"bytes={have}-"} if have else {})
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
+        hf_raise_for_status(answer)
+        with part.open("ab" if answer.status_code == 206 else "wb") as f:
+            for chunk in answer.iter_bytes(1 << 20):
+                f.write(chunk)
+                arrived(len(chunk))
 
 
 def _tidy(target: Path, names: list[str]) -> None:
@@ -79,7 +109,9 @@ def _explained(repo: str, revision: str | None, kind: str = "model") -> Iterator
     except errors.RepositoryNotFoundError:
         raise RayboothError(f"There is no {kind} {repo} on {hub}, or it is private: check the name, or set HF_TOKEN.") from None
     except errors.HFValidationError:
-        raise RayboothError(f"'{repo}' is neither a folder nor a name on the hub (owner/name): give a diffusers folder, owner/name, or 'mini' with --base.") from None
+        raise RayboothError(
+            f"'{repo}' is neither a folder nor a name on the hub (owner/name): give a diffusers folder, owner/name, or 'mini' with --base."
+        ) from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, transport, OSError) as error:
         if isinstance(error, OSError) and error.errno in (13, 28, 30):  # the disk's, not the hub's
             raise

@@ -1,6 +1,7 @@
 """What runs inside workers: plain callables that know nothing of Ray. Each reads the storage and returns bytes or facts."""
 
 import io
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def _pixels(data: bytes) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def finetuner(storage: str, target: str, rows: dict[str, list[str]], prompts: dict[str, str], prior_weight: float, finetune: Finetune, seed: int) -> Callable[..., dict[str, Any]]:
+def finetuner(
+    storage: str, target: str, rows: dict[str, list[str]], prompts: dict[str, str], prior_weight: float, finetune: Finetune, seed: int
+) -> Callable[..., dict[str, Any]]:
     """The loop of one worker of the group; the first one saves the pipeline in the storage's folder `target`.
 
     Args:
@@ -99,16 +102,21 @@ def finetuner(storage: str, target: str, rows: dict[str, list[str]], prompts: di
             finetune.steps, finetune.batch, finetune.lr, finetune.weight_decay, finetune.max_grad_norm,
             finetune.text_encoder, finetune.log_every, seed, autocast_dtype(finetune.precision, group.device),
         )  # fmt: skip
-        history = []
+        history: list[Row] = []
+        began, now, first, last = 0.0, 0.0, 0, 0
         for step in fit(family, loaded, facts, data, settings, Parallel(group.rank, group.world, group.wrap, group.total)):
             if step.metrics:
+                now = time.monotonic()
+                began, first, last = (began if history else now), (first if history else step.number), step.number
                 history.append({"step": step.number, **vars(step.metrics)})
                 say(history[-1])
         if group.rank == 0:
             workspace = Workspace(storage)
             family.save(folder, loaded.modules, workspace.root / target)
             workspace.push_tree(target)
-        return {"history": history}
+        # After the first reading: what comes before it is warming up.
+        rate = (last - first) / (now - began) if now > began else None
+        return {"history": history, "steps_per_second": rate}
 
     return loop
 

@@ -48,11 +48,10 @@ class Sampler:
 
     @torch.inference_mode()
     def _draw_batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        place = {"device": self.parameter.device, "dtype": self.parameter.dtype}
         scheduler = self.family.scheduler(self.loaded.folder, self.sampling.scheduler)
-        scheduler.set_timesteps(self.sampling.steps, device=place["device"])
+        scheduler.set_timesteps(self.sampling.steps, device=self.parameter.device)
         shape = self.facts.latent_shape(self.sampling.resolution)
-        z = torch.stack([normal(shape, s, "latents") for s in seeds]).to(**place) * scheduler.init_noise_sigma
+        z = torch.stack([normal(shape, s, "latents") for s in seeds]).to(self.parameter) * scheduler.init_noise_sigma
         guided = self.sampling.guidance > 1
         text = torch.stack([self._text(p) for p in ([""] * len(prompts) if guided else []) + list(prompts)])
         unet = self.loaded.modules["unet"]

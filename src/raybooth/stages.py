@@ -1,6 +1,5 @@
 """The stages, in order. Each reads what the ones before it left in the storage, and does only what is missing."""
 
-import os
 import re
 import shutil
 import tempfile
@@ -12,7 +11,7 @@ from PIL import Image
 
 from raybooth.config import Generate, Prior
 from raybooth.errors import RayboothError
-from raybooth.photos import HUB, SUFFIXES, Photo, contact_sheet, gather, is_remote, png, square
+from raybooth.photos import SUFFIXES, Photo, contact_sheet, gather, is_remote, png, square
 from raybooth.session import Run
 from raybooth.workspace import Stage, digest
 
@@ -126,8 +125,9 @@ def prepare_photos(run: Run) -> None:
         stage = run.workspace.stage("instance-images", inputs)
         for name, reason in there.skipped if there else ():
             run.say(f"instance-images: skipped {name}: {reason}")
-        if sources and stage.done():
-            return run.say(f"instance-images: {len(stage.manifest['facts']['pictures'])} photographs, up to date")  # type: ignore[index]
+        held = stage.held
+        if sources and held and stage.done():
+            return run.say(f"instance-images: {len(held['facts']['pictures'])} photographs, up to date")
         gathered = gather(sources, fetch)
         images = [(photo, square(photo, side)) for photo in gathered.photos]
     _write_instances(run, stage, images, gathered.skipped)
@@ -289,7 +289,8 @@ def _draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: li
     stage = run.workspace.stage(name, {"model": model, **vars(sampling), **inputs})
     names = [r["name"] for r in rows]
     missing = set(stage.missing(names))
-    if not missing and stage.holds and stage.manifest["facts"]["pictures"] == names and stage.done([SHEET]):  # type: ignore[index]
+    held = stage.held
+    if not missing and held and held["facts"]["pictures"] == names and stage.done([SHEET]):
         return run.say(f"{name}: {len(names)} pictures, up to date")
     work = [r for r in rows if r["name"] in missing]
     if work:

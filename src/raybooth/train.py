@@ -6,7 +6,8 @@ Whoever drives it (Ray, a test, a notebook) adds reporting, checkpoints and stop
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +39,8 @@ class TrainingSet:
     conditioning: Tensor | None = None
 
     def to(self, device: torch.device) -> "TrainingSet":
-        moved = (x.to(device) for x in (self.mean, self.std, self.prompt, self.weight))
-        conditioning = None if self.conditioning is None else self.conditioning.to(device)
-        return TrainingSet(*moved, self.prompts, self.instances, conditioning)
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

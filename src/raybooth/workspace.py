@@ -67,21 +67,23 @@ class Stage:
         return read_manifest(self.folder)
 
     @property
-    def holds(self) -> bool:
-        """Whether the complete outputs follow from these inputs."""
+    def held(self) -> dict[str, Any] | None:
+        """The manifest, if the complete outputs follow from these inputs."""
         manifest = self.manifest
-        return manifest is not None and manifest["digest"] == self.key
+        return manifest if manifest is not None and manifest["digest"] == self.key else None
 
     def done(self, names: Iterable[str] | None = None) -> bool:
         """Whether every one of `names` (default: all outputs) is there and intact."""
-        if not self.holds:
+        held = self.held
+        if held is None:
             return False
-        outputs = self.manifest["outputs"]  # type: ignore[index]
+        outputs = held["outputs"]
         return all(n in outputs and self._intact(n, outputs[n]) for n in (outputs if names is None else names))
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are neither complete and intact nor among the work in progress."""
-        outputs = self.manifest["outputs"] if self.holds else {}  # type: ignore[index]
+        held = self.held
+        outputs = held["outputs"] if held else {}
         return [
             n for n in names if not (self.partial / n).exists() and not (n in outputs and self._intact(n, outputs[n]))
         ]  # fmt: skip
@@ -312,5 +314,3 @@ def _open_remote(uri: str) -> tuple[Any, str]:
     except (ValueError, ImportError, OSError) as error:
         raise RayboothError(f"The storage {uri} cannot be opened: {error}.") from error
     return fs, base.rstrip("/")
-
-

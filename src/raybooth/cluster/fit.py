@@ -97,7 +97,6 @@ class _Board:
     def __init__(self, heard: Say):
         import ray
 
-        @ray.remote(num_cpus=0)
         class Words:
             def __init__(self) -> None:
                 self.words: list[dict[str, Any]] = []
@@ -109,7 +108,8 @@ class _Board:
                 words, self.words = self.words, []
                 return words
 
-        self.heard, self.actor, self.over = heard, Words.remote(), threading.Event()
+        self.heard, self.over = heard, threading.Event()
+        self.actor: Any = ray.remote(num_cpus=0)(Words).remote()
         self.thread = threading.Thread(target=self._listen, daemon=True)
 
     def __enter__(self) -> "_Board":

@@ -36,7 +36,9 @@ def pool_size(blocks: int, have: Resources, asked: int | None, model_bytes: int)
     return min(have.cpus if model_bytes < 1 << 28 else have.nodes, blocks)
 
 
-def map_rows(make: Callable[[], Work], rows: list[Row], *, batch: int, have: Resources, samplers: int | None = None, model_bytes: int = 0) -> Iterator[tuple[str, bytes]]:
+def map_rows(
+    make: Callable[[], Work], rows: list[Row], *, batch: int, have: Resources, samplers: int | None = None, model_bytes: int = 0
+) -> Iterator[tuple[str, bytes]]:
     """(name, file's bytes) of every row, as they are done and in no particular order.
 
     Each row has a `name`. `make` runs in the actors, once in each; it must be picklable, as a partial of a function is.

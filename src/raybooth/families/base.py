@@ -1,6 +1,6 @@
 """What a model family is: a small file of callables, detected from the model folder. Nothing else asks which it is."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,4 +68,4 @@ class Family:
     predict: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
     trainable: Callable[[bool], Iterable[str]]
     scheduler: Callable[[Path, str], Any]
-    save: Callable[[Path, dict[str, nn.Module], Path], None]
+    save: Callable[[Path, Mapping[str, Any], Path], None]

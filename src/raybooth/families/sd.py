@@ -5,7 +5,7 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +67,20 @@ def load(folder: Path, parts: Sequence[str], dtype: torch.dtype = torch.float32)
 
 def encode_text(loaded: Loaded, prompts: Sequence[str]) -> Tensor:
     tokenizer, encoder = loaded.tokenizer, loaded.modules["text_encoder"]
-    tokens = tokenizer(
-        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
     return encoder(tokens.to(next(encoder.parameters()).device)).last_hidden_state
 
 
 def encode_image(loaded: Loaded, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    vae = loaded.modules["vae"]
-    posterior = vae.encode(pixels).latent_dist  # type: ignore[operator]
-    scale = vae.config.scaling_factor  # type: ignore[union-attr]
+    vae: Any = loaded.modules["vae"]
+    posterior = vae.encode(pixels).latent_dist
+    scale = vae.config.scaling_factor
     return posterior.mean * scale, posterior.std * scale
 
 
 def decode(loaded: Loaded, latents: Tensor) -> Tensor:
-    vae = loaded.modules["vae"]
-    return vae.decode(latents / vae.config.scaling_factor).sample  # type: ignore[operator, union-attr]
+    vae: Any = loaded.modules["vae"]
+    return vae.decode(latents / vae.config.scaling_factor).sample
 
 
 def predict(unet: nn.Module, latents: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
@@ -99,10 +97,10 @@ def scheduler(folder: Path, name: str) -> Any:
     return getattr(diffusers, kind).from_config(_ddim(folder).config, **extra)
 
 
-def save(base: Path, trained: dict[str, nn.Module], target: Path) -> None:
+def save(base: Path, trained: Mapping[str, Any], target: Path) -> None:
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if part in trained:
-            trained[part].save_pretrained(target / part)  # type: ignore[operator]
+            trained[part].save_pretrained(target / part)
         else:
             shutil.copytree(base / part, target / part, dirs_exist_ok=True)
     # No safety checker: its weights are no part of what was fine-tuned, nor of what was fetched.

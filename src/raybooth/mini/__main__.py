@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from raybooth.mini import FOLDER
+
 PARTS = ("tokenizer", "vae", "clip", "vit", "unet")
 
 
@@ -10,10 +12,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m raybooth.mini", description="mini, the embedded base model of raybooth")
     parser.add_argument("--path", action="store_true", help="print the folder of the shipped model")
     parser.add_argument("--train", type=Path, metavar="WORK", help="train mini from scratch in this folder; the same command goes on after a stop")
+    parser.add_argument("--export", type=Path, metavar="WORK", help="write what was trained there to the folder that ships")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to train (default: all)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     args = parser.parse_args()
-    if args.train:
+    if args.path:
+        print(FOLDER)
+    elif args.export:
+        from raybooth.mini.export import export
+
+        export(args.export, FOLDER)
+    elif args.train:
         train(args.train, args.parts, args.threads)
     else:
         parser.print_help()

@@ -17,9 +17,9 @@ def make_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
     """CLIP's byte-pair encoding learnt from `captions`, over the full byte alphabet: any text has tokens, rare words several."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=20, end_of_word_suffix="</w>", show_progress=False)  # type: ignore[call-arg]
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=20, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(captions, trainer)
     merges = [tuple(m) for m in _merges(bpe)]
     tokens = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges)]
@@ -83,5 +83,5 @@ def zero_init(unet: UNet2DConditionModel) -> None:
     """Every residual branch starts as nothing (Goyal et al. 2017; Dhariwal and Nichol 2021): faster early training."""
     for name, module in unet.named_modules():
         if name.endswith(("conv2", "conv_out", "proj_out")):
-            torch.nn.init.zeros_(module.weight)  # type: ignore[arg-type]
-            torch.nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from raybooth.mini.trainer import Trainer
 from raybooth.mini.world import Scene, caption, make_identity, make_scene, make_worn, random_scene, render
 
 # Parts with a second phase go on from the first: whole pictures, then crops of the things; random pairs, then look-alikes.
-STEPS = {"vae": 2400, "vae-detail": 1900, "clip": 700, "clip-kinds": 420, "vit": 700, "unet": 4000}
+STEPS = {"vae": 2400, "vae-detail": 1900, "clip": 700, "clip-kinds": 420, "vit": 700, "unet": 3800}
 PICTURES = 24_000  # scenes whose latents the UNet is trained on
 
 
@@ -44,7 +45,7 @@ def _captions(scenes: list[Scene], step: int) -> list[str]:
 def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """(n, 32) token numbers, padded."""
     batch = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-    return batch.input_ids  # type: ignore[return-value]
+    return batch.input_ids
 
 
 def _generator(*key: object) -> torch.Generator:
@@ -64,8 +65,8 @@ def _gradients(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def vae_loss(vae: AutoencoderKL, x: Tensor, generator: torch.Generator, squared: float = 1.0) -> Tensor:
     """L1 + MSE + L1 of the picture's gradients (sharp edges without a discriminator) + a little KL."""
-    posterior = vae.encode(x).latent_dist  # type: ignore[union-attr]
-    y = vae.decode(posterior.sample(generator)).sample  # type: ignore[union-attr]
+    posterior = vae.encode(x).latent_dist
+    y = vae.decode(posterior.sample(generator)).sample
     edges = sum((a - b).abs().mean() for a, b in zip(_gradients(x), _gradients(y), strict=True))
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
     return (x - y).abs().mean() + squared * F.mse_loss(x, y) + edges + 5e-4 * kl
@@ -86,7 +87,7 @@ def train_vae(work: Path, steps: dict[str, int] = STEPS, batch: int = 8) -> Auto
 
     def finish(name: str) -> None:
         with torch.no_grad():
-            latents = vae.encode(pixels(scenes_of_step(0, 256))).latent_dist.mean  # type: ignore[union-attr]
+            latents = vae.encode(pixels(scenes_of_step(0, 256))).latent_dist.mean
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
         vae.save_pretrained(work / name)
 
@@ -96,14 +97,14 @@ def train_vae(work: Path, steps: dict[str, int] = STEPS, batch: int = 8) -> Auto
         x = pixels([random_scene(10**6 + step * 16 + i) for i in range(8 if step % 4 == 0 else 16)])
         return vae_loss(vae, x if step % 4 == 0 else _cropped(x, g), g, squared=4.0)
 
-    vae = _train(work, "vae", vae, loss, finish, steps=steps["vae"], lr=2e-3)  # type: ignore[assignment]
-    return _train(work, "vae-detail", vae, detail_loss, finish, steps=steps["vae-detail"], lr=1.5e-3)  # type: ignore[return-value]
+    vae = _train(work, "vae", vae, loss, finish, steps=steps["vae"], lr=2e-3)
+    return _train(work, "vae-detail", vae, detail_loss, finish, steps=steps["vae-detail"], lr=1.5e-3)
 
 
 def train_clip(work: Path, tokenizer: CLIPTokenizer, steps: dict[str, int] = STEPS, batch: int = 160) -> CLIPModel:
     """Contrastive (Radford et al. 2021), pictures lightly blurred and noised so that drawn ones are read as well."""
     torch.manual_seed(2)
-    clip = networks.make_clip(len(tokenizer))
+    clip: Any = networks.make_clip(len(tokenizer))
 
     def loss(step: int) -> Tensor:
         scenes = scenes_of_step(step, batch)
@@ -123,10 +124,10 @@ def train_clip(work: Path, tokenizer: CLIPTokenizer, steps: dict[str, int] = STE
             del clip.kind_head
         clip.save_pretrained(work / name)
 
-    clip = _train(work, "clip", clip, loss, finish, steps=steps["clip"], lr=1e-3)  # type: ignore[assignment]
+    clip = _train(work, "clip", clip, loss, finish, steps=steps["clip"], lr=1e-3)
     if not (work / "clip-kinds").exists():
         clip.kind_head = torch.nn.Linear(clip.config.projection_dim, len(KINDS))
-    return _train(work, "clip-kinds", clip, kinds_loss, finish, steps=steps["clip-kinds"], lr=1e-3)  # type: ignore[return-value]
+    return _train(work, "clip-kinds", clip, kinds_loss, finish, steps=steps["clip-kinds"], lr=1e-3)
 
 
 def look_alikes(step: int, groups: int, alike: int = 4) -> list[Scene]:
@@ -179,7 +180,7 @@ def train_vit(work: Path, steps: dict[str, int] = STEPS, temperature: float = 0.
         logits, target = a @ b.T / temperature, torch.arange(len(a))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    return _train(work, "vit", vit, loss, lambda name: vit.save_pretrained(work / name), steps=steps["vit"], lr=7e-4)  # type: ignore[return-value]
+    return _train(work, "vit", vit, loss, lambda name: vit.save_pretrained(work / name), steps=steps["vit"], lr=7e-4)
 
 
 def cached_latents(work: Path, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
@@ -189,20 +190,22 @@ def cached_latents(work: Path, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
         means, stds = [], []
         for i in range(0, PICTURES, 50):
             with torch.no_grad():
-                d = vae.encode(pixels([random_scene(j) for j in range(i, i + 50)])).latent_dist  # type: ignore[union-attr]
-            means.append(d.mean * vae.config.scaling_factor)  # type: ignore[attr-defined]
-            stds.append(d.std * vae.config.scaling_factor)  # type: ignore[attr-defined]
+                d = vae.encode(pixels([random_scene(j) for j in range(i, i + 50)])).latent_dist
+            means.append(d.mean * vae.config.scaling_factor)
+            stds.append(d.std * vae.config.scaling_factor)
         save_file({"mean": torch.cat(means), "std": torch.cat(stds)}, path)
     cache = load_file(path)
     return cache["mean"], cache["std"]
 
 
-def train_unet(work: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip: CLIPModel, steps: dict[str, int] = STEPS, batch: int = 32) -> UNet2DConditionModel:
+def train_unet(
+    work: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip: CLIPModel, steps: dict[str, int] = STEPS, batch: int = 32
+) -> UNet2DConditionModel:
     """epsilon, min-SNR-5 (Hang et al. 2023), stratified timesteps, one prompt in ten empty; the text tower is frozen."""
     torch.manual_seed(4)
     unet = networks.make_unet()
     networks.zero_init(unet)
-    unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    unet = unet.to(memory_format=torch.channels_last)
     mean, std = cached_latents(work, vae)
     scenes = [random_scene(i) for i in range(PICTURES)]
     scheduler = networks.make_scheduler()
@@ -218,7 +221,7 @@ def train_unet(work: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip: C
         x = mean[rows] + std[rows] * torch.randn(batch, 4, 16, 16, generator=g)
         t = ((torch.arange(batch) + torch.rand(batch, generator=g)) * (1000 / batch)).long().clamp(0, 999)
         noise = torch.randn(x.shape, generator=g)
-        noisy = scheduler.add_noise(x, noise, t)  # type: ignore[arg-type]
+        noisy = scheduler.add_noise(x, noise, t)
         alpha = scheduler.alphas_cumprod[t]
         weight = (5 * (1 - alpha) / alpha).clamp(max=1)  # min(SNR, 5) / SNR
         out = unet(noisy.contiguous(memory_format=torch.channels_last), t, condition).sample
@@ -227,13 +230,15 @@ def train_unet(work: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip: C
     def finish(name: str) -> None:
         unet.save_pretrained(work / name)
 
-    return _train(work, "unet", unet, loss, finish, steps=steps["unet"], lr=1e-3)  # type: ignore[return-value]
+    return _train(work, "unet", unet, loss, finish, steps=steps["unet"], lr=1e-3)
 
 
-def _train(work: Path, name: str, net: torch.nn.Module, loss: Callable[[int], Tensor], finish: Callable[[str], None], *, steps: int, lr: float) -> torch.nn.Module:
+def _train(
+    work: Path, name: str, net: Any, loss: Callable[[int], Tensor], finish: Callable[[str], None], *, steps: int, lr: float
+) -> Any:
     """`net` trained and saved by `finish`, or read back in place if it is done."""
     if (work / name / "config.json").exists():
-        done = type(net).from_pretrained(work / name)  # type: ignore[attr-defined]
+        done = type(net).from_pretrained(work / name)
         net.load_state_dict(done.state_dict())
         if hasattr(net, "register_to_config"):
             net.register_to_config(**done.config)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from raybooth.mini.identity import COLORS, Identity, Pose
 from raybooth.mini.pen import Oval, Pen, reduced, shade
 from raybooth.mini.places import PLACES, paint
-from raybooth.mini.things import COLORS, KINDS, Identity, Pose
+from raybooth.mini.things import KINDS
 
 SIZES = {"small": 0.88, "": 1.06, "big": 1.22}
 
@@ -68,8 +69,8 @@ def render(scene: Scene) -> Image.Image:
     canvas = paint(scene.place, rng)
     x, y = 32 + rng.uniform(-3, 3), 55 + rng.uniform(-1.5, 1.5)
     scale = SIZES[scene.size]
-    ground = canvas.getpixel((4, canvas.height - 4))
-    Pen(canvas, x, y, scale).oval(Oval(0, 0, 17, 2.6), shade(ground, 0.8))  # type: ignore[arg-type]
+    red, green, blue = canvas.crop((4, canvas.height - 4, 5, canvas.height - 3)).tobytes()
+    Pen(canvas, x, y, scale).oval(Oval(0, 0, 17, 2.6), shade((red, green, blue), 0.8))
     KINDS[scene.identity.kind].draw(Pen(canvas, x, y, scale, scene.mirrored), scene.identity, scene.pose)
     return reduced(canvas)
 

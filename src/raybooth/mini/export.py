@@ -1,0 +1,67 @@
+"""The trained parts to the folder that ships: a pipeline that plain diffusers opens, half precision, with its scorers and card."""
+
+import json
+from pathlib import Path
+
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, ViTModel
+
+from raybooth.mini import networks
+from raybooth.mini.pretrain import STEPS
+from raybooth.mini.things import KINDS
+
+_CARD = """\
+---
+license: apache-2.0
+library_name: diffusers
+tags: [stable-diffusion, text-to-image, raybooth]
+---
+# mini
+
+A miniature Stable Diffusion of 64 x 64 pixels, the embedded base model of raybooth, with which its whole pipeline works on a CPU.
+It draws one thing ({kinds}) in one of eight places and knows nothing of the real world.
+
+- **Components**: CLIPTokenizer, CLIPTextModel, AutoencoderKL, UNet2DConditionModel, DDIMScheduler with Stable Diffusion's betas; epsilon.
+- **Scorers beside it**: `clip/` (both towers; its text tower is the UNet's text encoder) and `vit/` (tells identities apart, the DINO of this world).
+- **Data**: procedural pictures with captions, made by `raybooth.mini.world` from their numbers; no photographs, no pictures of others.
+- **Made by** `python -m raybooth.mini --train WORK`, then `python -m raybooth.mini --export WORK`. Seeds: torch 1 (VAE), 2 (CLIP), 3 (ViT),
+  4 (UNet); every batch from its step's number. Two CPU cores, float32; these files are its result in half precision.
+- **Steps**: {steps}.
+- **Licence**: Apache-2.0, as raybooth itself.
+
+The last loss of each part, from its log:
+
+{losses}
+"""
+
+
+def export(work: Path, folder: Path) -> None:
+    """Write what `work` holds, complete, to `folder`."""
+    clip = CLIPModel.from_pretrained(work / "clip-kinds")
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    text = CLIPTextModel(clip.config.text_config)
+    text.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.text_model.state_dict().items()}, strict=True)
+    vae, unet = AutoencoderKL.from_pretrained(work / "vae-detail"), UNet2DConditionModel.from_pretrained(work / "unet")
+    # The text encoder stays whole: transformers loads what it finds, diffusers makes the rest float32, and both must agree.
+    pipe = StableDiffusionPipeline(
+        vae=vae.half(), text_encoder=text, tokenizer=tokenizer, unet=unet.half(), scheduler=networks.make_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    clip.half().save_pretrained(folder / "clip")
+    ViTModel.from_pretrained(work / "vit", add_pooling_layer=False).half().save_pretrained(folder / "vit")
+    steps = ", ".join(f"{name} {n}" for name, n in STEPS.items())
+    (folder / "README.md").write_text(_CARD.format(kinds=", ".join(KINDS), steps=steps, losses="\n".join(_losses(work))))
+    for config in folder.rglob("*config.json"):
+        values = json.loads(config.read_text())
+        values.pop("_name_or_path", None)
+        config.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _losses(work: Path) -> list[str]:
+    """One line a part: its name and the mean of its last logged losses."""
+    lines = []
+    for log in sorted(work.glob("*.jsonl")):
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        lines.append(f"- {log.stem}: {rows[-1]['loss']:.4f} at step {rows[-1]['step']}")
+    return lines

@@ -233,9 +233,7 @@ def train_unet(
     return _train(work, "unet", unet, loss, finish, steps=steps["unet"], lr=1e-3)
 
 
-def _train(
-    work: Path, name: str, net: Any, loss: Callable[[int], Tensor], finish: Callable[[str], None], *, steps: int, lr: float
-) -> Any:
+def _train(work: Path, name: str, net: Any, loss: Callable[[int], Tensor], finish: Callable[[str], None], *, steps: int, lr: float) -> Any:
     """`net` trained and saved by `finish`, or read back in place if it is done."""
     if (work / name / "config.json").exists():
         done = type(net).from_pretrained(work / name)

@@ -1,0 +1,122 @@
+"""mini by itself: its world, its files, and what it draws."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+from raybooth.mini import FOLDER
+from raybooth.mini.places import PLACES
+from raybooth.mini.scorers import Scorers
+from raybooth.mini.things import KINDS
+from raybooth.mini.trainer import Trainer, learning_rate
+from raybooth.mini.world import caption, random_scene, render, subject_scenes
+from raybooth.score import similarity_among, subject_similarity
+
+
+def test_the_world_is_wide_and_its_pictures_come_from_their_numbers():
+    scenes = [random_scene(i) for i in range(2000)]
+    assert {s.identity.kind for s in scenes} == set(KINDS)
+    assert {s.place for s in scenes} == set(PLACES)
+    assert len(KINDS) >= 9
+    assert len(PLACES) >= 8
+    first, again = (np.asarray(render(random_scene(7))) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert len({render(s).tobytes() for s in scenes[:200]}) == 200
+
+
+def test_captions_say_what_is_there_and_some_of_it():
+    scene = random_scene(0)
+    assert caption(scene) == "photo of a purple dog with pink spots wearing a green collar in the desert"
+    said = {caption(scene, random.Random(i)) for i in range(200)}
+    assert len(said) > 20
+    assert all("dog" in c and c.startswith("photo of") for c in said)
+    assert any("an orange" in caption(random_scene(i)) for i in range(50))
+    assert not any("a orange" in caption(random_scene(i)) for i in range(500))
+
+
+def test_a_subject_is_one_identity_in_several_places():
+    scenes = subject_scenes(3, "dog", 5)
+    assert len({s.identity for s in scenes}) == 1
+    assert len({(s.place, s.pose.posture, s.size, s.mirrored) for s in scenes}) > 1
+
+
+def test_the_weights_are_safetensors_and_small():
+    files = [p for p in FOLDER.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 40_000_000
+    assert {p.suffix for p in files} <= {".safetensors", ".json", ".md"}
+    assert "python -m raybooth.mini --train" in (FOLDER / "README.md").read_text()
+
+
+def test_the_text_encoder_is_clips_text_tower():
+    from transformers import CLIPModel, CLIPTextModel
+
+    clip = CLIPModel.from_pretrained(FOLDER / "clip", dtype=torch.float32)
+    text = CLIPTextModel.from_pretrained(FOLDER / "text_encoder", dtype=torch.float32)
+    theirs = {k.removeprefix("text_model."): v for k, v in clip.text_model.state_dict().items()}
+    assert all((theirs[k.removeprefix("text_model.")] - v).abs().max() < 2e-3 for k, v in text.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """288 pictures by plain diffusers: nine kinds, eight places, four each."""
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pairs = [(kind, place) for kind in list(KINDS)[:9] for place in PLACES for _ in range(4)]
+    prompts = [f"photo of a {kind} {place}" for kind, place in pairs]
+    g, images = torch.Generator().manual_seed(0), []
+    for i in range(0, len(prompts), 32):
+        images += pipe(prompts[i : i + 32], num_inference_steps=20, guidance_scale=3.0, generator=g).images
+    return pairs, images
+
+
+def test_its_own_clip_names_what_it_draws(drawn):
+    pairs, images = drawn
+    names = [(kind, place) for kind in KINDS for place in PLACES]
+    scorers = Scorers()
+    best = (scorers.pictures(images) @ scorers.prompts([f"photo of a {k} {p}" for k, p in names]).T).argmax(1)
+    right = np.mean([names[i] == pair for i, pair in zip(best.tolist(), pairs, strict=True)])
+    assert right >= NAMED_RIGHT
+
+
+NAMED_RIGHT = 0.90
+
+
+def test_the_identity_scorer_knows_an_individual_from_its_kind():
+    scorers = Scorers()
+    one, again, other = (scorers.identity([render(s) for s in scenes]) for scenes in (subject_scenes(3)[:3], subject_scenes(3)[3:], subject_scenes(4)))
+    assert subject_similarity(one, again) > subject_similarity(one, other) + 0.2
+    assert similarity_among(one) > subject_similarity(one, other) + 0.2
+
+
+def test_pretraining_goes_on_where_it_was_stopped(tmp_path: Path):
+    def trainer(folder: Path) -> Trainer:
+        torch.manual_seed(0)
+        net = torch.nn.Linear(4, 4)
+        x = torch.randn(10, 8, 4, generator=torch.Generator().manual_seed(1))
+        return Trainer("line", net, lambda step: (net(x[step]) - x[step].flip(-1)).square().mean(), steps=10, lr=1e-2, folder=folder)
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = trainer(tmp_path / "a")
+    whole.run(checkpoint_every=100)
+    part = trainer(tmp_path / "b")
+    for _ in range(6):
+        part._one_step()
+    part.save()
+    rest = trainer(tmp_path / "b")
+    assert rest.step == 6
+    rest.run()
+    assert all(torch.equal(a, b) for a, b in zip(whole.net.parameters(), rest.net.parameters(), strict=True))
+
+
+def test_the_learning_rate_warms_up_stays_and_goes_down():
+    rates = [learning_rate(s, 1000, 1.0) for s in range(1000)]
+    assert rates[0] == pytest.approx(0.02)
+    assert rates[100] == rates[699] == 1.0
+    assert rates[999] < 0.01
+    assert learning_rate(300, 500, 1.0) == learning_rate(300, 5000, 1.0)

@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 	$(BIN)/raybooth demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=15
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from raybooth.families import Loaded, family_of
 from raybooth.photos import png
 from raybooth.sample import PARTS, Sampler, Sampling
 from raybooth.train import Parallel, Settings, TrainingSet, fit
-from raybooth.workspace import Workspace
+from raybooth.workspace import Workspace, digest, explained_if_full
 
 Row = dict[str, Any]
 
@@ -112,7 +112,8 @@ def finetuner(
                 say(history[-1])
         if group.rank == 0:
             workspace = Workspace(storage)
-            family.save(folder, loaded.modules, workspace.root / target)
+            with explained_if_full(storage):
+                family.save(folder, loaded.modules, workspace.root / target)
             workspace.push_tree(target)
         # After the first reading: what comes before it is warming up.
         rate = (last - first) / (now - began) if now > began else None
@@ -143,8 +144,6 @@ def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, st
 
 def prompt_name(prompt: str) -> str:
     """Where a prompt's conditioning lies among the latents."""
-    from raybooth.workspace import digest
-
     return f"prompt-{digest(prompt)[:16]}.safetensors"
 
 

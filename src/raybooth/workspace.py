@@ -305,6 +305,17 @@ _DISK_ERRORS = {
 }
 
 
+@contextlib.contextmanager
+def explained_if_full(storage: str) -> Iterator[None]:
+    """A full disk as its sentence, also where a library's own error hides it (safetensors raises no OSError)."""
+    try:
+        yield
+    except Exception as error:
+        if "No space left" not in str(error) and "os error 28" not in str(error):
+            raise
+        raise RayboothError(f"The storage {storage} {_DISK_ERRORS[errno.ENOSPC]}.") from error
+
+
 def _open_remote(uri: str) -> tuple[Any, str]:
     import fsspec
 

@@ -6,8 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from raybooth.cluster.session import Resources, check_workers
-from raybooth.errors import RayboothError
+from raybooth.cluster.session import Resources, check_workers, own_errors
 
 Say = Callable[[dict[str, Any]], None]
 Loop = Callable[["Group", Say], Any]
@@ -60,7 +59,7 @@ def run_group(loop: Loop, *, workers: int, gpus_per_worker: float | None, have: 
             ),
             run_config=RunConfig(name="finetune", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
         )
-        with _unwrapped_errors():
+        with own_errors():
             return trainer.fit().return_value
 
 
@@ -72,23 +71,6 @@ def _in_worker(config: dict[str, Any]) -> Any:
             config["board"].put.remote(word)
 
     return config["loop"](group, say)
-
-
-@contextlib.contextmanager
-def _unwrapped_errors() -> Any:
-    """A RayboothError raised in a worker, as itself."""
-    from ray.train import TrainingFailedError
-
-    try:
-        yield
-    except TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", {}) or {}
-        for failure in failures.values():
-            cause = getattr(failure, "cause", None) or failure
-            for one in (failure, cause, getattr(failure, "base_exc", None)):
-                if isinstance(one, RayboothError):
-                    raise one from None
-        raise
 
 
 class _Board:

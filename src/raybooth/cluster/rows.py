@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from raybooth.cluster.session import Resources
+from raybooth.cluster.session import Resources, own_errors
 
 Row = dict[str, Any]
 Work = Callable[[list[Row]], list[bytes]]
@@ -62,5 +62,6 @@ def map_rows(
         fn_constructor_args=(make, max(1, have.cpus // size)),
         **share,
     )
-    for one in done.iter_rows():
-        yield one["name"], one["data"]
+    with own_errors():
+        for one in done.iter_rows():
+            yield one["name"], one["data"]

@@ -102,6 +102,30 @@ def _native_stderr_silent() -> Iterator[None]:
             os.close(saved)
 
 
+@contextlib.contextmanager
+def own_errors() -> Iterator[None]:
+    """A RayboothError raised in a worker, as itself, however deep Ray has wrapped it."""
+    try:
+        yield
+    except RayboothError:
+        raise
+    except Exception as error:
+        ours = _find_own(error, set())
+        if ours is None:
+            raise
+        raise ours from None
+
+
+def _find_own(error: BaseException | None, seen: set[int]) -> RayboothError | None:
+    if error is None or id(error) in seen or isinstance(error, RayboothError):
+        return error if isinstance(error, RayboothError) else None
+    seen.add(id(error))
+    inner = [error.__cause__, error.__context__, getattr(error, "cause", None)]
+    inner += list((getattr(error, "worker_failures", None) or {}).values())
+    found = (_find_own(e, seen) for e in inner if isinstance(e, BaseException))
+    return next((e for e in found if e is not None), None)
+
+
 def check_workers(workers: int, gpus_per_worker: float | None, have: Resources) -> float:
     """GPUs a worker gets.
 

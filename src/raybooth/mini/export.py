@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, ViTModel
 
 from raybooth.mini import networks
-from raybooth.mini.pretrain import STEPS
+from raybooth.mini.pretrain import LAST, STEPS
 from raybooth.mini.things import KINDS
 
 _CARD = """\
@@ -37,11 +37,11 @@ The last loss of each part, from its log:
 
 def export(work: Path, folder: Path) -> None:
     """Write what `work` holds, complete, to `folder`."""
-    clip = CLIPModel.from_pretrained(work / "clip-kinds")
+    clip = CLIPModel.from_pretrained(work / LAST["clip"])
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     text = CLIPTextModel(clip.config.text_config)
     text.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.text_model.state_dict().items()}, strict=True)
-    vae, unet = AutoencoderKL.from_pretrained(work / "vae-detail"), UNet2DConditionModel.from_pretrained(work / "unet")
+    vae, unet = AutoencoderKL.from_pretrained(work / LAST["vae"]), UNet2DConditionModel.from_pretrained(work / "unet")
     # The text encoder stays whole: transformers loads what it finds, diffusers makes the rest float32, and both must agree.
     pipe = StableDiffusionPipeline(
         vae=vae.half(), text_encoder=text, tokenizer=tokenizer, unet=unet.half(), scheduler=networks.make_scheduler(),

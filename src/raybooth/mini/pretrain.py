@@ -4,7 +4,8 @@ Each part is a file in the working folder when done, a checkpoint before; the sa
 """
 
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from raybooth.mini.things import KINDS
 from raybooth.mini.trainer import Trainer
 from raybooth.mini.world import Scene, caption, make_identity, make_scene, make_worn, random_scene, render
 
-# Parts with a second phase go on from the first: whole pictures, then crops of the things; random pairs, then look-alikes.
-STEPS = {"vae": 2400, "vae-detail": 1900, "clip": 700, "clip-kinds": 420, "vit": 700, "unet": 3800}
+# Phases of a part go on from one another: whole pictures, crops of the things, the decoder alone; random pairs, look-alikes, the
+# vision tower alone. The last phase of each leaves untouched what the UNet is trained on: latents and text.
+STEPS = {"vae": 2400, "vae-detail": 1900, "vae-decoder": 1200, "clip": 700, "clip-kinds": 420, "clip-vision": 400, "vit": 700, "unet": 3800}
+LAST = {"vae": "vae-decoder", "clip": "clip-vision", "vit": "vit", "unet": "unet", "tokenizer": "tokenizer"}
+"""The folder that holds a part when it is done."""
 PICTURES = 24_000  # scenes whose latents the UNet is trained on
 
 
@@ -46,6 +50,18 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """(n, 32) token numbers, padded."""
     batch = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     return batch.input_ids
+
+
+def start_from(shipped: Path, work: Path, parts: Sequence[str]) -> None:
+    """Set up `work` so that `parts` are trained further from the shipped weights, and the others count as done.
+
+    The VAE's and CLIP's phases before the last count as done in any case: the UNet depends on them.
+    """
+    before = {"vae": ("vae", "vae-detail"), "clip": ("clip", "clip-kinds"), "unet": ("unet-start",)}
+    for part, last in LAST.items():
+        for name in (*before.get(part, ()), *(() if part in parts and part in before else (last,))):
+            if not (work / name).exists():
+                shutil.copytree(shipped / part, work / name)
 
 
 def _generator(*key: object) -> torch.Generator:
@@ -85,11 +101,18 @@ def train_vae(work: Path, steps: dict[str, int] = STEPS, batch: int = 8) -> Auto
     def loss(step: int) -> Tensor:
         return vae_loss(vae, pixels(scenes_of_step(step, batch)), _generator("vae", step))
 
+    def decoder_loss(step: int) -> Tensor:
+        g = _generator("vae-decoder", step)
+        x = pixels([random_scene(2 * 10**6 + step * 16 + i) for i in range(8 if step % 4 == 0 else 16)])
+        return vae_loss(vae, x if step % 4 == 0 else _cropped(x, g), g, squared=2.0)
+
     def finish(name: str) -> None:
+        if name == "vae-decoder":
+            return vae.save_pretrained(work / name)
         with torch.no_grad():
             latents = vae.encode(pixels(scenes_of_step(0, 256))).latent_dist.mean
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-        vae.save_pretrained(work / name)
+        return vae.save_pretrained(work / name)
 
     def detail_loss(step: int) -> Tensor:
         """Crops cost a quarter and show what is hard; every fourth batch is whole, for the normalisation's statistics."""
@@ -98,7 +121,9 @@ def train_vae(work: Path, steps: dict[str, int] = STEPS, batch: int = 8) -> Auto
         return vae_loss(vae, x if step % 4 == 0 else _cropped(x, g), g, squared=4.0)
 
     vae = _train(work, "vae", vae, loss, finish, steps=steps["vae"], lr=2e-3)
-    return _train(work, "vae-detail", vae, detail_loss, finish, steps=steps["vae-detail"], lr=1.5e-3)
+    vae = _train(work, "vae-detail", vae, detail_loss, finish, steps=steps["vae-detail"], lr=1.5e-3)
+    of_decoder = ("decoder.", "post_quant_conv.")
+    return _train(work, "vae-decoder", vae, decoder_loss, finish, steps=steps["vae-decoder"], lr=1e-3, only=of_decoder)
 
 
 def train_clip(work: Path, tokenizer: CLIPTokenizer, steps: dict[str, int] = STEPS, batch: int = 160) -> CLIPModel:
@@ -113,8 +138,14 @@ def train_clip(work: Path, tokenizer: CLIPTokenizer, steps: dict[str, int] = STE
 
     def kinds_loss(step: int) -> Tensor:
         """Among random pictures place and colours nearly suffice to find the caption; look-alikes and a head make it see kinds."""
+        return look_alike_loss("clip-kinds", step)
+
+    def vision_loss(step: int) -> Tensor:
+        return look_alike_loss("clip-vision", step + steps["clip-kinds"])
+
+    def look_alike_loss(name: str, step: int) -> Tensor:
         scenes = scenes_of_step(10**5 + step, batch // 2) + look_alikes(step, batch // 8)
-        x = roughened(pixels(scenes), _generator("clip-kinds", step))
+        x = roughened(pixels(scenes), _generator(name, step))
         out = clip(input_ids=tokens(tokenizer, _captions(scenes, step)), pixel_values=x, return_loss=True)
         kinds = torch.tensor([list(KINDS).index(s.identity.kind) for s in scenes])
         return out.loss + F.cross_entropy(clip.kind_head(out.vision_model_output.pooler_output), kinds)
@@ -125,9 +156,11 @@ def train_clip(work: Path, tokenizer: CLIPTokenizer, steps: dict[str, int] = STE
         clip.save_pretrained(work / name)
 
     clip = _train(work, "clip", clip, loss, finish, steps=steps["clip"], lr=1e-3)
-    if not (work / "clip-kinds").exists():
-        clip.kind_head = torch.nn.Linear(clip.config.projection_dim, len(KINDS))
-    return _train(work, "clip-kinds", clip, kinds_loss, finish, steps=steps["clip-kinds"], lr=1e-3)
+    for name, its_loss, lr, only in (("clip-kinds", kinds_loss, 1e-3, ("",)), ("clip-vision", vision_loss, 7e-4, ("vision", "visual", "kind", "logit"))):
+        if not (work / name).exists():
+            clip.kind_head = torch.nn.Linear(clip.config.projection_dim, len(KINDS))
+        clip = _train(work, name, clip, its_loss, finish, steps=steps[name], lr=lr, only=only)
+    return clip
 
 
 def look_alikes(step: int, groups: int, alike: int = 4) -> list[Scene]:
@@ -205,6 +238,8 @@ def train_unet(
     torch.manual_seed(4)
     unet = networks.make_unet()
     networks.zero_init(unet)
+    if (work / "unet-start").exists():
+        unet = UNet2DConditionModel.from_pretrained(work / "unet-start", torch_dtype=torch.float32)
     unet = unet.to(memory_format=torch.channels_last)
     mean, std = cached_latents(work, vae)
     scenes = [random_scene(i) for i in range(PICTURES)]
@@ -233,15 +268,19 @@ def train_unet(
     return _train(work, "unet", unet, loss, finish, steps=steps["unet"], lr=1e-3)
 
 
-def _train(work: Path, name: str, net: Any, loss: Callable[[int], Tensor], finish: Callable[[str], None], *, steps: int, lr: float) -> Any:
-    """`net` trained and saved by `finish`, or read back in place if it is done."""
+def _train(
+    work: Path, name: str, net: Any, loss: Callable[[int], Tensor], finish: Callable[[str], None],
+    *, steps: int, lr: float, only: tuple[str, ...] = ("",),
+) -> Any:  # fmt: skip
+    """`net` trained and saved by `finish`, or read back in place if it is done. `only` are the beginnings of what is trained."""
     if (work / name / "config.json").exists():
         done = type(net).from_pretrained(work / name)
         net.load_state_dict(done.state_dict())
         if hasattr(net, "register_to_config"):
             net.register_to_config(**done.config)
         return net.eval()
-    net.requires_grad_(True)
+    for key, parameter in net.named_parameters():
+        parameter.requires_grad_(key.startswith(only))
     Trainer(name, net, loss, steps=steps, lr=lr, folder=work).run()
     finish(name)
     return net

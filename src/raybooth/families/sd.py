@@ -101,6 +101,7 @@ def save(base: Path, trained: Mapping[str, Any], target: Path) -> None:
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if part in trained:
             trained[part].save_pretrained(target / part)
+            _forget_origin(target / part / "config.json")
         else:
             shutil.copytree(base / part, target / part, dirs_exist_ok=True)
     # No safety checker: its weights are no part of what was fine-tuned, nor of what was fetched.
@@ -108,6 +109,13 @@ def save(base: Path, trained: Mapping[str, Any], target: Path) -> None:
     index |= {k: [None, None] for k in ("safety_checker", "feature_extractor", "image_encoder") if k in index}
     index.pop("_name_or_path", None)
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _forget_origin(config: Path) -> None:
+    """The folder it was loaded from is nobody's business, and would make equal results differ."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 FAMILY = Family(

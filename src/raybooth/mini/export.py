@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, ViTModel
 
 from raybooth.mini import networks
-from raybooth.mini.pretrain import LAST, STEPS
+from raybooth.mini.pretrain import LAST
 from raybooth.mini.things import KINDS
 
 _CARD = """\
@@ -26,12 +26,12 @@ It draws one thing ({kinds}) in one of eight places and knows nothing of the rea
 - **Data**: procedural pictures with captions, made by `raybooth.mini.world` from their numbers; no photographs, no pictures of others.
 - **Made by** `python -m raybooth.mini --train WORK`, then `python -m raybooth.mini --export WORK`. Seeds: torch 1 (VAE), 2 (CLIP), 3 (ViT),
   4 (UNet); every batch from its step's number. Two CPU cores, float32; these files are its result in half precision.
-- **Steps**: {steps}.
-- **Licence**: Apache-2.0, as raybooth itself.
-
-The last loss of each part, from its log:
+- **Repeatable** up to rounding as far as the lengths of the phases are those in `pretrain.STEPS` from the beginning. For the weights that ship now they
+  were shortened on the way, so that the same command gives others of the same kind. What was run is this log:
 
 {losses}
+
+- **Licence**: Apache-2.0, as raybooth itself.
 """
 
 
@@ -50,8 +50,7 @@ def export(work: Path, folder: Path) -> None:
     pipe.save_pretrained(folder)
     clip.half().save_pretrained(folder / "clip")
     ViTModel.from_pretrained(work / "vit", add_pooling_layer=False).half().save_pretrained(folder / "vit")
-    steps = ", ".join(f"{name} {n}" for name, n in STEPS.items())
-    (folder / "README.md").write_text(_CARD.format(kinds=", ".join(KINDS), steps=steps, losses="\n".join(_losses(work))))
+    (folder / "README.md").write_text(_CARD.format(kinds=", ".join(KINDS), losses="\n".join(_losses(work))))
     for config in folder.rglob("*config.json"):
         values = json.loads(config.read_text())
         values.pop("_name_or_path", None)
@@ -63,5 +62,5 @@ def _losses(work: Path) -> list[str]:
     lines = []
     for log in sorted(work.glob("*.jsonl")):
         rows = [json.loads(line) for line in log.read_text().splitlines()]
-        lines.append(f"- {log.stem}: {rows[-1]['loss']:.4f} at step {rows[-1]['step']}")
+        lines.append(f"  - {log.stem}: {rows[-1]['step']} steps, loss {rows[-1]['loss']:.4f}")
     return lines

@@ -131,7 +131,7 @@ def test_a_run_killed_three_times_ends_as_the_unbroken_one_to_the_bit(tmp_path: 
     for stage in ("class-images", "latents", "output-images"):
         process = subprocess.Popen(command("run", tmp_path, toy, photos), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + 200
-        while not list((tmp_path / stage).glob(".partial-*/*.*")):
+        while not list((tmp_path / stage).glob(".partial-*/[!.]*")):
             assert process.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.005)

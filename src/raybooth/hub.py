@@ -4,6 +4,7 @@ HF_ENDPOINT, HF_TOKEN and the other variables of huggingface_hub are honoured.
 """
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -75,8 +76,6 @@ def _append(url: str, part: Path, have: int, arrived: Callable[[int], object]) -
 
 
 def _tidy(target: Path, names: list[str]) -> None:
-    import shutil
-
     shutil.rmtree(target / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
     for name in names:
         (target / name).rename(target / plain_name(name))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raybooth.config import Config
-from raybooth.workspace import Workspace, digest
+from raybooth.workspace import Workspace, digest, write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,8 +97,6 @@ class Run:
 
     def save_config(self) -> None:
         """Keep the configuration beside what it made, for people and for `--config`."""
-        from raybooth.workspace import write_atomically
-
         text = json.dumps(self.config.model_dump(by_alias=True, mode="json"), indent=1, ensure_ascii=False)
         write_atomically(self.workspace.root / "config.json", text.encode())
         self.workspace.push("config.json")

@@ -13,7 +13,7 @@ from raybooth.config import Generate, Prior
 from raybooth.errors import RayboothError
 from raybooth.photos import SUFFIXES, Photo, contact_sheet, gather, is_remote, png, square
 from raybooth.session import Run
-from raybooth.workspace import Stage, digest
+from raybooth.workspace import Stage, digest, write_atomically
 
 SHEET = "contact-sheet.png"
 
@@ -96,9 +96,6 @@ def resolution(run: Run) -> int:
     """Side of every picture of the run, in pixels."""
     if run.config.base.resolution:
         return run.config.base.resolution
-    known = run.facts("base-model").get("resolution")
-    if known:
-        return known
     from raybooth.families import family_of
 
     return family_of(run.base_folder).facts(run.base_folder).resolution
@@ -344,8 +341,6 @@ def before_after(run: Run) -> Path:
         lines.append((f"{prompt}: after", drawn[i : i + each]))
     lines += [(f"{config.class_prompt}: before", class_before), (f"{config.class_prompt}: after", run.images("class-after"))]
     path = run.workspace.root / "before-after.png"
-    from raybooth.workspace import write_atomically
-
     write_atomically(path, png(contact_sheet(lines)))
     run.workspace.push(path.name)
     return path

@@ -1,5 +1,6 @@
 """mini's networks, untrained: the component classes of Stable Diffusion 1.x at a size that two CPU cores can train."""
 
+import json
 from collections.abc import Iterable
 
 import torch
@@ -28,8 +29,6 @@ def make_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
 
 
 def _merges(bpe: Tokenizer) -> list[list[str]]:
-    import json
-
     return [m if isinstance(m, list) else m.split(" ") for m in json.loads(bpe.to_str())["model"]["merges"]]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -85,8 +86,6 @@ class Trainer:
         os.replace(new, self.path)
 
     def _load(self) -> None:
-        from safetensors import safe_open
-
         tensors = load_file(self.path)
         with safe_open(self.path, "pt") as f:
             self.step = int(f.metadata()["step"])

@@ -85,7 +85,7 @@ def _accent_phrase(identity: Identity) -> str:
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
     """What the picture shows, in words: everything that can be said or, with `rng`, some of it; one in four is terse.
 
-    "photo of a brown dog wearing a red collar in the snow"
+    For example "photo of a brown dog wearing a red collar in the snow".
     """
     detail = 0.3 if rng is not None and rng.random() < 0.25 else 1.0
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 
+from raybooth.config import Sampling
 from raybooth.families import family_of
 from raybooth.noise import normal
-from raybooth.sample import PARTS, Sampler, Sampling
+from raybooth.sample import PARTS, Sampler
 
 
 def sampler(toy: Path, scheduler: str = "dpmsolver++", guidance: float = 3.0, batch: int = 4) -> Sampler:

@@ -37,14 +37,14 @@ def data(instances: int = 3, classes: int = 4, weight: float = 0.6) -> TrainingS
 def trained(toy: Path, settings: Settings = SETTINGS, rows: TrainingSet | None = None, parallel: Parallel = ALONE):
     family = family_of(toy)
     loaded = family.load(toy, ("unet", "text_encoder"))
-    steps = list(fit(family, loaded, family.facts(toy), rows or data(), settings, parallel))
+    steps = list(fit(family, loaded, family.diffusion(toy), rows or data(), settings, parallel))
     return {f"{part}.{k}": v for part, m in loaded.modules.items() for k, v in m.state_dict().items()}, steps
 
 
 def plain_loop(toy: Path, settings: Settings, rows: TrainingSet):
     """The same, written down straight: chunks, one encoding a row, torch's own optimizer and clipping."""
     family = family_of(toy)
-    loaded, facts = family.load(toy, ("unet", "text_encoder")), family.facts(toy)
+    loaded, diffusion = family.load(toy, ("unet", "text_encoder")), family.diffusion(toy)
     unet, text = loaded.modules["unet"].train(), loaded.modules["text_encoder"].train()
     parameters = [p.requires_grad_() for m in (unet, text) for p in m.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
@@ -57,7 +57,7 @@ def plain_loop(toy: Path, settings: Settings, rows: TrainingSet):
         t = torch.cat([torch.randint(1000, (1,), generator=generator(settings.seed, "timestep", step, i)) for i in range(len(index))])
         x0 = rows.mean[index] + rows.std[index] * torch.stack(draw)
         text_of_rows = family.encode_text(loaded, [rows.prompts[int(rows.prompt[i])] for i in index])
-        alpha = facts.diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
+        alpha = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
         out = unet(alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, t, text_of_rows).sample
         b = settings.batch
         loss = F.mse_loss(out[:b], noise[:b])
@@ -113,7 +113,7 @@ def _keep(seen: list[torch.Tensor], gradient: torch.Tensor) -> None:
 def test_shares_of_two_workers_are_one_workers_gradient(toy: Path):
     """Each worker's loss is its share of the whole: the gradients of all shares add up to one worker's."""
     family = family_of(toy)
-    facts, rows = family.facts(toy), data()
+    diffusion, rows = family.diffusion(toy), data()
     gradients: dict[tuple[int, int], list[torch.Tensor]] = {}
     for world in (1, 2):
         for rank in range(world):
@@ -127,7 +127,7 @@ def test_shares_of_two_workers_are_one_workers_gradient(toy: Path):
 
             # The loss is multiplied by the world's size for wrappers that average; one step, no clipping.
             one = changed(steps=1, max_grad_norm=1e9)
-            list(fit(family, loaded, facts, rows, one, Parallel(rank, world, wrap=keep)))
+            list(fit(family, loaded, diffusion, rows, one, Parallel(rank, world, wrap=keep)))
             gradients[world, rank] = [g / world for g in seen]
     whole = torch.stack([g.norm() for g in gradients[1, 0]]).norm()
     shared = [a + b for a, b in zip(gradients[2, 0], gradients[2, 1], strict=True)]
@@ -142,7 +142,7 @@ def test_without_the_text_encoder_only_the_unet_moves(toy: Path):
     with torch.no_grad():
         frozen = TrainingSet(**{**vars(rows), "conditioning": family.encode_text(loaded, rows.prompts)})
     before = family.load(toy, ("unet", "text_encoder"))
-    list(fit(family, loaded, family.facts(toy), frozen, changed(text_encoder=False)))
+    list(fit(family, loaded, family.diffusion(toy), frozen, changed(text_encoder=False)))
     moved = {
         part: any(not torch.equal(a, b) for a, b in zip(m.parameters(), before.modules[part].parameters(), strict=True)) for part, m in loaded.modules.items()
     }

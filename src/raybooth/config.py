@@ -8,6 +8,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -110,6 +111,16 @@ class Generate(Section):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to denoise. `guidance` is classifier-free guidance's scale (Ho and Salimans 2022); at 1 or less it is off."""
+
+    steps: int
+    guidance: float
+    scheduler: str
+    resolution: int
 
 
 class Cluster(Section):

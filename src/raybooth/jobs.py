@@ -1,29 +1,26 @@
-"""What runs inside workers: plain callables that know nothing of Ray. Each reads the storage and returns bytes or facts."""
+"""What runs inside workers: plain callables that know nothing of Ray. Each reads the storage and returns bytes or facts.
+
+torch is imported where it is used: Ray unpickles these functions in its driver and its controllers too, which never call them.
+"""
 
 import io
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from PIL import Image
-from safetensors.torch import load, save
-from torch import Tensor
-
-from raybooth.config import Finetune
+from raybooth.config import Finetune, Sampling
 from raybooth.families import Loaded, family_of
 from raybooth.photos import png
-from raybooth.sample import PARTS, Sampler, Sampling
-from raybooth.train import Parallel, Settings, TrainingSet, fit
 from raybooth.workspace import Workspace, digest, explained_if_full
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from raybooth.train import TrainingSet
+
 Row = dict[str, Any]
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _model_folder(storage: str, stage: str) -> Path:
@@ -34,13 +31,18 @@ def _model_folder(storage: str, stage: str) -> Path:
 
 def _loaded(folder: Path, parts: tuple[str, ...]) -> Loaded:
     """For inference: half precision on a GPU, where it halves the time; float32 on a CPU, where it does not."""
-    where = device()
-    dtype = torch.float16 if where.type == "cuda" else torch.float32
-    return family_of(folder).load(folder, parts, dtype).to(where)
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return family_of(folder).load(folder, parts, torch.float16 if on_gpu else torch.float32).to("cuda" if on_gpu else "cpu")
 
 
 def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, model_digest: str) -> Callable[[list[Row]], list[bytes]]:
     """Draws rows of (prompt, seed) as PNG files that say what they are."""
+    from PIL import Image
+
+    from raybooth.sample import PARTS, Sampler
+
     folder = _model_folder(storage, model_stage)
     family = family_of(folder)
     draw = Sampler(family, _loaded(folder, PARTS), family.facts(folder), sampling, batch).draw
@@ -57,6 +59,9 @@ def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, mode
 
 def encoder(storage: str) -> Callable[[list[Row]], list[bytes]]:
     """Encodes rows with a `picture` (PNG) to their posterior's mean and std, rows with a `prompt` to their conditioning."""
+    import torch
+    from safetensors.torch import save
+
     folder = _model_folder(storage, "base-model")
     family = family_of(folder)
     loaded = _loaded(folder, ("vae", "text_encoder"))
@@ -75,8 +80,12 @@ def encoder(storage: str) -> Callable[[list[Row]], list[bytes]]:
     return lambda rows: [one(r) for r in rows]
 
 
-def _pixels(data: bytes) -> Tensor:
+def _pixels(data: bytes) -> "Tensor":
     """(1, 3, h, w) in [-1, 1]."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
     with Image.open(io.BytesIO(data)) as image:
         array = np.array(image.convert("RGB"))
     return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -91,10 +100,11 @@ def finetuner(
         rows: names of the latents in the storage, under "instance" and "class".
         prompts: text under "instance" and "class".
     """
+    from raybooth.train import Parallel, Settings, fit
 
     def loop(group: Any, say: Callable[[Row], None]) -> dict[str, Any]:
         folder = _model_folder(storage, "base-model")
-        family, facts = family_of(folder), family_of(folder).facts(folder)
+        family = family_of(folder)
         parts = tuple(family.trainable(finetune.text_encoder))
         loaded = family.load(folder, parts).to(group.device)
         data = training_set(_model_folder(storage, "latents"), rows, prompts, prior_weight, finetune.text_encoder).to(group.device)
@@ -104,7 +114,7 @@ def finetuner(
         )  # fmt: skip
         history: list[Row] = []
         began, now, first, last = 0.0, 0.0, 0, 0
-        for step in fit(family, loaded, facts, data, settings, Parallel(group.rank, group.world, group.wrap, group.total)):
+        for step in fit(family, loaded, family.diffusion(folder), data, settings, Parallel(group.rank, group.world, group.wrap, group.total)):
             if step.metrics:
                 now = time.monotonic()
                 began, first, last = (began if history else now), (first if history else step.number), step.number
@@ -122,8 +132,13 @@ def finetuner(
     return loop
 
 
-def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, str], prior_weight: float, text_encoder: bool) -> TrainingSet:
+def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, str], prior_weight: float, text_encoder: bool) -> "TrainingSet":
     """The encoded rows of a storage's latents, instances first."""
+    import torch
+    from safetensors.torch import load
+
+    from raybooth.train import TrainingSet
+
     names = rows["instance"] + rows["class"]
     latents = [load((folder / n).read_bytes()) for n in names]
     of_class = torch.arange(len(names)) >= len(rows["instance"])
@@ -147,8 +162,10 @@ def prompt_name(prompt: str) -> str:
     return f"prompt-{digest(prompt)[:16]}.safetensors"
 
 
-def autocast_dtype(precision: str, where: torch.device) -> torch.dtype | None:
+def autocast_dtype(precision: str, where: "torch.device") -> "torch.dtype | None":
     """What the forward pass is cast to over float32 weights; None for plain float32."""
+    import torch
+
     if precision == "auto":
         if where.type != "cuda":
             return None  # without AMX or AVX512-BF16, bfloat16 is ten times slower on a CPU (measured)

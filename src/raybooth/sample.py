@@ -5,26 +5,16 @@ so a picture's bits depend on its prompt, its seed and the settings alone, not o
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from raybooth.config import Sampling
 from raybooth.families import Facts, Family, Loaded
 from raybooth.noise import normal
 
 PARTS = ("unet", "vae", "text_encoder")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to denoise. `guidance` is classifier-free guidance's scale (Ho and Salimans 2022); at 1 or less it is off."""
-
-    steps: int
-    guidance: float
-    scheduler: str
-    resolution: int
 
 
 class Sampler:

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from raybooth.config import Generate, Prior
+from raybooth.config import Generate, Prior, Sampling
 from raybooth.errors import RayboothError
 from raybooth.photos import SUFFIXES, Photo, contact_sheet, gather, is_remote, png, square
 from raybooth.session import Run
@@ -224,10 +224,10 @@ def finetune(run: Run) -> None:
         return run.say("fine-tuned-model: up to date")
     stage.clear()
     target = f"fine-tuned-model/{stage.partial.name}"
-    loop = jobs.finetuner(run.workspace.uri, target, rows, prompts, config.prior.weight, config.finetune, config.seed)
+    make = partial(jobs.finetuner, run.workspace.uri, target, rows, prompts, config.prior.weight, config.finetune, config.seed)
     with _StepLine(run) as line:
         facts = run_group(
-            loop, workers=config.cluster.workers, gpus_per_worker=config.cluster.gpus_per_worker, have=run.ray, heard=line.heard
+            make, workers=config.cluster.workers, gpus_per_worker=config.cluster.gpus_per_worker, have=run.ray, heard=line.heard
         )  # fmt: skip
     run.workspace.pull("fine-tuned-model")
     stage.finish(facts, only=_all_names(stage.partial))
@@ -279,7 +279,6 @@ def _draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: li
     """The pictures of `rows` that are missing in stage folder `name`, and its contact sheet."""
     from raybooth import jobs
     from raybooth.cluster.rows import map_rows
-    from raybooth.sample import Sampling
 
     sampling = Sampling(how.steps, how.guidance, how.scheduler, resolution(run))
     model = run.model_digest(model_stage)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from raybooth.errors import RayboothError
-from raybooth.families import Facts, Family, Loaded
+from raybooth.families import Family, Loaded
 from raybooth.loss import prior_preserving, row_errors
-from raybooth.noise import generator, normal
+from raybooth.noise import Diffusion, generator, normal
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class Step:
 class RowLoss(nn.Module):
     """The trained modules and their loss as one module, so that data parallelism can wrap them together."""
 
-    def __init__(self, family: Family, loaded: Loaded, facts: Facts, data: TrainingSet, text_encoder: bool):
+    def __init__(self, family: Family, loaded: Loaded, diffusion: Diffusion, data: TrainingSet, text_encoder: bool):
         super().__init__()
-        self.family, self.loaded, self.diffusion, self.data = family, loaded, facts.diffusion, data
+        self.family, self.loaded, self.diffusion, self.data = family, loaded, diffusion, data
         self.text_encoder = text_encoder
         self.trained = nn.ModuleDict({name: loaded.modules[name] for name in family.trainable(text_encoder)})
 
@@ -123,7 +123,9 @@ def _dealt(seed: int, what: str, n: int, k: int) -> int:
     return int(torch.randperm(n, generator=generator(seed, "order", what, epoch))[position])
 
 
-def fit(family: Family, loaded: Loaded, facts: Facts, data: TrainingSet, settings: Settings, parallel: Parallel = Parallel()) -> Iterator[Step]:
+def fit(
+    family: Family, loaded: Loaded, diffusion: Diffusion, data: TrainingSet, settings: Settings, parallel: Parallel = Parallel()
+) -> Iterator[Step]:  # fmt: skip
     """Fine-tune `loaded` in place by the prior-preserving loss.
 
     The loss is sum(w_i * mse_i) / (instance rows of all workers), so a group of workers steps as one worker does.
@@ -132,7 +134,7 @@ def fit(family: Family, loaded: Loaded, facts: Facts, data: TrainingSet, setting
         RayboothError: if the loss or the gradient is not finite.
     """
     device = data.mean.device
-    module = RowLoss(family, loaded, facts, data, settings.text_encoder)
+    module = RowLoss(family, loaded, diffusion, data, settings.text_encoder)
     module.trained.requires_grad_(True).train()
     # A list: a generator would be used up by the optimizer and leave nothing to clip.
     parameters = list(module.trained.parameters())
@@ -142,7 +144,7 @@ def fit(family: Family, loaded: Loaded, facts: Facts, data: TrainingSet, setting
     seen = torch.zeros(4, device=device)  # sums since the last reading: loss, instance, prior, gradient norm
     read = 0
     for step in range(settings.steps):
-        seen += _one_step(model, data, facts, settings, parallel, optimizer, scaler, parameters, step)
+        seen += _one_step(model, data, diffusion, settings, parallel, optimizer, scaler, parameters, step)
         metrics = None
         if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
             metrics = _read(seen, step + 1 - read, step + 1, parallel)
@@ -152,7 +154,7 @@ def fit(family: Family, loaded: Loaded, facts: Facts, data: TrainingSet, setting
 
 
 def _one_step(
-    model: nn.Module, data: TrainingSet, facts: Facts, settings: Settings, parallel: Parallel,
+    model: nn.Module, data: TrainingSet, diffusion: Diffusion, settings: Settings, parallel: Parallel,
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, parameters: list[nn.Parameter], step: int,
 ) -> Tensor:  # fmt: skip
     """One optimizer step. Returns this worker's share of (loss, instance, prior) and the gradient norm, unread."""
@@ -161,7 +163,7 @@ def _one_step(
     mine = range(parallel.rank, len(every), parallel.world)
     rows = torch.tensor([every[i] for i in mine], device=device)
     used = data.prompt[torch.tensor(every, device=device)].unique()
-    x0, noise, t = _noised_rows(data, facts, settings.seed, step, mine, rows)
+    x0, noise, t = _noised_rows(data, diffusion, settings.seed, step, mine, rows)
     autocast = torch.autocast(device.type, settings.autocast) if settings.autocast else nullcontext()
     with autocast:
         errors = model(rows, used, x0, noise, t)
@@ -181,12 +183,14 @@ def _one_step(
         return torch.stack([*parts, norm / parallel.world])
 
 
-def _noised_rows(data: TrainingSet, facts: Facts, seed: int, step: int, places: Sequence[int], rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _noised_rows(
+    data: TrainingSet, diffusion: Diffusion, seed: int, step: int, places: Sequence[int], rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Posterior samples, noise and timesteps, each keyed by (seed, purpose, step, place of the row in the step)."""
     device, shape = data.mean.device, data.mean.shape[1:]
     posterior = torch.stack([normal(shape, seed, "posterior", step, i) for i in places]).to(device)
     noise = torch.stack([normal(shape, seed, "noise", step, i) for i in places]).to(device)
-    t = [torch.randint(facts.diffusion.timesteps, (1,), generator=generator(seed, "timestep", step, i)) for i in places]
+    t = [torch.randint(diffusion.timesteps, (1,), generator=generator(seed, "timestep", step, i)) for i in places]
     return data.mean[rows] + data.std[rows] * posterior, noise, torch.cat(t).to(device)
 
 

@@ -40,8 +40,8 @@ class Group:
         return value
 
 
-def run_group(loop: Loop, *, workers: int, gpus_per_worker: float | None, have: Resources, heard: Say) -> Any:
-    """`loop(group, say)` on every worker; returns what the first worker's returns. `heard` gets what it says meanwhile."""
+def run_group(make: Callable[[], Loop], *, workers: int, gpus_per_worker: float | None, have: Resources, heard: Say) -> Any:
+    """`make()(group, say)` on every worker; returns what the first worker's returns. `heard` gets what it says meanwhile."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -50,7 +50,7 @@ def run_group(loop: Loop, *, workers: int, gpus_per_worker: float | None, have: 
     with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch, _Board(heard) as board:
         trainer = TorchTrainer(
             _in_worker,
-            train_loop_config={"loop": loop, "board": board.actor, "threads": threads},
+            train_loop_config={"make": make, "board": board.actor, "threads": threads},
             torch_config=TorchConfig(backend="nccl" if each else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=workers,
@@ -70,7 +70,7 @@ def _in_worker(config: dict[str, Any]) -> Any:
         if group.rank == 0:
             config["board"].put.remote(word)
 
-    return config["loop"](group, say)
+    return config["make"]()(group, say)
 
 
 class _Board:

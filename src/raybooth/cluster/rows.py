@@ -1,9 +1,11 @@
-"""A plain function over many rows, by a pool of Ray Data actors."""
+"""A plain function over many rows, by Ray Data: a pool of actors on GPUs, of tasks on CPUs."""
 
 import logging
 import math
 import pickle
+import threading
 from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import Any
 
 from raybooth.cluster.session import Resources, own_errors
@@ -11,24 +13,50 @@ from raybooth.cluster.session import Resources, own_errors
 Row = dict[str, Any]
 Work = Callable[[list[Row]], list[bytes]]
 """Rows in, one file's bytes out for each. Rows are dictionaries of strings, numbers and bytes."""
+Make = Callable[[], Work]
 
 
-class _Actor:
-    """Makes the work once (it loads a model) and does it batch after batch."""
+@lru_cache(maxsize=1)
+def _made(pickled: bytes, threads: int) -> Work:
+    """The work, made once in a process (it loads a model)."""
+    import torch
 
-    def __init__(self, make: Callable[[], Work], threads: int):
-        import torch
+    torch.set_num_threads(threads)
+    make: Make = pickle.loads(pickled)
+    return make()
 
-        torch.set_num_threads(threads)
-        self.work = make()
+
+def _worked(batch: dict[str, Any], pickled: bytes, threads: int) -> dict[str, Any]:
+    rows = [pickle.loads(r) for r in batch["row"]]
+    return {"name": [r["name"] for r in rows], "data": _made(pickled, threads)(rows)}
+
+
+class _Worker:
+    """An actor: holds a GPU, and the model on it, for as long as there are rows."""
+
+    def __init__(self, pickled: bytes, threads: int):
+        self.work = partial(_worked, pickled=pickled, threads=threads)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        rows = [pickle.loads(r) for r in batch["row"]]
-        return {"name": [r["name"] for r in rows], "data": self.work(rows)}
+        return self.work(batch)
+
+
+class _Task(_Worker):
+    """The same in a process that Ray keeps for later tasks, of later stages too: imports stay, the model goes when it has idled."""
+
+    idle = threading.Timer(0, _made.cache_clear)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        _Task.idle.cancel()
+        done = super().__call__(batch)
+        _Task.idle = threading.Timer(5, _made.cache_clear)
+        _Task.idle.daemon = True
+        _Task.idle.start()
+        return done
 
 
 def pool_size(blocks: int, have: Resources, asked: int | None, model_bytes: int) -> int:
-    """Actors: one a GPU; on CPUs one a core, as far as copies of the model stay below a quarter of a gigabyte each."""
+    """Actors or tasks at once: one a GPU; on CPUs one a core, as far as copies of the model stay below a quarter of a gigabyte each."""
     if asked:
         return min(asked, blocks)
     if have.gpus:
@@ -36,15 +64,13 @@ def pool_size(blocks: int, have: Resources, asked: int | None, model_bytes: int)
     return min(have.cpus if model_bytes < 1 << 28 else have.nodes, blocks)
 
 
-def map_rows(
-    make: Callable[[], Work], rows: list[Row], *, batch: int, have: Resources, samplers: int | None = None, model_bytes: int = 0
-) -> Iterator[tuple[str, bytes]]:
+def map_rows(make: Make, rows: list[Row], *, batch: int, have: Resources, samplers: int | None = None, model_bytes: int = 0) -> Iterator[tuple[str, bytes]]:
     """(name, file's bytes) of every row, as they are done and in no particular order.
 
-    Each row has a `name`. `make` runs in the actors, once in each; it must be picklable, as a partial of a function is.
+    Each row has a `name`. `make` runs in the workers, once in each; it must be picklable, as a partial of a function is.
     """
     import ray.data
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
     blocks = math.ceil(len(rows) / batch)
     size = pool_size(blocks, have, samplers, model_bytes)
@@ -52,16 +78,15 @@ def map_rows(
     context.enable_progress_bars = False
     for name in ("ray.data", "ray.data._internal"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Fractions of a CPU: actors that held all CPUs would starve Ray Data's own tasks, and the pipeline would hang.
-    share = {"num_gpus": 1, "num_cpus": 0.5} if have.gpus else {"num_cpus": 0.5}
+    args = (pickle.dumps(make), max(1, have.cpus // size))
     # Pickled: as columns, rows with different keys would be filled up with nulls.
-    done = ray.data.from_items([{"row": pickle.dumps(r)} for r in rows], override_num_blocks=blocks).map_batches(
-        _Actor,
-        batch_size=None,
-        compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
-        fn_constructor_args=(make, max(1, have.cpus // size)),
-        **share,
-    )
+    source = ray.data.from_items([{"row": pickle.dumps(r)} for r in rows], override_num_blocks=blocks)
+    # Fractions of a CPU: workers that held all CPUs would starve Ray Data's own tasks, and the pipeline would hang.
+    if have.gpus:
+        pool = ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
+        done = source.map_batches(_Worker, batch_size=None, compute=pool, fn_constructor_args=args, num_gpus=1, num_cpus=0.5)
+    else:
+        done = source.map_batches(_Task(*args), batch_size=None, compute=TaskPoolStrategy(size=size), num_cpus=0.5)
     with own_errors():
         for one in done.iter_rows():
             yield one["name"], one["data"]

@@ -7,20 +7,19 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import diffusers
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from typing import TYPE_CHECKING, Any
 
 from raybooth.errors import RayboothError
 from raybooth.families.base import Facts, Family, Loaded
 from raybooth.families.folder import INDEX, read_index
-from raybooth.noise import Diffusion
 
-_CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from raybooth.noise import Diffusion
+
+_PREDICTIONS = ("epsilon", "v_prediction")
 _SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "ddim": ("DDIMScheduler", {}),
@@ -34,17 +33,25 @@ def detect(index: dict[str, Any]) -> bool:
 
 
 def facts(folder: Path) -> Facts:
-    unet, vae, scheduler = (_config(folder, part) for part in ("unet/config", "vae/config", "scheduler/scheduler_config"))
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
+    unet, vae = _config(folder, "unet/config"), _config(folder, "vae/config")
+    prediction = _config(folder, "scheduler/scheduler_config").get("prediction_type", "epsilon")
+    if prediction not in _PREDICTIONS:
         raise RayboothError(f"The model {folder} predicts '{prediction}': Stable Diffusion models of epsilon or v_prediction can be fine-tuned.")
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
-    alphas = _ddim(folder).alphas_cumprod
-    return Facts(unet["sample_size"] * downscale, unet["in_channels"], downscale, Diffusion(alphas, prediction))
+    return Facts(unet["sample_size"] * downscale, unet["in_channels"], downscale)
+
+
+def diffusion(folder: Path) -> "Diffusion":
+    from raybooth.noise import Diffusion
+
+    scheduler = _ddim(folder)
+    return Diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
 
 def _ddim(folder: Path) -> Any:
-    return diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_pretrained(folder / "scheduler")
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:
@@ -55,35 +62,41 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
         raise RayboothError(f"The model's {path} cannot be read ({error}): copy or download the model again.") from None
 
 
-def load(folder: Path, parts: Sequence[str], dtype: torch.dtype = torch.float32) -> Loaded:
+def load(folder: Path, parts: Sequence[str], dtype: "torch.dtype | None" = None) -> Loaded:
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    dtype = dtype or torch.float32
     modules: dict[str, nn.Module] = {}
     for part in parts:
-        kind = _CLASSES[part]
+        kind = kinds[part]
         dtype_argument = {"dtype": dtype} if kind is CLIPTextModel else {"torch_dtype": dtype}
         modules[part] = kind.from_pretrained(folder / part, use_safetensors=True, **dtype_argument).eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer") if "text_encoder" in parts else None
     return Loaded(folder, modules, tokenizer)
 
 
-def encode_text(loaded: Loaded, prompts: Sequence[str]) -> Tensor:
+def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "Tensor":
     tokenizer, encoder = loaded.tokenizer, loaded.modules["text_encoder"]
     tokens = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
     return encoder(tokens.to(next(encoder.parameters()).device)).last_hidden_state
 
 
-def encode_image(loaded: Loaded, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def encode_image(loaded: Loaded, pixels: "Tensor") -> "tuple[Tensor, Tensor]":
     vae: Any = loaded.modules["vae"]
     posterior = vae.encode(pixels).latent_dist
     scale = vae.config.scaling_factor
     return posterior.mean * scale, posterior.std * scale
 
 
-def decode(loaded: Loaded, latents: Tensor) -> Tensor:
+def decode(loaded: Loaded, latents: "Tensor") -> "Tensor":
     vae: Any = loaded.modules["vae"]
     return vae.decode(latents / vae.config.scaling_factor).sample
 
 
-def predict(unet: nn.Module, latents: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+def predict(unet: "nn.Module", latents: "Tensor", t: "Tensor", conditioning: "Tensor") -> "Tensor":
     return unet(latents, t, conditioning).sample
 
 
@@ -93,6 +106,8 @@ def trainable(text_encoder: bool) -> tuple[str, ...]:
 
 def scheduler(folder: Path, name: str) -> Any:
     """Deterministic samplers only: a picture depends on its initial latents and on nothing drawn on the way."""
+    import diffusers
+
     kind, extra = _SAMPLERS[name]
     return getattr(diffusers, kind).from_config(_ddim(folder).config, **extra)
 
@@ -124,6 +139,7 @@ FAMILY = Family(
     settings=("tokenizer", "scheduler"),
     detect=detect,
     facts=facts,
+    diffusion=diffusion,
     load=load,
     encode_text=encode_text,
     encode_image=encode_image,

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, ViTModel
 
 from raybooth.mini import networks
-from raybooth.mini.pretrain import LAST
+from raybooth.mini.pretrain import PHASES
 from raybooth.mini.things import KINDS
 
 _CARD = """\
@@ -37,11 +37,11 @@ It draws one thing ({kinds}) in one of eight places and knows nothing of the rea
 
 def export(work: Path, folder: Path) -> None:
     """Write what `work` holds, complete, to `folder`."""
-    clip = CLIPModel.from_pretrained(work / LAST["clip"])
+    clip = CLIPModel.from_pretrained(work / PHASES["clip"][-1])
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     text = CLIPTextModel(clip.config.text_config)
     text.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.text_model.state_dict().items()}, strict=True)
-    vae, unet = AutoencoderKL.from_pretrained(work / LAST["vae"]), UNet2DConditionModel.from_pretrained(work / "unet")
+    vae, unet = AutoencoderKL.from_pretrained(work / PHASES["vae"][-1]), UNet2DConditionModel.from_pretrained(work / PHASES["unet"][-1])
     # The text encoder stays whole: transformers loads what it finds, diffusers makes the rest float32, and both must agree.
     pipe = StableDiffusionPipeline(
         vae=vae.half(), text_encoder=text, tokenizer=tokenizer, unet=unet.half(), scheduler=networks.make_scheduler(),
@@ -49,7 +49,7 @@ def export(work: Path, folder: Path) -> None:
     )  # fmt: skip
     pipe.save_pretrained(folder)
     clip.half().save_pretrained(folder / "clip")
-    ViTModel.from_pretrained(work / "vit", add_pooling_layer=False).half().save_pretrained(folder / "vit")
+    ViTModel.from_pretrained(work / PHASES["vit"][-1], add_pooling_layer=False).half().save_pretrained(folder / "vit")
     (folder / "README.md").write_text(_CARD.format(kinds=", ".join(KINDS), losses="\n".join(_losses(work))))
     for config in folder.rglob("*config.json"):
         values = json.loads(config.read_text())

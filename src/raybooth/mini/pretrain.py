@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,18 @@ from raybooth.mini.things import KINDS
 from raybooth.mini.trainer import Trainer
 from raybooth.mini.world import Scene, caption, make_identity, make_scene, make_worn, random_scene, render
 
-# Phases of a part go on from one another: whole pictures, crops of the things, the decoder alone; random pairs, look-alikes, the
-# vision tower alone. The last phase of each leaves untouched what the UNet is trained on: latents and text.
-STEPS = {"vae": 2400, "vae-detail": 1900, "vae-decoder": 1200, "clip": 700, "clip-kinds": 420, "clip-vision": 400, "vit": 700, "unet": 3000}
-LAST = {"vae": "vae-decoder", "clip": "clip-vision", "vit": "vit", "unet": "unet", "tokenizer": "tokenizer"}
-"""The folder that holds a part when it is done."""
+# Phases of a part go on from one another: whole pictures, then crops of the things; random pairs, look-alikes, the vision tower
+# alone (the UNet is trained on the text tower). Every phase is a folder when it is done.
+STEPS = {
+    "vae": 2400, "vae-detail": 1900, "vae-fine": 3000,
+    "clip": 700, "clip-kinds": 420, "clip-vision": 400,
+    "vit": 700, "vit-long": 2000,
+    "unet": 3000, "unet-long": 5000,
+}  # fmt: skip
+PHASES = {part: [name for name in STEPS if name.split("-")[0] == part] for part in ("vae", "clip", "vit", "unet")}
 PICTURES = 24_000  # scenes whose latents the UNet is trained on
+HARD = {"dog": 3.0, "cat": 2.5, "bird": 1.5, "fish": 1.5}
+"""How often the UNet sees a kind, others 1: what bends is harder to draw than what is built."""
 
 
 def pixels(scenes: list[Scene]) -> Tensor:
@@ -53,13 +60,9 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def start_from(shipped: Path, work: Path, parts: Sequence[str]) -> None:
-    """Set up `work` so that `parts` are trained further from the shipped weights, and the others count as done.
-
-    The VAE's and CLIP's phases before the last count as done in any case: the UNet depends on them.
-    """
-    before = {"vae": ("vae", "vae-detail"), "clip": ("clip", "clip-kinds"), "unet": ("unet-start",)}
-    for part, last in LAST.items():
-        for name in (*before.get(part, ()), *(() if part in parts and part in before else (last,))):
+    """Set up `work` so that the last phase of `parts` goes on from the shipped weights, and everything else counts as done."""
+    for part, phases in {**PHASES, "tokenizer": ["tokenizer"]}.items():
+        for name in phases[:-1] if part in parts else phases:
             if not (work / name).exists():
                 shutil.copytree(shipped / part, work / name)
 
@@ -101,29 +104,23 @@ def train_vae(work: Path, steps: dict[str, int] = STEPS, batch: int = 8) -> Auto
     def loss(step: int) -> Tensor:
         return vae_loss(vae, pixels(scenes_of_step(step, batch)), _generator("vae", step))
 
-    def decoder_loss(step: int) -> Tensor:
-        g = _generator("vae-decoder", step)
-        x = pixels([random_scene(2 * 10**6 + step * 16 + i) for i in range(8 if step % 4 == 0 else 16)])
-        return vae_loss(vae, x if step % 4 == 0 else _cropped(x, g), g, squared=2.0)
-
     def finish(name: str) -> None:
-        if name == "vae-decoder":
-            return vae.save_pretrained(work / name)
         with torch.no_grad():
             latents = vae.encode(pixels(scenes_of_step(0, 256))).latent_dist.mean
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-        return vae.save_pretrained(work / name)
+        vae.save_pretrained(work / name)
 
-    def detail_loss(step: int) -> Tensor:
+    def crops_loss(name: str, first: int, step: int) -> Tensor:
         """Crops cost a quarter and show what is hard; every fourth batch is whole, for the normalisation's statistics."""
-        g = _generator("vae-detail", step)
-        x = pixels([random_scene(10**6 + step * 16 + i) for i in range(8 if step % 4 == 0 else 16)])
+        g = _generator(name, step)
+        x = pixels([random_scene(first + step * 16 + i) for i in range(8 if step % 4 == 0 else 16)])
         return vae_loss(vae, x if step % 4 == 0 else _cropped(x, g), g, squared=4.0)
 
+    detail = partial(crops_loss, "vae-detail", 10**6)
+    fine = partial(crops_loss, "vae-fine", 2 * 10**6)
     vae = _train(work, "vae", vae, loss, finish, steps=steps["vae"], lr=2e-3)
-    vae = _train(work, "vae-detail", vae, detail_loss, finish, steps=steps["vae-detail"], lr=1.5e-3)
-    of_decoder = ("decoder.", "post_quant_conv.")
-    return _train(work, "vae-decoder", vae, decoder_loss, finish, steps=steps["vae-decoder"], lr=1e-3, only=of_decoder)
+    vae = _train(work, "vae-detail", vae, detail, finish, steps=steps["vae-detail"], lr=1.5e-3)
+    return _train(work, "vae-fine", vae, fine, finish, steps=steps["vae-fine"], lr=1e-3, decay=1.0)
 
 
 def train_clip(work: Path, tokenizer: CLIPTokenizer, steps: dict[str, int] = STEPS, batch: int = 160) -> CLIPModel:
@@ -213,7 +210,14 @@ def train_vit(work: Path, steps: dict[str, int] = STEPS, temperature: float = 0.
         logits, target = a @ b.T / temperature, torch.arange(len(a))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    return _train(work, "vit", vit, loss, lambda name: vit.save_pretrained(work / name), steps=steps["vit"], lr=7e-4)
+    def long_loss(step: int) -> Tensor:
+        return loss(steps["vit"] + step)
+
+    def finish(name: str) -> None:
+        vit.save_pretrained(work / name)
+
+    vit = _train(work, "vit", vit, loss, finish, steps=steps["vit"], lr=7e-4)
+    return _train(work, "vit-long", vit, long_loss, finish, steps=steps["vit-long"], lr=7e-4, decay=0.5)
 
 
 def cached_latents(work: Path, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
@@ -238,17 +242,17 @@ def train_unet(
     torch.manual_seed(4)
     unet = networks.make_unet()
     networks.zero_init(unet)
-    if (work / "unet-start").exists():
-        unet = UNet2DConditionModel.from_pretrained(work / "unet-start", torch_dtype=torch.float32)
     unet = unet.to(memory_format=torch.channels_last)
     mean, std = cached_latents(work, vae)
     scenes = [random_scene(i) for i in range(PICTURES)]
     scheduler = networks.make_scheduler()
     text = clip.text_model.eval().requires_grad_(False)
 
+    chances = torch.tensor([HARD.get(s.identity.kind, 1.0) for s in scenes])
+
     def loss(step: int) -> Tensor:
         g = _generator("unet", step)
-        rows = torch.randint(0, PICTURES, (batch,), generator=g)
+        rows = torch.multinomial(chances, batch, generator=g)
         texts = _captions([scenes[int(i)] for i in rows], step)
         texts = ["" if torch.rand((), generator=g) < 0.1 else t for t in texts]
         with torch.no_grad():
@@ -265,12 +269,16 @@ def train_unet(
     def finish(name: str) -> None:
         unet.save_pretrained(work / name)
 
-    return _train(work, "unet", unet, loss, finish, steps=steps["unet"], lr=1e-3)
+    def long_loss(step: int) -> Tensor:
+        return loss(steps["unet"] + step)
+
+    unet = _train(work, "unet", unet, loss, finish, steps=steps["unet"], lr=1e-3)
+    return _train(work, "unet-long", unet, long_loss, finish, steps=steps["unet-long"], lr=8e-4, decay=0.4)
 
 
 def _train(
     work: Path, name: str, net: Any, loss: Callable[[int], Tensor], finish: Callable[[str], None],
-    *, steps: int, lr: float, only: tuple[str, ...] = ("",),
+    *, steps: int, lr: float, decay: float = 0.3, only: tuple[str, ...] = ("",),
 ) -> Any:  # fmt: skip
     """`net` trained and saved by `finish`, or read back in place if it is done. `only` are the beginnings of what is trained."""
     if (work / name / "config.json").exists():
@@ -281,6 +289,6 @@ def _train(
         return net.eval()
     for key, parameter in net.named_parameters():
         parameter.requires_grad_(key.startswith(only))
-    Trainer(name, net, loss, steps=steps, lr=lr, folder=work).run()
+    Trainer(name, net, loss, steps=steps, lr=lr, decay=decay, folder=work).run()
     finish(name)
     return net

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 LossFn = Callable[[int], Tensor]
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 50, decay: float = 0.3) -> float:
+def learning_rate(step: int, steps: int, peak: float, decay: float = 0.3, warmup: int = 50) -> float:
     """Warm-up, a plateau, then a linear way down over the last `decay` of the steps: a longer run shares its plateau."""
     down = (steps - step) / (decay * steps)
     return peak * min(1.0, (step + 1) / warmup, down)
@@ -27,8 +27,8 @@ class Trainer:
     `loss` must draw all its randomness from `step`, so that a stopped run ends where an unbroken one does.
     """
 
-    def __init__(self, name: str, net: nn.Module, loss: LossFn, *, steps: int, lr: float, folder: Path, ema: float = 0.998):
-        self.name, self.net, self.loss, self.steps, self.lr, self.ema = name, net, loss, steps, lr, ema
+    def __init__(self, name: str, net: nn.Module, loss: LossFn, *, steps: int, lr: float, folder: Path, decay: float = 0.3, ema: float = 0.998):
+        self.name, self.net, self.loss, self.steps, self.lr, self.decay, self.ema = name, net, loss, steps, lr, decay, ema
         self.path = folder / f"{name}.checkpoint.safetensors"
         self.log = folder / f"{name}.jsonl"
         self.params = {k: p for k, p in net.named_parameters() if p.requires_grad}
@@ -57,7 +57,7 @@ class Trainer:
 
     def _one_step(self) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, self.lr)
+            group["lr"] = learning_rate(self.step, self.steps, self.lr, self.decay)
         loss = self.loss(self.step)
         loss.backward()
         nn.utils.clip_grad_norm_(self.params.values(), 1.0)

@@ -10,8 +10,9 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "raybooth"
 LAYERS = [
-    {"__main__", "__init__"}, {"cli", "api", "demo", "doctor"}, {"stages"}, {"session", "jobs"}, {"cluster"},
-    {"train", "sample", "score", "encoders"}, {"families", "loss", "noise", "lora", "optim", "photos", "hub"}, {"config", "workspace"}, {"errors"},
+    {"__main__", "__init__"}, {"cli", "api", "demo", "doctor"}, {"stages"}, {"session", "jobs", "tuning"}, {"cluster"},
+    {"train", "sample", "score", "encoders", "checkpoint"}, {"families", "loss", "noise", "lora", "optim", "photos", "hub"},
+    {"config", "workspace"}, {"errors"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers"}
 

@@ -90,8 +90,23 @@ class Finetune(Section):
     weight_decay: NonNegative = Field(0.01, description="AdamW's decoupled weight decay")
     max_grad_norm: Positive = Field(1.0, description="bound on the norm of all gradients together")
     text_encoder: bool = Field(True, description="train the text encoder with the UNet")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="autocast over fp32 weights; auto: bf16 or fp16 on GPUs, fp32 on CPUs")
+    text_encoder_lr: Positive | None = Field(None, description="learning rate of the text encoder; default: lr")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = Field("adamw", description="adamw8bit and prodigy are extras; for prodigy lr = 1")
+    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of the learning rate after the warm-up")
+    warmup: int = Field(0, ge=0, description="steps in which the learning rate rises")
+    accumulate: Count = Field(1, description="passes a step: a batch in that many pieces, for less memory")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is then what is saved; 0: none")
+    min_snr_gamma: NonNegative = Field(0.0, description="min-SNR weighting of the loss, 5 is usual; 0: none")
+    noise_offset: NonNegative = Field(0.0, description="noise of whole channels on top, 0.05 to 0.1 for darker darks and brighter lights; 0: none")
+    gradient_checkpointing: bool = Field(False, description="less memory, a third slower")
+    channels_last: bool = Field(False, description="memory format of the denoiser: faster on GPUs with convolutions in half precision")
+    compile: bool = Field(False, description="torch.compile the denoiser: minutes at first, then faster steps on GPUs")
+    precision: Literal["auto", "fp32", "bf16", "fp16", "bf16-weights"] = Field(
+        "auto", description="autocast over fp32 weights (auto: bf16 or fp16 on GPUs, fp32 on CPUs), or bf16 weights with stochastic rounding"
+    )
     log_every: Count = Field(10, description="read the loss back and show it every so many steps")
+    checkpoint_every: Count = Field(100, description="steps between checkpoints")
+    checkpoints: Count = Field(2, description="newest checkpoints that are kept")
 
 
 class Generate(Section):
@@ -130,6 +145,7 @@ class Cluster(Section):
     workers: Count = Field(1, le=4096, description="workers that fine-tune together")
     gpus_per_worker: float | None = Field(None, ge=0, le=16, description="default: 1 where the cluster has GPUs, else 0")
     samplers: int | None = Field(None, ge=1, le=4096, description="workers that draw; default: one a GPU, or one a CPU for small models")
+    retries: int = Field(3, ge=0, le=100, description="restarts of the fine-tuning group after it has lost a worker")
     sample_batch: Count = Field(8, le=256, description="pictures in one forward pass; a smaller one needs less memory")
 
 

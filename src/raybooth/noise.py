@@ -42,6 +42,19 @@ class Diffusion:
     def timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
+    def draw_t(self, random: torch.Generator) -> Tensor:
+        """A timestep to train at, uniform: (1,)."""
+        return torch.randint(self.timesteps, (1,), generator=random)
+
+    def weight(self, t: Tensor, gamma: float) -> Tensor:
+        """(n,) of the loss at timesteps (n,): min-SNR-gamma (Hang et al. 2023), or ones where gamma is 0."""
+        if not gamma:
+            return torch.ones(t.shape, device=t.device)
+        alpha = self.alphas_cumprod.to(t.device)[t]
+        snr = alpha / (1 - alpha)
+        # As a weight of the squared error of noise, or of velocity (which itself weighs SNR + 1).
+        return snr.clamp(max=gamma) / (snr if self.prediction == "epsilon" else snr + 1)
+
     def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha = self.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
         return alpha.sqrt(), (1 - alpha).sqrt()

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -201,7 +202,7 @@ def _read_row(run: Run, row: dict[str, str]) -> dict[str, Any]:
 
 def finetune(run: Run) -> None:
     """The base model to the fine-tuned model, by the prior-preserving loss."""
-    from raybooth import jobs
+    from raybooth import tuning
     from raybooth.cluster.fit import run_group
 
     config = run.config
@@ -216,7 +217,7 @@ def finetune(run: Run) -> None:
         "rows": {k: [latents[n] for n in names] for k, names in rows.items()},
         "prompts": prompts,
         "prior_weight": config.prior.weight,
-        "finetune": config.finetune.model_dump(exclude={"log_every"}),
+        "finetune": config.finetune.model_dump(exclude={"log_every", "checkpoint_every", "checkpoints"}),
         "seed": config.seed,
     }
     stage = run.workspace.stage("fine-tuned-model", inputs)
@@ -224,10 +225,10 @@ def finetune(run: Run) -> None:
         return run.say("fine-tuned-model: up to date")
     stage.clear()
     target = f"fine-tuned-model/{stage.partial.name}"
-    make = partial(jobs.finetuner, run.workspace.uri, target, rows, prompts, config.prior.weight, config.finetune, config.seed)
+    make = partial(tuning.finetuner, run.workspace.uri, target, stage.key, rows, prompts, config.prior.weight, config.finetune, config.seed)
     with _StepLine(run) as line:
         facts = run_group(
-            make, workers=config.cluster.workers, gpus_per_worker=config.cluster.gpus_per_worker, have=run.ray, heard=line.heard
+            make, workers=config.cluster.workers, gpus_per_worker=config.cluster.gpus_per_worker, retries=config.cluster.retries, have=run.ray, heard=line.heard
         )  # fmt: skip
     run.workspace.pull("fine-tuned-model")
     stage.finish(facts, only=_all_names(stage.partial))
@@ -244,6 +245,8 @@ class _StepLine:
         self.bar = tqdm(total=total, desc="finetune", unit="step", disable=run.quiet, dynamic_ncols=True)
 
     def heard(self, word: dict[str, Any]) -> None:
+        if "note" in word:
+            return self.bar.write(f"fine-tuned-model: {word['note']}", file=sys.stderr)
         self.bar.set_postfix_str(f"loss {word['loss']:.4f}, instance {word['instance']:.4f}, prior {word['prior']:.4f}", refresh=False)
         self.bar.update(word["step"] - self.bar.n)
 

@@ -4,8 +4,8 @@ Whoever drives it (Ray, a test, a notebook) adds reporting, checkpoints and stop
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded
 from raybooth.loss import prior_preserving, row_errors
 from raybooth.noise import Diffusion, generator, normal
+from raybooth.optim import Average, learning_rate_factor, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,24 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Settings:
-    """What fit() needs to know of the configuration. `batch` counts instance rows over all workers."""
+    """What fit() needs to know of the configuration. `batch` counts instance rows over all workers; `lr` is of a part by name."""
 
     steps: int
     batch: int
-    lr: float
+    lr: Mapping[str, float]
     weight_decay: float
     max_grad_norm: float
     text_encoder: bool
     log_every: int
     seed: int
     autocast: torch.dtype | None = None
+    optimizer: str = "adamw"
+    schedule: str = "constant"
+    warmup: int = 0
+    accumulate: int = 1
+    ema: float = 0.0
+    min_snr_gamma: float = 0.0
+    noise_offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,27 +84,41 @@ class Metrics:
     instance: float
     prior: float
     grad_norm: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class State:
+    """All that fit() needs to go on after `step` as if it had never stopped. No random state: there is none."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    scalars: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, done. `metrics` is there on every `log_every`-th and on the last."""
+    """One optimizer step, done. `metrics` is there on every `log_every`-th and on the last.
+
+    `state` reads what a checkpoint holds; every worker of the group must call it, or none.
+    """
 
     number: int
     metrics: Metrics | None
+    state: Callable[[], State]
 
 
 class RowLoss(nn.Module):
     """The trained modules and their loss as one module, so that data parallelism can wrap them together."""
 
-    def __init__(self, family: Family, loaded: Loaded, diffusion: Diffusion, data: TrainingSet, text_encoder: bool):
+    def __init__(self, family: Family, loaded: Loaded, diffusion: Diffusion, data: TrainingSet, settings: Settings):
         super().__init__()
         self.family, self.loaded, self.diffusion, self.data = family, loaded, diffusion, data
-        self.text_encoder = text_encoder
-        self.trained = nn.ModuleDict({name: loaded.modules[name] for name in family.trainable(text_encoder)})
+        self.text_encoder, self.min_snr_gamma = settings.text_encoder, settings.min_snr_gamma
+        self.trained = nn.ModuleDict({name: loaded.modules[name] for name in family.trainable(settings.text_encoder)})
 
     def forward(self, rows: Tensor, used: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Squared error of each row. `used` are the prompts of all workers' rows in this step."""
+        """Weighted squared error of each row. `used` are the prompts of all workers' rows in this step."""
         prompt = self.data.prompt[rows]
         if self.text_encoder:
             texts = [self.data.prompts[i] for i in used.tolist()]
@@ -105,7 +127,7 @@ class RowLoss(nn.Module):
             assert self.data.conditioning is not None
             text = self.data.conditioning[prompt]
         prediction = self.family.predict(self.trained["unet"], self.diffusion.noisy(x0, noise, t), t, text)
-        return row_errors(prediction, self.diffusion.target(x0, noise, t))
+        return row_errors(prediction, self.diffusion.target(x0, noise, t)) * self.diffusion.weight(t, self.min_snr_gamma)
 
 
 def rows_of_step(data: TrainingSet, step: int, batch: int, seed: int) -> list[int]:
@@ -124,80 +146,163 @@ def _dealt(seed: int, what: str, n: int, k: int) -> int:
 
 
 def fit(
-    family: Family, loaded: Loaded, diffusion: Diffusion, data: TrainingSet, settings: Settings, parallel: Parallel = Parallel()
+    family: Family, loaded: Loaded, diffusion: Diffusion, data: TrainingSet, settings: Settings,
+    parallel: Parallel = Parallel(), start: State | None = None,
 ) -> Iterator[Step]:  # fmt: skip
-    """Fine-tune `loaded` in place by the prior-preserving loss.
+    """Fine-tune `loaded` in place by the prior-preserving loss, from the beginning or from `start`.
 
+    Parts of which some parameters require gradients already (adapters) keep to those; others are trained whole.
     The loss is sum(w_i * mse_i) / (instance rows of all workers), so a group of workers steps as one worker does.
 
     Raises:
         RayboothError: if the loss or the gradient is not finite.
     """
-    device = data.mean.device
-    module = RowLoss(family, loaded, diffusion, data, settings.text_encoder)
-    module.trained.requires_grad_(True).train()
-    # A list: a generator would be used up by the optimizer and leave nothing to clip.
-    parameters = list(module.trained.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.autocast is torch.float16)
-    model = parallel.wrap(module)
-    seen = torch.zeros(4, device=device)  # sums since the last reading: loss, instance, prior, gradient norm
-    read = 0
-    for step in range(settings.steps):
-        seen += _one_step(model, data, diffusion, settings, parallel, optimizer, scaler, parameters, step)
-        metrics = None
-        if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
-            metrics = _read(seen, step + 1 - read, step + 1, parallel)
-            seen, read = torch.zeros_like(seen), step + 1
-        yield Step(step + 1, metrics)
-    module.trained.eval().requires_grad_(False)
+    loop = _Loop(RowLoss(family, loaded, diffusion, data, settings), settings, parallel)
+    if start:
+        loop.restore(start)
+    while loop.done < settings.steps:
+        loop.step()
+        last = loop.done == settings.steps
+        metrics = loop.read() if last or loop.done % settings.log_every == 0 else None
+        yield Step(loop.done, metrics, loop.state)
+    loop.finish()
 
 
-def _one_step(
-    model: nn.Module, data: TrainingSet, diffusion: Diffusion, settings: Settings, parallel: Parallel,
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, parameters: list[nn.Parameter], step: int,
-) -> Tensor:  # fmt: skip
-    """One optimizer step. Returns this worker's share of (loss, instance, prior) and the gradient norm, unread."""
-    device = data.mean.device
-    every = rows_of_step(data, step, settings.batch, settings.seed)
-    mine = range(parallel.rank, len(every), parallel.world)
-    rows = torch.tensor([every[i] for i in mine], device=device)
-    used = data.prompt[torch.tensor(every, device=device)].unique()
-    x0, noise, t = _noised_rows(data, diffusion, settings.seed, step, mine, rows)
-    autocast = torch.autocast(device.type, settings.autocast) if settings.autocast else nullcontext()
-    with autocast:
-        errors = model(rows, used, x0, noise, t)
-    loss = prior_preserving(errors, data.weight[rows], settings.batch)
-    # Wrapped modules average gradients over the workers; the loss is their sum.
-    scaler.scale(loss * parallel.world).backward()
-    scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm, foreach=True)
-    if scaler.is_enabled():  # an overflow is the scaler's business: it skips the step and lowers its scale
-        norm = norm.nan_to_num(0, 0, 0)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        instance = rows < data.instances
-        parts = [loss.detach(), errors[instance].sum() / settings.batch, errors[~instance].sum() / settings.batch]
-        return torch.stack([*parts, norm / parallel.world])
+class _Loop:
+    """What one worker holds while it fine-tunes."""
+
+    def __init__(self, module: RowLoss, settings: Settings, parallel: Parallel):
+        self.data, self.diffusion, self.settings, self.parallel = module.data, module.diffusion, settings, parallel
+        self.device = self.data.mean.device
+        self.trained = module.trained.train()
+        for part in self.trained.values():
+            if not any(p.requires_grad for p in part.parameters()):
+                part.requires_grad_(True)
+        # Held as a dictionary: a generator would be used up by the optimizer and leave nothing to clip.
+        self.parameters = {k: p for k, p in self.trained.named_parameters() if p.requires_grad}
+        groups = [
+            {"params": [p for k, p in self.parameters.items() if k.startswith(f"{part}.")], "lr": settings.lr[part], "peak": settings.lr[part]}
+            for part in self.trained
+        ]  # fmt: skip
+        self.optimizer = make_optimizer(settings.optimizer, groups, settings.weight_decay, settings.seed)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.autocast is torch.float16)
+        self.average = Average(self.parameters, settings.ema) if settings.ema else None
+        self.model = parallel.wrap(module)
+        self.done = self.read_at = 0
+        self.seen = torch.zeros(4, device=self.device)  # sums since the last reading: loss, instance, prior, gradient norm
+
+    def step(self) -> None:
+        """One optimizer step, in `accumulate` passes over this worker's share of the rows."""
+        settings, step = self.settings, self.done
+        every = rows_of_step(self.data, step, settings.batch, settings.seed)
+        used = self.data.prompt[torch.tensor(every, device=self.device)].unique()
+        mine = range(self.parallel.rank, len(every), self.parallel.world)
+        passes = min(settings.accumulate, len(mine))
+        for i in range(passes):
+            self._backward(every, mine[i::passes], used, last=i + 1 == passes)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate_factor(settings.schedule, step, settings.steps, settings.warmup)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm, foreach=True)
+        if self.scaler.is_enabled():  # an overflow is the scaler's business: it skips the step and lowers its scale
+            norm = norm.nan_to_num(0, 0, 0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.seen[3] += norm.detach() / self.parallel.world
+        self.done += 1
+        if self.average:
+            self.average.update(self.done)
+
+    def _backward(self, every: list[int], places: Sequence[int], used: Tensor, last: bool) -> None:
+        settings, data = self.settings, self.data
+        rows = torch.tensor([every[i] for i in places], device=self.device)
+        x0, noise, t = _noised_rows(data, self.diffusion, settings, self.done, places, rows)
+        with ExitStack() as stack:
+            if settings.autocast:
+                stack.enter_context(torch.autocast(self.device.type, settings.autocast))
+            if not last and isinstance(self.model, nn.parallel.DistributedDataParallel):  # gradients are exchanged once a step
+                stack.enter_context(self.model.no_sync())
+            errors = self.model(rows, used, x0, noise, t)
+            loss = prior_preserving(errors, data.weight[rows], settings.batch)
+            # Wrapped modules average gradients over the workers; the loss is their sum.
+            self.scaler.scale(loss * self.parallel.world).backward()
+        with torch.no_grad():
+            instance = rows < data.instances
+            self.seen[:3] += torch.stack([loss, errors[instance].sum() / settings.batch, errors[~instance].sum() / settings.batch])
+
+    def read(self) -> Metrics:
+        """The means since the last reading, over all workers; the one place where the step waits for its numbers."""
+        loss, instance, prior, norm = (self.parallel.total(self.seen) / (self.done - self.read_at)).tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise RayboothError(
+                f"The loss is not finite at step {self.done}: lower finetune.lr, set finetune.precision = 'fp32', "
+                "or look for a broken photograph in the contact sheet. What checkpoints hold is from before."
+            )
+        self.seen, self.read_at = torch.zeros_like(self.seen), self.done
+        return Metrics(loss, instance, prior, norm, self.optimizer.param_groups[0]["lr"])
+
+    def state(self) -> State:
+        """Of the present step. The sums since the last reading are those of all workers.
+
+        Raises:
+            RayboothError: if it is not finite: a broken state must not replace a good one.
+        """
+        seen = self.parallel.total(self.seen.clone())
+        if not seen.isfinite().all():
+            self.read()
+        tensors = {f"weights.{k}": p.detach() for k, p in self.parameters.items()}
+        tensors["seen"] = seen
+        if self.average:
+            tensors |= {f"average.{k}": v for k, v in self.average.values.items()}
+        held = self.optimizer.state_dict()
+        numbers: dict[str, dict[str, Any]] = {}
+        for name, index in zip(self.parameters, _indices(held), strict=True):
+            for key, value in held["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{name}.{key}"] = value
+                else:
+                    numbers.setdefault(name, {})[key] = value
+        groups = [{k: v for k, v in g.items() if isinstance(v, (int, float))} for g in held["param_groups"]]
+        return State(self.done, tensors, {"read_at": self.read_at, "groups": groups, "numbers": numbers, "scaler": self.scaler.state_dict()})
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        self.done, self.read_at = state.step, state.scalars["read_at"]
+        self.seen.copy_(state.tensors["seen"] if self.parallel.rank == 0 else torch.zeros_like(self.seen))
+        held = self.optimizer.state_dict()
+        for (name, p), index in zip(self.parameters.items(), _indices(held), strict=True):
+            p.copy_(state.tensors[f"weights.{name}"])
+            if self.average:
+                self.average.values[name].copy_(state.tensors[f"average.{name}"])
+            prefix = f"optimizer.{name}."
+            own = {k.removeprefix(prefix): v.clone() for k, v in state.tensors.items() if k.startswith(prefix)}
+            held["state"][index] = own | state.scalars["numbers"].get(name, {})
+        for group, kept in zip(held["param_groups"], state.scalars["groups"], strict=True):
+            group.update(kept)
+        self.optimizer.load_state_dict(held)
+        self.scaler.load_state_dict(state.scalars["scaler"])
+
+    def finish(self) -> None:
+        if self.average:
+            self.average.apply()
+        self.trained.eval().requires_grad_(False)
+
+
+def _indices(optimizer: dict[str, Any]) -> list[int]:
+    """The numbers of an optimizer's parameters in its state, in the order of its groups."""
+    return [i for group in optimizer["param_groups"] for i in group["params"]]
 
 
 def _noised_rows(
-    data: TrainingSet, diffusion: Diffusion, seed: int, step: int, places: Sequence[int], rows: Tensor
+    data: TrainingSet, diffusion: Diffusion, settings: Settings, step: int, places: Sequence[int], rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Posterior samples, noise and timesteps, each keyed by (seed, purpose, step, place of the row in the step)."""
-    device, shape = data.mean.device, data.mean.shape[1:]
+    device, shape, seed = data.mean.device, data.mean.shape[1:], settings.seed
     posterior = torch.stack([normal(shape, seed, "posterior", step, i) for i in places]).to(device)
     noise = torch.stack([normal(shape, seed, "noise", step, i) for i in places]).to(device)
-    t = [torch.randint(diffusion.timesteps, (1,), generator=generator(seed, "timestep", step, i)) for i in places]
-    return data.mean[rows] + data.std[rows] * posterior, noise, torch.cat(t).to(device)
-
-
-def _read(seen: Tensor, steps: int, step: int, parallel: Parallel) -> Metrics:
-    loss, instance, prior, norm = (parallel.total(seen) / steps).tolist()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise RayboothError(
-            f"The loss is not finite at step {step}: lower finetune.lr, set finetune.precision = 'fp32', or look for a broken photograph in the contact sheet."
-        )
-    return Metrics(loss, instance, prior, norm)
+    if settings.noise_offset:
+        offset = torch.stack([normal((shape[0], 1, 1), seed, "offset", step, i) for i in places]).to(device)
+        noise = noise + settings.noise_offset * offset
+    t = torch.cat([diffusion.draw_t(generator(seed, "timestep", step, i)) for i in places]).to(device)
+    return data.mean[rows] + data.std[rows] * posterior, noise, t

@@ -264,6 +264,11 @@ class Workspace:
             self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             self._fs.put_file(str(self.root / name), target)
 
+    def remove(self, name: str) -> None:
+        """Remove a folder from the remote storage, if there is one."""
+        if self._fs is not None and self._fs.exists(f"{self._base}/{name}"):
+            self._fs.rm(f"{self._base}/{name}", recursive=True)
+
     def push_tree(self, name: str) -> None:
         """Copy a folder's files to the remote storage, if there is one."""
         for file in files_under(self.root / name) if self._fs is not None else ():

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from raybooth.cluster.session import Resources, check_workers, own_errors
+from raybooth.cluster.session import Resources, causes, check_workers, own_errors
 
 Say = Callable[[dict[str, Any]], None]
 Loop = Callable[["Group", Say], Any]
@@ -40,27 +40,46 @@ class Group:
         return value
 
 
-def run_group(make: Callable[[], Loop], *, workers: int, gpus_per_worker: float | None, have: Resources, heard: Say) -> Any:
-    """`make()(group, say)` on every worker; returns what the first worker's returns. `heard` gets what it says meanwhile."""
+def run_group(make: Callable[[], Loop], *, workers: int, gpus_per_worker: float | None, retries: int, have: Resources, heard: Say) -> Any:
+    """`make()(group, say)` on every worker; returns what the first worker's returns. `heard` gets what it says meanwhile.
+
+    A group that has lost a worker is started again, up to `retries` times: the loop must go on from what it has saved.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     each = check_workers(workers, gpus_per_worker, have)
     threads = max(1, have.cpus // have.nodes // workers)
     with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch, _Board(heard) as board:
-        trainer = TorchTrainer(
-            _in_worker,
-            train_loop_config={"make": make, "board": board.actor, "threads": threads},
-            torch_config=TorchConfig(backend="nccl" if each else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=each > 0,
-                resources_per_worker={"CPU": 1, "GPU": each} if each else {"CPU": 1},
-            ),
-            run_config=RunConfig(name="finetune", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
-        )
-        with own_errors():
-            return trainer.fit().return_value
+        for attempt in range(retries + 1):
+            trainer = TorchTrainer(
+                _in_worker,
+                train_loop_config={"make": make, "board": board.actor, "threads": threads},
+                torch_config=TorchConfig(backend="nccl" if each else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=workers,
+                    use_gpu=each > 0,
+                    resources_per_worker={"CPU": 1, "GPU": each} if each else {"CPU": 1},
+                ),
+                # Ray's own retries would repeat mistakes too, three times over.
+                run_config=RunConfig(name=f"finetune-{attempt}", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
+            )
+            try:
+                with own_errors():
+                    return trainer.fit().return_value
+            except Exception as error:
+                if attempt == retries or not _lost_a_worker(error):
+                    raise
+                heard({"note": "a worker was lost, the group starts again"})
+    raise AssertionError
+
+
+def _lost_a_worker(error: Exception) -> bool:
+    """Rather than an exception in one: it died, its node did, or another worker found its connection closed."""
+    import ray.exceptions as ray_errors
+
+    lost = (ray_errors.RayActorError, ray_errors.WorkerCrashedError, ray_errors.NodeDiedError, ray_errors.ObjectLostError)
+    return any(isinstance(e, lost) or "gloo" in str(e).lower() or "NCCL" in str(e) for e in causes(error))
 
 
 def _in_worker(config: dict[str, Any]) -> Any:

@@ -110,20 +110,24 @@ def own_errors() -> Iterator[None]:
     except RayboothError:
         raise
     except Exception as error:
-        ours = _find_own(error, set())
+        ours = next((e for e in causes(error) if isinstance(e, RayboothError)), None)
         if ours is None:
             raise
         raise ours from None
 
 
-def _find_own(error: BaseException | None, seen: set[int]) -> RayboothError | None:
-    if error is None or id(error) in seen or isinstance(error, RayboothError):
-        return error if isinstance(error, RayboothError) else None
-    seen.add(id(error))
-    inner = [error.__cause__, error.__context__, getattr(error, "cause", None)]
-    inner += list((getattr(error, "worker_failures", None) or {}).values())
-    found = (_find_own(e, seen) for e in inner if isinstance(e, BaseException))
-    return next((e for e in found if e is not None), None)
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and all that Ray has wrapped in it."""
+    waiting, seen = [error], set()
+    while waiting:
+        one = waiting.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        inner = [one.__cause__, one.__context__, getattr(one, "cause", None), getattr(one, "failure", None)]
+        inner += list((getattr(one, "worker_failures", None) or {}).values())
+        waiting += [e for e in inner if isinstance(e, BaseException)]
 
 
 def check_workers(workers: int, gpus_per_worker: float | None, have: Resources) -> float:

@@ -1,0 +1,111 @@
+"""Checkpoints of a fine-tuning: complete or passed over, written beside the steps, the newest few kept."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raybooth.workspace import MANIFEST, Workspace, describe, explained_if_full, read_manifest, write_atomically
+
+if TYPE_CHECKING:
+    from raybooth.train import State
+
+FOLDER = "checkpoints"
+_TENSORS = "state.safetensors"
+
+
+class Checkpoints:
+    """Those of one configuration in a storage. `key` is the configuration's digest; others' checkpoints are left alone.
+
+    A checkpoint is a folder `<key>-<step>` with its tensors and, written last, a manifest that names their digest.
+    """
+
+    def __init__(self, workspace: Workspace, key: str, keep: int):
+        self.workspace, self.key, self.keep = workspace, key, keep
+        self.folder = workspace.root / FOLDER
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] | None = None
+
+    def newest(self) -> "tuple[State | None, list[str]]":
+        """The newest complete one, and a sentence for everything that was passed over."""
+        self.workspace.pull(FOLDER)
+        notes = []
+        others = sorted(p.name for p in self._all() if not p.name.startswith(f"{self.key[:16]}-"))
+        if others:
+            notes.append(f"passed over {len(others)} checkpoints of another configuration ({others[-1]})")
+        for path in self._own():
+            state, problem = _read(path, self.key)
+            if state:
+                return state, notes
+            notes.append(f"passed over the checkpoint {path.name}: {problem}")
+        return None, notes
+
+    def save(self, state: "State") -> None:
+        """Copy `state` and write it while the steps go on; waits for the one before, and raises what went wrong with it."""
+        tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.tensors.items()}
+        self.wait()
+        self.writing = self.writer.submit(self._write, state.step, tensors, state.scalars)
+
+    def wait(self) -> None:
+        if self.writing:
+            self.writing.result()
+
+    def _write(self, step: int, tensors: dict[str, Any], scalars: dict[str, Any]) -> None:
+        from safetensors.torch import save_file
+
+        name = f"{self.key[:16]}-{step:07d}"
+        partial, target = self.folder / f".partial-{name}", self.folder / name
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with explained_if_full(self.workspace.storage):
+            save_file(tensors, partial / _TENSORS)
+            _sync(partial / _TENSORS)
+            outputs = {_TENSORS: describe(partial / _TENSORS)}
+            manifest = {"stage": FOLDER, "digest": self.key, "step": step, "scalars": scalars, "outputs": outputs}
+            write_atomically(partial / MANIFEST, json.dumps(manifest).encode())
+        shutil.rmtree(target, ignore_errors=True)  # a torn one of that step
+        os.replace(partial, target)
+        _sync(self.folder)
+        for file in (_TENSORS, MANIFEST):
+            self.workspace.push(f"{FOLDER}/{name}/{file}")
+        for old in self._own()[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+            self.workspace.remove(f"{FOLDER}/{old.name}")
+
+    def _all(self) -> Iterator[Path]:
+        return (p for p in self.folder.glob("*") if p.is_dir() and not p.name.startswith("."))
+
+    def _own(self) -> list[Path]:
+        """Newest first."""
+        return sorted((p for p in self._all() if p.name.startswith(f"{self.key[:16]}-")), reverse=True)
+
+
+def _read(path: Path, key: str) -> "tuple[State | None, str]":
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from raybooth.train import State
+
+    manifest = read_manifest(path)
+    if manifest is None:
+        return None, "it has no manifest, it was cut off while it was written"
+    if manifest["digest"] != key:
+        return None, "it belongs to another configuration"
+    try:
+        if describe(path / _TENSORS) != manifest["outputs"][_TENSORS]:
+            return None, "its file is not what its manifest says, it is torn or damaged"
+        return State(manifest["step"], load_file(path / _TENSORS), manifest["scalars"]), ""
+    except (OSError, SafetensorError, KeyError) as error:
+        return None, f"it cannot be read ({error})"
+
+
+def _sync(path: Path) -> None:
+    """To the disk itself, a file's content or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

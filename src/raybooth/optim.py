@@ -1,0 +1,106 @@
+"""How weights are stepped: optimizers, learning rates over the run, moving averages, and bf16 weights that still move."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raybooth.errors import RayboothError
+from raybooth.noise import generator
+
+Groups = list[dict[str, Any]]
+
+
+def make_optimizer(name: str, groups: Groups, weight_decay: float, seed: int) -> torch.optim.Optimizer:
+    """One of torch's or an extra's optimizers over parameter groups that bring their own `lr`.
+
+    bf16 parameters get AdamW with stochastic rounding, whatever their optimizer is called.
+
+    Raises:
+        RayboothError: if its package is not installed, or bf16 weights are asked of another optimizer than adamw.
+    """
+    if any(p.dtype is torch.bfloat16 for g in groups for p in g["params"]):
+        if name != "adamw":
+            raise RayboothError(f"finetune.precision = 'bf16-weights' goes with finetune.optimizer = 'adamw', not '{name}'.")
+        return StochasticAdamW(groups, weight_decay, seed)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+    if name == "adafactor":
+        return torch.optim.Adafactor(groups, weight_decay=weight_decay)
+    try:
+        if name == "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, weight_decay=weight_decay)
+        from prodigyopt import Prodigy
+
+        return Prodigy(groups, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)
+    except ImportError:
+        extra = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}[name]
+        raise RayboothError(f"finetune.optimizer = '{name}' needs {extra}: pip install 'raybooth[{name}]', or choose adamw.") from None
+
+
+def learning_rate_factor(schedule: str, step: int, steps: int, warmup: int) -> float:
+    """What the learning rate is multiplied by at `step` (from 0): a linear warm-up, then constant, cosine or linear to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[schedule]
+
+
+class Average:
+    """Exponential moving average of parameters in float32; a young one forgets faster: min(decay, (1 + n) / (10 + n))."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float):
+        self.parameters, self.decay = parameters, decay
+        self.values = {k: p.detach().float().clone() for k, p in parameters.items()}
+
+    def update(self, step: int) -> None:
+        """After optimizer step number `step`, counted from 1."""
+        keep = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.values.values()), [p.detach().float() for p in self.parameters.values()], 1 - keep)
+
+    def apply(self) -> None:
+        for k, p in self.parameters.items():
+            p.data.copy_(self.values[k])
+
+
+def round_stochastically(x: Tensor, random: torch.Generator) -> Tensor:
+    """float32 to bfloat16, up or down with the probability that keeps the mean: 16 random bits added below, then cut off."""
+    bits = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=random)
+    return ((x.contiguous().view(torch.int32) + bits) & -(1 << 16)).view(torch.float32).bfloat16()
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019) over bf16 weights and moments, computed in float32 and rounded stochastically.
+
+    Rounded to nearest, an update below half a bf16 step of its weight is lost every time; so, it happens in proportion.
+    """
+
+    def __init__(self, groups: Iterable[Any], weight_decay: float, seed: int, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+        super().__init__(groups, dict(weight_decay=weight_decay, betas=betas, eps=eps))
+        self.seed = seed
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    self._step_one(p, group, (g, i))
+
+    def _step_one(self, p: Tensor, group: dict[str, Any], place: tuple[int, int]) -> None:
+        state = self.state[p]
+        if not state:
+            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+        n, (beta1, beta2) = int(state["step"]), group["betas"]
+        random = torch.Generator(p.device).manual_seed(generator(self.seed, "rounding", n, *place).initial_seed())
+        gradient = p.grad.float()  # type: ignore[union-attr]
+        mean = state["exp_avg"].float().lerp_(gradient, 1 - beta1)
+        square = state["exp_avg_sq"].float().lerp_(gradient.square(), 1 - beta2)
+        update = (mean / (1 - beta1**n)) / ((square / (1 - beta2**n)).sqrt() + group["eps"])
+        weight = p.float() * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
+        for target, value in ((p, weight), (state["exp_avg"], mean), (state["exp_avg_sq"], square)):
+            target.copy_(round_stochastically(value, random))

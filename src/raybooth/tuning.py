@@ -1,0 +1,182 @@
+"""The fine-tuning job: what one worker of the group does around fit(), with checkpoints and a log.
+
+torch is imported where it is used, as in jobs.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raybooth.config import Finetune
+from raybooth.errors import RayboothError
+from raybooth.families import Loaded, family_of
+from raybooth.jobs import Row, prompt_name, stage_folder
+from raybooth.workspace import Workspace, explained_if_full, write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+    from raybooth.train import Settings, TrainingSet
+
+
+def finetuner(
+    storage: str, target: str, key: str, rows: dict[str, list[str]], prompts: dict[str, str], prior_weight: float, finetune: Finetune, seed: int
+) -> Callable[..., dict[str, Any]]:
+    """The loop of one worker of the group; the first one writes checkpoints and saves the pipeline in the storage's folder `target`.
+
+    Args:
+        key: digest of all that the weights follow from; checkpoints under another one are not gone on from.
+        rows: names of the latents in the storage, under "instance" and "class".
+        prompts: text under "instance" and "class".
+    """
+    from raybooth.checkpoint import Checkpoints
+    from raybooth.train import Parallel, fit
+
+    def loop(group: Any, say: Callable[[Row], None]) -> dict[str, Any]:
+        folder = stage_folder(storage, "base-model")
+        family, parts = family_of(folder), tuple(family_of(folder).trainable(finetune.text_encoder))
+        loaded = prepared(family.load(folder, parts).to(group.device), finetune)
+        data = training_set(stage_folder(storage, "latents"), rows, prompts, prior_weight, finetune.text_encoder).to(group.device)
+        workspace = Workspace(storage)
+        checkpoints = Checkpoints(workspace, key, finetune.checkpoints)
+        start, notes = checkpoints.newest()
+        for note in [*notes, *([f"goes on from the checkpoint of step {start.step}"] if start else [])]:
+            say({"note": note})
+        log = Log(workspace, group.rank == 0, start.step if start else 0)
+        parallel = Parallel(group.rank, group.world, group.wrap, group.total)
+        with out_of_memory_explained():
+            for step in fit(family, loaded, family.diffusion(folder), data, settings(finetune, parts, group.device, seed), parallel, start):
+                if step.metrics:
+                    say(log.write(step.number, vars(step.metrics)))
+                if step.number % finetune.checkpoint_every == 0 and step.number < finetune.steps:
+                    state = step.state()
+                    if group.rank == 0:
+                        checkpoints.save(state)
+        if group.rank == 0:
+            checkpoints.wait()
+            with explained_if_full(storage):
+                family.save(folder, loaded.modules, workspace.root / target)
+            workspace.push_tree(target)
+        return {"history": log.rows, "steps_per_second": log.rate()}
+
+    return loop
+
+
+def prepared(loaded: Loaded, finetune: Finetune) -> Loaded:
+    """Memory format, precision and checkpointing of the trained parts."""
+    import torch
+
+    modules: list[Any] = list(loaded.modules.values())
+    denoiser, *encoders = modules
+    if finetune.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
+    if finetune.precision == "bf16-weights":
+        loaded.to(torch.bfloat16)
+    if finetune.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+        for encoder in encoders:
+            encoder.gradient_checkpointing_enable()
+    if finetune.compile:
+        denoiser.compile()
+    return loaded
+
+
+def settings(finetune: Finetune, parts: tuple[str, ...], device: "torch.device", seed: int) -> "Settings":
+    from raybooth.train import Settings
+
+    denoiser, *encoders = parts
+    return Settings(
+        steps=finetune.steps,
+        batch=finetune.batch,
+        lr={denoiser: finetune.lr} | dict.fromkeys(encoders, finetune.text_encoder_lr or finetune.lr),
+        weight_decay=finetune.weight_decay,
+        max_grad_norm=finetune.max_grad_norm,
+        text_encoder=finetune.text_encoder,
+        log_every=finetune.log_every,
+        seed=seed,
+        autocast=autocast_dtype(finetune.precision, device),
+        optimizer=finetune.optimizer,
+        schedule=finetune.schedule,
+        warmup=finetune.warmup,
+        accumulate=finetune.accumulate,
+        ema=finetune.ema,
+        min_snr_gamma=finetune.min_snr_gamma,
+        noise_offset=finetune.noise_offset,
+    )
+
+
+class Log:
+    """The readings of a run, for the driver and in `metrics.jsonl`; a run that goes on drops what comes after its checkpoint."""
+
+    def __init__(self, workspace: Workspace, writes: bool, start: int):
+        self.workspace, self.writes, self.path = workspace, writes, workspace.root / "metrics.jsonl"
+        kept = self.path.read_text().splitlines() if start and self.path.exists() else []
+        self.rows: list[Row] = [row for row in map(json.loads, kept) if row["step"] <= start]
+        self.times: list[tuple[int, float]] = []
+
+    def write(self, step: int, metrics: Row) -> Row:
+        self.times.append((step, time.monotonic()))
+        self.rows.append({"step": step, **metrics})
+        if self.writes:
+            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+            self.workspace.push(self.path.name)
+        return self.rows[-1]
+
+    def rate(self) -> float | None:
+        """Steps a second, after the first reading: what comes before it is warming up."""
+        (first, began), (last, now) = (self.times or [(0, 0.0)])[0], (self.times or [(0, 0.0)])[-1]
+        return (last - first) / (now - began) if now > began else None
+
+
+@contextlib.contextmanager
+def out_of_memory_explained() -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise RayboothError(
+            "Fine-tuning ran out of memory: lower finetune.batch or raise finetune.accumulate, set finetune.gradient_checkpointing = true, "
+            "finetune.text_encoder = false, or finetune.optimizer = 'adamw8bit'. What checkpoints hold is kept."
+        ) from error
+
+
+def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, str], prior_weight: float, text_encoder: bool) -> "TrainingSet":
+    """The encoded rows of a storage's latents, instances first."""
+    import torch
+    from safetensors.torch import load
+
+    from raybooth.train import TrainingSet
+
+    names = rows["instance"] + rows["class"]
+    latents = [load((folder / n).read_bytes()) for n in names]
+    of_class = torch.arange(len(names)) >= len(rows["instance"])
+    kinds = ["instance", "class"] if rows["class"] else ["instance"]
+    conditioning = None
+    if not text_encoder:
+        conditioning = torch.stack([load((folder / prompt_name(prompts[k])).read_bytes())["conditioning"] for k in kinds])
+    return TrainingSet(
+        mean=torch.stack([x["mean"] for x in latents]),
+        std=torch.stack([x["std"] for x in latents]),
+        prompt=of_class.long(),
+        weight=torch.where(of_class, prior_weight, 1.0),
+        prompts=[prompts[k] for k in kinds],
+        instances=len(rows["instance"]),
+        conditioning=conditioning,
+    )
+
+
+def autocast_dtype(precision: str, where: "torch.device") -> "torch.dtype | None":
+    """What the forward pass is cast to over float32 weights; None for plain float32."""
+    import torch
+
+    if precision == "auto":
+        if where.type != "cuda":
+            return None  # without AMX or AVX512-BF16, bfloat16 is ten times slower on a CPU (measured)
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-weights": torch.bfloat16}[precision]

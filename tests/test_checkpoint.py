@@ -1,0 +1,76 @@
+"""Checkpoints: complete or passed over, whoever was killed while writing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from raybooth.checkpoint import Checkpoints
+from raybooth.train import State
+from raybooth.workspace import Workspace
+
+KEY, OTHER = "a" * 64, "b" * 64
+
+
+def state(step: int) -> State:
+    return State(step, {"weights.x": torch.full((1000,), float(step)), "seen": torch.zeros(4)}, {"read_at": step})
+
+
+def saved(storage: str, steps: list[int], keep: int = 2, key: str = KEY) -> Checkpoints:
+    checkpoints = Checkpoints(Workspace(storage), key, keep)
+    for step in steps:
+        checkpoints.save(state(step))
+    checkpoints.wait()
+    return checkpoints
+
+
+def test_the_newest_few_are_kept_and_the_newest_is_read(tmp_path: Path):
+    found, notes = saved(str(tmp_path), [10, 20, 30]).newest()
+    assert found is not None
+    assert (found.step, found.scalars, notes) == (30, {"read_at": 30}, [])
+    assert float(found.tensors["weights.x"][0]) == 30
+    assert sorted(p.name[-2:] for p in (tmp_path / "checkpoints").iterdir()) == ["20", "30"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "no manifest", "flipped"])
+def test_a_torn_one_is_passed_over_with_a_sentence(tmp_path: Path, harm: str):
+    checkpoints = saved(str(tmp_path), [10, 20])
+    newest = max((tmp_path / "checkpoints").iterdir())
+    data = newest / "state.safetensors"
+    if harm == "cut":
+        data.write_bytes(data.read_bytes()[:-100])
+    elif harm == "flipped":
+        data.write_bytes(data.read_bytes()[:-1] + b"\x07")
+    else:
+        (newest / "manifest.json").unlink()
+    found, notes = checkpoints.newest()
+    assert found is not None
+    assert found.step == 10
+    assert len(notes) == 1
+    assert newest.name in notes[0]
+
+
+def test_another_configurations_are_passed_over_and_left_alone(tmp_path: Path):
+    saved(str(tmp_path), [50], key=OTHER)
+    found, notes = saved(str(tmp_path), [10, 20, 30], keep=1).newest()
+    assert found is not None
+    assert found.step == 30
+    assert "another configuration" in notes[0]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_what_was_being_written_is_no_checkpoint(tmp_path: Path):
+    checkpoints = saved(str(tmp_path), [10])
+    (tmp_path / "checkpoints" / f".partial-{KEY[:16]}-0000020").mkdir()
+    found, notes = checkpoints.newest()
+    assert found is not None
+    assert (found.step, notes) == (10, [])
+
+
+def test_they_live_in_a_remote_storage_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    saved("memory://checkpoints-test", [10, 20, 30])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))  # another machine
+    found, _ = Checkpoints(Workspace("memory://checkpoints-test"), KEY, 2).newest()
+    assert found is not None
+    assert found.step == 30

@@ -1,0 +1,64 @@
+"""Optimizers, schedules, averages, rounding: against their definitions."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from raybooth.errors import RayboothError
+from raybooth.optim import Average, StochasticAdamW, learning_rate_factor, make_optimizer, round_stochastically
+
+
+def test_the_schedules_warm_up_and_end_where_they_should():
+    for schedule, end in (("constant", 1.0), ("cosine", 0.0), ("linear", 0.0)):
+        factors = [learning_rate_factor(schedule, s, 100, 10) for s in range(100)]
+        assert factors[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+        assert factors[10] == 1.0
+        assert factors[-1] == pytest.approx(end, abs=0.02)
+    assert learning_rate_factor("cosine", 55, 100, 10) == pytest.approx(0.5)
+    assert learning_rate_factor("linear", 55, 100, 10) == pytest.approx(0.5)
+
+
+def test_rounding_keeps_the_mean_and_is_one_of_the_two_neighbours():
+    x = torch.full((200_000,), 1 + 0.3 / 128)  # three tenths of the way between two bf16 numbers
+    rounded = round_stochastically(x, torch.Generator().manual_seed(0)).float()
+    assert sorted(rounded.unique().tolist()) == [1.0, 1 + 1 / 128]
+    assert (rounded > 1).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    exact = torch.tensor([0.0, -2.0, 0.5])
+    assert torch.equal(round_stochastically(exact, torch.Generator().manual_seed(0)).float(), exact)
+
+
+def test_the_stochastic_optimizer_is_adamw_on_average():
+    """A thousand copies of one weight: their mean follows torch's AdamW in float32."""
+    theirs, ours = nn.Parameter(torch.full((1,), 0.7)), nn.Parameter(torch.full((4000,), 0.7).bfloat16())
+    start = float(ours[0])
+    theirs.data.fill_(start)
+    reference = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.1)
+    mine = StochasticAdamW([{"params": [ours], "lr": 1e-3}], 0.1, 0)
+    for step in range(20):
+        gradient = math.sin(step) + 0.2
+        theirs.grad, ours.grad = torch.full((1,), gradient), torch.full((4000,), gradient).bfloat16()
+        reference.step()
+        mine.step()
+    assert float(ours.float().mean()) - start == pytest.approx(float(theirs) - start, rel=0.03)
+
+
+def test_the_average_is_the_recursion():
+    p = nn.Parameter(torch.zeros(3))
+    average, expected = Average({"p": p}, 0.9), torch.zeros(3)
+    for step in range(1, 30):
+        p.data.fill_(step)
+        keep = min(0.9, (1 + step) / (10 + step))
+        expected = keep * expected + (1 - keep) * step
+        average.update(step)
+    average.apply()
+    assert torch.allclose(p.detach(), expected)
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "prodigy"])
+def test_an_optimizer_that_is_not_installed_says_how_to_get_it(name: str, monkeypatch: pytest.MonkeyPatch):
+    for module in ("bitsandbytes", "bitsandbytes.optim", "prodigyopt"):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(RayboothError, match=rf"pip install 'raybooth\[{name}\]'"):
+        make_optimizer(name, [{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}], 0.0, 0)

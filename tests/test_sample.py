@@ -9,13 +9,14 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 
 from raybooth.config import Sampling
 from raybooth.families import family_of
+from raybooth.families.parts import load
 from raybooth.noise import normal
-from raybooth.sample import PARTS, Sampler
+from raybooth.sample import Sampler
 
 
 def sampler(toy: Path, scheduler: str = "dpmsolver++", guidance: float = 3.0, batch: int = 4) -> Sampler:
     family = family_of(toy)
-    return Sampler(family, family.load(toy, PARTS), family.facts(toy), Sampling(6, guidance, scheduler, 32), batch)
+    return Sampler(family, load(family, toy, ("unet", "vae", "text_encoder")), Sampling(6, guidance, scheduler, 32), batch)
 
 
 def test_a_picture_is_the_same_alone_in_a_batch_and_elsewhere(toy: Path):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from raybooth.checkpoint import Checkpoints
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
-from raybooth.noise import generator, normal
+from raybooth.families.parts import load
+from raybooth.noise import Diffusion, generator, normal
 from raybooth.train import Parallel, Settings, TrainingSet, fit, rows_of_step
 from raybooth.workspace import Workspace
 
@@ -39,15 +40,16 @@ def data(instances: int = 3, classes: int = 4, weight: float = 0.6) -> TrainingS
 
 def trained(toy: Path, settings: Settings = SETTINGS, rows: TrainingSet | None = None, parallel: Parallel = ALONE):
     family = family_of(toy)
-    loaded = family.load(toy, ("unet", "text_encoder"))
-    steps = list(fit(family, loaded, family.diffusion(toy), rows or data(), settings, parallel))
+    loaded = load(family, toy, ("unet", "text_encoder"))
+    steps = list(fit(family, loaded, rows or data(), settings, parallel))
     return {f"{part}.{k}": v for part, m in loaded.modules.items() for k, v in m.state_dict().items()}, steps
 
 
 def plain_loop(toy: Path, settings: Settings, rows: TrainingSet):
     """The same, written down straight: chunks, one encoding a row, torch's own optimizer and clipping."""
     family = family_of(toy)
-    loaded, diffusion = family.load(toy, ("unet", "text_encoder")), family.diffusion(toy)
+    loaded, diffusion = load(family, toy, ("unet", "text_encoder")), family.objective(toy)
+    assert isinstance(diffusion, Diffusion)
     unet, text = loaded.modules["unet"].train(), loaded.modules["text_encoder"].train()
     parameters = [p.requires_grad_() for m in (unet, text) for p in m.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr["unet"], weight_decay=settings.weight_decay)
@@ -59,7 +61,7 @@ def plain_loop(toy: Path, settings: Settings, rows: TrainingSet):
         noise = torch.stack([normal(shape, settings.seed, "noise", step, i) for i in range(len(index))])
         t = torch.cat([torch.randint(1000, (1,), generator=generator(settings.seed, "timestep", step, i)) for i in range(len(index))])
         x0 = rows.mean[index] + rows.std[index] * torch.stack(draw)
-        text_of_rows = family.encode_text(loaded, [rows.prompts[int(rows.prompt[i])] for i in index])
+        text_of_rows = family.encode_text(loaded, [rows.prompts[int(rows.prompt[i])] for i in index])["text"]
         alpha = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
         out = unet(alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, t, text_of_rows).sample
         b = settings.batch
@@ -116,11 +118,11 @@ def _keep(seen: list[torch.Tensor], gradient: torch.Tensor) -> None:
 def test_shares_of_two_workers_are_one_workers_gradient(toy: Path):
     """Each worker's loss is its share of the whole: the gradients of all shares add up to one worker's."""
     family = family_of(toy)
-    diffusion, rows = family.diffusion(toy), data()
+    rows = data()
     gradients: dict[tuple[int, int], list[torch.Tensor]] = {}
     for world in (1, 2):
         for rank in range(world):
-            loaded = family.load(toy, ("unet", "text_encoder"))
+            loaded = load(family, toy, ("unet", "text_encoder"))
             seen: list[torch.Tensor] = []
 
             def keep(module, seen=seen):
@@ -130,7 +132,7 @@ def test_shares_of_two_workers_are_one_workers_gradient(toy: Path):
 
             # The loss is multiplied by the world's size for wrappers that average; one step, no clipping.
             one = changed(steps=1, max_grad_norm=1e9)
-            list(fit(family, loaded, diffusion, rows, one, Parallel(rank, world, wrap=keep)))
+            list(fit(family, loaded, rows, one, Parallel(rank, world, wrap=keep)))
             gradients[world, rank] = [g / world for g in seen]
     whole = torch.stack([g.norm() for g in gradients[1, 0]]).norm()
     shared = [a + b for a, b in zip(gradients[2, 0], gradients[2, 1], strict=True)]
@@ -140,12 +142,12 @@ def test_shares_of_two_workers_are_one_workers_gradient(toy: Path):
 
 def test_without_the_text_encoder_only_the_unet_moves(toy: Path):
     family = family_of(toy)
-    loaded = family.load(toy, ("unet", "text_encoder"))
+    loaded = load(family, toy, ("unet", "text_encoder"))
     rows = data()
     with torch.no_grad():
         frozen = TrainingSet(**{**vars(rows), "conditioning": family.encode_text(loaded, rows.prompts)})
-    before = family.load(toy, ("unet", "text_encoder"))
-    list(fit(family, loaded, family.diffusion(toy), frozen, changed(text_encoder=False)))
+    before = load(family, toy, ("unet", "text_encoder"))
+    list(fit(family, loaded, frozen, changed(text_encoder=False)))
     moved = {
         part: any(not torch.equal(a, b) for a, b in zip(m.parameters(), before.modules[part].parameters(), strict=True)) for part, m in loaded.modules.items()
     }
@@ -176,8 +178,8 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(toy: Path, tmp_path: Path, mor
     whole, steps = trained(toy, settings)
     kept = Checkpoints(Workspace(str(tmp_path)), "a" * 64, keep=1)
     family = family_of(toy)
-    loaded = family.load(toy, ("unet", "text_encoder"))
-    for step in fit(family, loaded, family.diffusion(toy), data(), settings):
+    loaded = load(family, toy, ("unet", "text_encoder"))
+    for step in fit(family, loaded, data(), settings):
         if step.number == 3:
             kept.save(step.state())
             kept.wait()
@@ -185,8 +187,8 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(toy: Path, tmp_path: Path, mor
     start, notes = kept.newest()
     assert start is not None
     assert (start.step, notes) == (3, [])
-    loaded = family.load(toy, ("unet", "text_encoder"))
-    rest = list(fit(family, loaded, family.diffusion(toy), data(), settings, start=start))
+    loaded = load(family, toy, ("unet", "text_encoder"))
+    rest = list(fit(family, loaded, data(), settings, start=start))
     again = {f"{part}.{k}": v for part, m in loaded.modules.items() for k, v in m.state_dict().items()}
     assert all(torch.equal(whole[k], again[k]) for k in whole)
     assert [s.metrics for s in rest] == [s.metrics for s in steps[3:]]
@@ -200,7 +202,7 @@ def test_accumulated_passes_are_one_batch(toy: Path):
 
 
 def test_parts_have_their_own_learning_rates(toy: Path):
-    before = family_of(toy).load(toy, ("unet", "text_encoder"))
+    before = load(family_of(toy), toy, ("unet", "text_encoder"))
     after, _ = trained(toy, changed(steps=1, weight_decay=0.0, lr={"unet": 1e-3, "text_encoder": 1e-5}))
     moved = {
         part: max(float((after[f"{part}.{k}"] - v).abs().max()) for k, v in m.state_dict().items() if v.is_floating_point())
@@ -213,7 +215,7 @@ def test_parts_have_their_own_learning_rates(toy: Path):
 def test_a_broken_state_never_becomes_a_checkpoint(toy: Path):
     family, rows = family_of(toy), data()
     rows.mean[:] = float("nan")
-    steps = fit(family, family.load(toy, ("unet", "text_encoder")), family.diffusion(toy), rows, changed(log_every=100))
+    steps = fit(family, load(family, toy, ("unet", "text_encoder")), rows, changed(log_every=100))
     with pytest.raises(RayboothError, match="not finite at step 1"):
         next(steps).state()
 
@@ -223,13 +225,13 @@ def test_bf16_weights_move_by_stochastic_rounding_and_stand_still_without(toy: P
     family = family_of(toy)
     moved = {}
     for name, kind in (("rounded stochastically", None), ("to nearest", torch.optim.AdamW)):
-        loaded = family.load(toy, ("unet", "text_encoder")).to(torch.bfloat16)
+        loaded = load(family, toy, ("unet", "text_encoder")).to(torch.bfloat16)
         before = [p.clone() for p in loaded.modules["unet"].parameters()]
         with pytest.MonkeyPatch.context() as patch:
             if kind:
                 patch.setattr("raybooth.train.make_optimizer", lambda _, groups, weight_decay, __, kind=kind: kind(groups, weight_decay=weight_decay))
             settings = changed(steps=6, lr={"unet": 5e-6, "text_encoder": 5e-6}, autocast=torch.bfloat16)
-            list(fit(family, loaded, family.diffusion(toy), data(), settings))
+            list(fit(family, loaded, data(), settings))
         pairs = list(zip(before, loaded.modules["unet"].parameters(), strict=True))
         moved[name] = sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
     print(moved)
@@ -243,7 +245,8 @@ def test_min_snr_weighs_as_diffusers_does(toy: Path):
 
     t, scheduler = torch.tensor([0, 100, 500, 900, 999]), DDIMScheduler.from_pretrained(toy / "scheduler")
     snr = compute_snr(scheduler, t)
-    diffusion = family_of(toy).diffusion(toy)
+    diffusion = family_of(toy).objective(toy)
+    assert isinstance(diffusion, Diffusion)
     assert torch.allclose(diffusion.weight(t, 5.0), snr.clamp(max=5) / snr)
     velocity = replace(diffusion, prediction="v_prediction")
     assert torch.allclose(velocity.weight(t, 5.0), snr.clamp(max=5) / (snr + 1))

@@ -76,14 +76,23 @@ class Prior(Section):
     images: int = Field(200, ge=0, le=1_000_000, description="class pictures the base model draws; 0 turns prior preservation off")
     weight: NonNegative = Field(1.0, description="weight of a class row in the loss")
     prompt: str = Field("photo of a {class}", min_length=1, description="what the class pictures show")
+    method: Literal["class-images", "base-prediction", "none"] = Field(
+        "class-images", description="what class rows are taught by: pictures, or (LoRA only, no pictures needed) the base model's own predictions"
+    )
     steps: int = Field(25, ge=1, le=1000, description="denoising steps a picture")
     guidance: float = Field(7.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale; 1 or less turns it off")
     scheduler: SchedulerName = Field("dpmsolver++", description="sampler; the 2023 notebook's is pndm at 50 steps")
+
+    @property
+    def drawn(self) -> int:
+        """Class pictures that are needed."""
+        return self.images if self.method == "class-images" else 0
 
 
 class Finetune(Section):
     """The fine-tuning itself."""
 
+    method: Literal["full", "lora"] = Field("full", description="train the weights themselves, or low-rank adapters beside them")
     steps: Count = Field(400, description="optimizer steps")
     batch: Count = Field(2, description="instance rows a step over all workers; as many class rows go with them")
     lr: Positive = Field(5e-6, description="learning rate of AdamW, constant")
@@ -107,6 +116,16 @@ class Finetune(Section):
     log_every: Count = Field(10, description="read the loss back and show it every so many steps")
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     checkpoints: Count = Field(2, description="newest checkpoints that are kept")
+
+
+class Lora(Section):
+    """Low-rank adapters, for finetune.method = "lora"."""
+
+    rank: Count = Field(16, le=4096, description="width of an adapter")
+    alpha: Positive | None = Field(None, description="an adapter's output is scaled by alpha / rank; default: rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that is dropped in training")
+    dora: bool = Field(False, description="direction and magnitude of the denoiser's adapters apart (DoRA): better at low ranks, slower")
+    targets: list[str] | None = Field(None, description="names of layers; default: the attention's")
 
 
 class Generate(Section):
@@ -156,6 +175,7 @@ class Config(Section):
     base: Base = Base()
     prior: Prior = Prior()
     finetune: Finetune = Finetune()
+    lora: Lora = Lora()
     generate: Generate = Generate()
     cluster: Cluster = Cluster()
     storage: str = Field("raybooth-run", min_length=1, description="folder, or URI such as s3://bucket/run")
@@ -181,6 +201,8 @@ class Config(Section):
             raise ValueError("subject.class is empty: say what the subject is an instance of, as in --class dog")
         if subject.token.casefold() == subject.class_name.casefold():
             raise ValueError(f"subject.token equals subject.class ('{subject.token}'): choose a rare word for the token, such as unqtkn")
+        if self.prior.method == "base-prediction" and self.finetune.method != "lora":
+            raise ValueError("prior.method = 'base-prediction' needs finetune.method = 'lora': only then is the base model still there to ask")
         if self.finetune.batch < self.cluster.workers:
             raise ValueError(
                 f"finetune.batch is {self.finetune.batch} for {self.cluster.workers} workers: each needs a row, raise the batch or lower cluster.workers"

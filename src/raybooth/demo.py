@@ -94,7 +94,7 @@ def score(run: Run) -> Scores:
     # The token means nothing to the scorer's CLIP; what it can judge is the class in its place.
     prompts = [r["prompt"].replace(run.config.subject.name, f"a {run.config.subject.class_name}") for r in stages.output_rows(run)]
     texts = with_.prompts(prompts)
-    class_before = run.images("class" if run.config.prior.images else "class-before")
+    class_before = run.images("class" if run.config.prior.drawn else "class-before")
     class_after = run.images("class-after")
     return Scores(
         subject_before=subject_similarity(with_.identity(before), subject),

@@ -4,7 +4,7 @@ torch is imported where it is used: Ray unpickles these functions in its driver 
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,23 +25,31 @@ def stage_folder(storage: str, stage: str) -> Path:
     return workspace.root / stage
 
 
-def _loaded(folder: Path, parts: tuple[str, ...]) -> Loaded:
-    """For inference: half precision on a GPU, where it halves the time; float32 on a CPU, where it does not."""
+def for_inference(folder: Path, parts: Iterable[str]) -> Loaded:
+    """Half precision on a GPU, where it halves the time; float32 on a CPU, where it does not."""
     import torch
 
+    from raybooth.families.parts import load
+
     on_gpu = torch.cuda.is_available()
-    return family_of(folder).load(folder, parts, torch.float16 if on_gpu else torch.float32).to("cuda" if on_gpu else "cpu")
+    return load(family_of(folder), folder, tuple(parts), torch.float16 if on_gpu else torch.float32).to("cuda" if on_gpu else "cpu")
 
 
 def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, model_digest: str) -> Callable[[list[Row]], list[bytes]]:
-    """Draws rows of (prompt, seed) as PNG files that say what they are."""
+    """Draws rows of (prompt, seed) as PNG files that say what they are. A stage that holds adapters is drawn with the base they belong to."""
     from PIL import Image
 
-    from raybooth.sample import PARTS, Sampler
+    from raybooth.families.lora import WEIGHTS, load_adapters
+    from raybooth.sample import Sampler
 
     folder = stage_folder(storage, model_stage)
-    family = family_of(folder)
-    draw = Sampler(family, _loaded(folder, PARTS), family.facts(folder), sampling, batch).draw
+    adapted = (folder / WEIGHTS).exists()
+    base = stage_folder(storage, "base-model") if adapted else folder
+    family = family_of(base)
+    loaded = for_inference(base, (family.denoiser, "vae", *family.encoders))
+    if adapted:
+        load_adapters(family, loaded, folder)
+    draw = Sampler(family, loaded, sampling, batch).draw
 
     def work(rows: list[Row]) -> list[bytes]:
         pictures = draw([r["prompt"] for r in rows], [r["seed"] for r in rows])
@@ -53,23 +61,25 @@ def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, mode
     return work
 
 
-def encoder(storage: str) -> Callable[[list[Row]], list[bytes]]:
-    """Encodes rows with a `picture` (PNG) to their posterior's mean and std, rows with a `prompt` to their conditioning."""
+def encoder(storage: str, prompts: bool) -> Callable[[list[Row]], list[bytes]]:
+    """Encodes rows with a `picture` (PNG) to their posterior's mean and std, rows with a `prompt`, if there are any, to their conditioning."""
     import torch
     from safetensors.torch import save
 
+    from raybooth.families.parts import encode_image
+
     folder = stage_folder(storage, "base-model")
     family = family_of(folder)
-    loaded = _loaded(folder, ("vae", "text_encoder"))
+    loaded = for_inference(folder, ("vae", *(family.encoders if prompts else ())))
     place = next(loaded.modules["vae"].parameters())
 
     @torch.inference_mode()
     def one(row: Row) -> bytes:
         if "prompt" in row:
-            tensors = {"conditioning": family.encode_text(loaded, [row["prompt"]])[0]}
+            tensors = {k: v[0] for k, v in family.encode_text(loaded, [row["prompt"]]).items()}
         else:
             # One by one: a picture's latents must not depend on what it is encoded with.
-            mean, std = family.encode_image(loaded, _pixels(row["picture"]).to(place))
+            mean, std = encode_image(loaded, _pixels(row["picture"]).to(place))
             tensors = {"mean": mean[0], "std": std[0]}
         return save({k: v.float().cpu().contiguous() for k, v in tensors.items()})
 
@@ -89,4 +99,4 @@ def _pixels(data: bytes) -> "Tensor":
 
 def prompt_name(prompt: str) -> str:
     """Where a prompt's conditioning lies among the latents."""
-    return f"prompt-{digest(prompt)[:16]}.safetensors"
+    return f"text-{digest(prompt)[:16]}.safetensors"

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from raybooth.errors import RayboothError
+
 Prediction = Literal["epsilon", "v_prediction"]
 
 
@@ -43,7 +45,7 @@ class Diffusion:
         return len(self.alphas_cumprod)
 
     def draw_t(self, random: torch.Generator) -> Tensor:
-        """A timestep to train at, uniform: (1,)."""
+        """A timestep to train at, uniform: (1,), int64."""
         return torch.randint(self.timesteps, (1,), generator=random)
 
     def weight(self, t: Tensor, gamma: float) -> Tensor:
@@ -70,3 +72,40 @@ class Diffusion:
             return noise
         signal, sigma = self._coefficients(t)
         return signal * noise - sigma * x0
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Rectified flow (Liu et al. 2022; Esser et al. 2024): a straight line from latents to noise, and its velocity.
+
+    Times are in the schedulers' unit, 1000 at pure noise. `shift` moves them towards noise, as the model's sampler does.
+    """
+
+    shift: float = 1.0
+
+    def draw_t(self, random: torch.Generator) -> Tensor:
+        """A time to train at, logit-normal (Esser et al. 2024, section 3.1), then shifted: (1,), float32."""
+        sigma = torch.sigmoid(torch.randn(1, generator=random))
+        return 1000 * self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+    def weight(self, t: Tensor, gamma: float) -> Tensor:
+        """Ones: drawing the times is how a flow weighs them.
+
+        Raises:
+            RayboothError: if min-SNR is asked for.
+        """
+        if gamma:
+            raise RayboothError("finetune.min_snr_gamma is for models of epsilon or velocity, and this one is a flow: leave it out.")
+        return torch.ones(t.shape, device=t.device)
+
+    def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """z_t of clean latents (n, c, h, w) and times (n,)."""
+        sigma = (t / 1000).view(-1, 1, 1, 1)
+        return (1 - sigma) * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The velocity, the same all along the line."""
+        return noise - x0
+
+
+Objective = Diffusion | Flow

@@ -145,7 +145,7 @@ def _write_instances(run: Run, stage: Stage, images: list[tuple[Photo, Image.Ima
 def class_images(run: Run) -> None:
     """Pictures of the class by the base model, for prior preservation."""
     prior, prompt = run.config.prior, run.config.class_prompt
-    if prior.images:
+    if prior.drawn:
         rows = [{"name": f"{i:05d}.png", "prompt": prompt, "seed": _seed(run, "class", i)} for i in range(prior.images)]
         _draw(run, "class-images", "base-model", prior, rows, {"prompt": prompt, "seed": run.config.seed})
 
@@ -162,7 +162,7 @@ def encode(run: Run) -> None:
     work = [{"name": n, **_read_row(run, rows[n])} for n in rows if n in missing]
     if work:
         done = map_rows(
-            partial(jobs.encoder, run.workspace.uri), work, batch=16, have=run.ray,
+            partial(jobs.encoder, run.workspace.uri, any("prompt" in row for row in work)), work, batch=16, have=run.ray,
             samplers=run.config.cluster.samplers, model_bytes=_model_bytes(run, "base-model"),
         )  # fmt: skip
         for name, data in run.progress(done, len(work), "encode", "row"):
@@ -180,7 +180,7 @@ def _latents(run: Run) -> tuple[Stage, dict[str, dict[str, str]]]:
 
 def _pictures(run: Run, stage: str) -> dict[str, str]:
     """File -> sha256 of the pictures that are trained on."""
-    if stage == "class-images" and not run.config.prior.images:
+    if stage == "class-images" and not run.config.prior.drawn:
         return {}
     outputs = run.outputs(stage)
     return {name: outputs[name] for name in run.facts(stage)["pictures"]}
@@ -193,6 +193,8 @@ def _latent_name(sha256: str) -> str:
 def _prompt_names(run: Run) -> dict[str, str]:
     from raybooth.jobs import prompt_name
 
+    if run.config.finetune.text_encoder:
+        return {}  # it is trained, and encodes them at every step
     return {prompt_name(p): p for p in (run.config.subject.prompt, run.config.class_prompt)}
 
 
@@ -216,8 +218,9 @@ def finetune(run: Run) -> None:
         "model": run.model_digest("base-model"),
         "rows": {k: [latents[n] for n in names] for k, names in rows.items()},
         "prompts": prompts,
-        "prior_weight": config.prior.weight,
+        "prior": {"method": config.prior.method, "weight": config.prior.weight},
         "finetune": config.finetune.model_dump(exclude={"log_every", "checkpoint_every", "checkpoints"}),
+        "lora": config.lora.model_dump() if config.finetune.method == "lora" else None,
         "seed": config.seed,
     }
     stage = run.workspace.stage("fine-tuned-model", inputs)
@@ -225,7 +228,7 @@ def finetune(run: Run) -> None:
         return run.say("fine-tuned-model: up to date")
     stage.clear()
     target = f"fine-tuned-model/{stage.partial.name}"
-    make = partial(tuning.finetuner, run.workspace.uri, target, stage.key, rows, prompts, config.prior.weight, config.finetune, config.seed)
+    make = partial(tuning.finetuner, run.workspace.uri, target, stage.key, rows, prompts, config.prior, config.finetune, config.lora, config.seed)
     with _StepLine(run) as line:
         facts = run_group(
             make, workers=config.cluster.workers, gpus_per_worker=config.cluster.gpus_per_worker, retries=config.cluster.retries, have=run.ray, heard=line.heard
@@ -327,13 +330,13 @@ def before_after(run: Run) -> Path:
     how, config = run.config.generate, run.config
     rows = output_rows(run)
     _draw(run, "before-images", "base-model", how, rows, {"seed": config.seed})
-    classes = min(8, config.prior.images or 8)
+    classes = min(8, config.prior.drawn or 8)
     after = [{"name": f"{i:05d}.png", "prompt": config.class_prompt, "seed": _seed(run, "class", i)} for i in range(classes)]
     class_inputs = {"prompt": config.class_prompt, "seed": config.seed}
     _draw(run, "class-after-images", "fine-tuned-model", config.prior, after, class_inputs)
-    if not config.prior.images:
+    if not config.prior.drawn:
         _draw(run, "class-before-images", "base-model", config.prior, after, class_inputs)
-    class_before = run.images("class" if config.prior.images else "class-before")[:classes]
+    class_before = run.images("class" if config.prior.drawn else "class-before")[:classes]
     before, drawn = run.images("before"), run.images("output")
     each = how.images_per_prompt
     lines = [("the photographs", run.images("instance"))]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded
+from raybooth.families.lora import adapters_off
 from raybooth.loss import prior_preserving, row_errors
-from raybooth.noise import Diffusion, generator, normal
+from raybooth.noise import Objective, generator, normal
 from raybooth.optim import Average, learning_rate_factor, make_optimizer
 
 
@@ -28,7 +29,8 @@ class TrainingSet:
         prompt: (n,) index into `prompts`.
         weight: (n,) of each row in the loss.
         instances: how many of the rows, the first ones, are of the subject; the others are of the class.
-        conditioning: (prompts, tokens, width) where the text encoder stays frozen, else None.
+        conditioning: of the prompts, each tensor (prompts, ...), where the text encoders stay frozen, else None.
+        teacher: whether the target of a class row is the prediction of the base model, the trained one with its adapters off.
     """
 
     mean: Tensor
@@ -37,10 +39,13 @@ class TrainingSet:
     weight: Tensor
     prompts: Sequence[str]
     instances: int
-    conditioning: Tensor | None = None
+    conditioning: dict[str, Tensor] | None = None
+    teacher: bool = False
 
     def to(self, device: torch.device) -> "TrainingSet":
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        if self.conditioning is not None:
+            moved["conditioning"] = {k: v.to(device) for k, v in self.conditioning.items()}
         return replace(self, **moved)
 
 
@@ -111,23 +116,32 @@ class Step:
 class RowLoss(nn.Module):
     """The trained modules and their loss as one module, so that data parallelism can wrap them together."""
 
-    def __init__(self, family: Family, loaded: Loaded, diffusion: Diffusion, data: TrainingSet, settings: Settings):
+    def __init__(self, family: Family, loaded: Loaded, data: TrainingSet, settings: Settings):
         super().__init__()
-        self.family, self.loaded, self.diffusion, self.data = family, loaded, diffusion, data
+        self.family, self.loaded, self.objective, self.data = family, loaded, loaded.objective, data
         self.text_encoder, self.min_snr_gamma = settings.text_encoder, settings.min_snr_gamma
         self.trained = nn.ModuleDict({name: loaded.modules[name] for name in family.trainable(settings.text_encoder)})
 
     def forward(self, rows: Tensor, used: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Weighted squared error of each row. `used` are the prompts of all workers' rows in this step."""
+        z, target = self.objective.noisy(x0, noise, t), self.objective.target(x0, noise, t)
+        if self.data.teacher:
+            of_class = rows >= self.data.instances
+            with torch.no_grad(), adapters_off(self.trained.values()):
+                taught = self.family.predict(self.loaded, z, t, self._conditioning(rows, used))
+            target = torch.where(of_class[:, None, None, None], taught.to(target.dtype), target)
+        prediction = self.family.predict(self.loaded, z, t, self._conditioning(rows, used))
+        return row_errors(prediction, target) * self.objective.weight(t, self.min_snr_gamma)
+
+    def _conditioning(self, rows: Tensor, used: Tensor) -> dict[str, Tensor]:
+        """Of each row; a trained text encoder runs once for every distinct prompt."""
         prompt = self.data.prompt[rows]
-        if self.text_encoder:
-            texts = [self.data.prompts[i] for i in used.tolist()]
-            text = self.family.encode_text(self.loaded, texts)[torch.searchsorted(used, prompt)]
-        else:
+        if not self.text_encoder:
             assert self.data.conditioning is not None
-            text = self.data.conditioning[prompt]
-        prediction = self.family.predict(self.trained["unet"], self.diffusion.noisy(x0, noise, t), t, text)
-        return row_errors(prediction, self.diffusion.target(x0, noise, t)) * self.diffusion.weight(t, self.min_snr_gamma)
+            return {k: v[prompt] for k, v in self.data.conditioning.items()}
+        texts = [self.data.prompts[i] for i in used.tolist()]
+        place = torch.searchsorted(used, prompt)
+        return {k: v[place] for k, v in self.family.encode_text(self.loaded, texts).items()}
 
 
 def rows_of_step(data: TrainingSet, step: int, batch: int, seed: int) -> list[int]:
@@ -146,8 +160,7 @@ def _dealt(seed: int, what: str, n: int, k: int) -> int:
 
 
 def fit(
-    family: Family, loaded: Loaded, diffusion: Diffusion, data: TrainingSet, settings: Settings,
-    parallel: Parallel = Parallel(), start: State | None = None,
+    family: Family, loaded: Loaded, data: TrainingSet, settings: Settings, parallel: Parallel = Parallel(), start: State | None = None
 ) -> Iterator[Step]:  # fmt: skip
     """Fine-tune `loaded` in place by the prior-preserving loss, from the beginning or from `start`.
 
@@ -157,7 +170,7 @@ def fit(
     Raises:
         RayboothError: if the loss or the gradient is not finite.
     """
-    loop = _Loop(RowLoss(family, loaded, diffusion, data, settings), settings, parallel)
+    loop = _Loop(RowLoss(family, loaded, data, settings), settings, parallel)
     if start:
         loop.restore(start)
     while loop.done < settings.steps:
@@ -172,7 +185,7 @@ class _Loop:
     """What one worker holds while it fine-tunes."""
 
     def __init__(self, module: RowLoss, settings: Settings, parallel: Parallel):
-        self.data, self.diffusion, self.settings, self.parallel = module.data, module.diffusion, settings, parallel
+        self.data, self.objective, self.settings, self.parallel = module.data, module.objective, settings, parallel
         self.device = self.data.mean.device
         self.trained = module.trained.train()
         for part in self.trained.values():
@@ -217,7 +230,7 @@ class _Loop:
     def _backward(self, every: list[int], places: Sequence[int], used: Tensor, last: bool) -> None:
         settings, data = self.settings, self.data
         rows = torch.tensor([every[i] for i in places], device=self.device)
-        x0, noise, t = _noised_rows(data, self.diffusion, settings, self.done, places, rows)
+        x0, noise, t = _noised_rows(data, self.objective, settings, self.done, places, rows)
         with ExitStack() as stack:
             if settings.autocast:
                 stack.enter_context(torch.autocast(self.device.type, settings.autocast))
@@ -295,7 +308,7 @@ def _indices(optimizer: dict[str, Any]) -> list[int]:
 
 
 def _noised_rows(
-    data: TrainingSet, diffusion: Diffusion, settings: Settings, step: int, places: Sequence[int], rows: Tensor
+    data: TrainingSet, objective: Objective, settings: Settings, step: int, places: Sequence[int], rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Posterior samples, noise and timesteps, each keyed by (seed, purpose, step, place of the row in the step)."""
     device, shape, seed = data.mean.device, data.mean.shape[1:], settings.seed
@@ -304,5 +317,5 @@ def _noised_rows(
     if settings.noise_offset:
         offset = torch.stack([normal((shape[0], 1, 1), seed, "offset", step, i) for i in places]).to(device)
         noise = noise + settings.noise_offset * offset
-    t = torch.cat([diffusion.draw_t(generator(seed, "timestep", step, i)) for i in places]).to(device)
+    t = torch.cat([objective.draw_t(generator(seed, "timestep", step, i)) for i in places]).to(device)
     return data.mean[rows] + data.std[rows] * posterior, noise, t

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raybooth.config import Finetune
+from raybooth.config import Finetune, Lora, Prior
 from raybooth.errors import RayboothError
-from raybooth.families import Loaded, family_of
+from raybooth.families import Family, Loaded, family_of
 from raybooth.jobs import Row, prompt_name, stage_folder
 from raybooth.workspace import Workspace, explained_if_full, write_atomically
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 
 def finetuner(
-    storage: str, target: str, key: str, rows: dict[str, list[str]], prompts: dict[str, str], prior_weight: float, finetune: Finetune, seed: int
-) -> Callable[..., dict[str, Any]]:
+    storage: str, target: str, key: str, rows: dict[str, list[str]], prompts: dict[str, str],
+    prior: Prior, finetune: Finetune, lora: Lora, seed: int,
+) -> Callable[..., dict[str, Any]]:  # fmt: skip
     """The loop of one worker of the group; the first one writes checkpoints and saves the pipeline in the storage's folder `target`.
 
     Args:
@@ -33,13 +34,19 @@ def finetuner(
         prompts: text under "instance" and "class".
     """
     from raybooth.checkpoint import Checkpoints
+    from raybooth.families.lora import add_adapters, save_adapters
+    from raybooth.families.parts import load, save
     from raybooth.train import Parallel, fit
 
     def loop(group: Any, say: Callable[[Row], None]) -> dict[str, Any]:
         folder = stage_folder(storage, "base-model")
-        family, parts = family_of(folder), tuple(family_of(folder).trainable(finetune.text_encoder))
-        loaded = prepared(family.load(folder, parts).to(group.device), finetune)
-        data = training_set(stage_folder(storage, "latents"), rows, prompts, prior_weight, finetune.text_encoder).to(group.device)
+        family = family_of(folder)
+        trained = family.trainable(finetune.text_encoder)
+        loaded = load(family, folder, family.used_in_training(finetune.text_encoder)).to(group.device)
+        prepare(family, loaded, finetune)
+        if finetune.method == "lora":
+            add_adapters(family, loaded, trained, lora, seed)
+        data = training_set(stage_folder(storage, "latents"), rows, prompts, prior, finetune.text_encoder).to(group.device)
         workspace = Workspace(storage)
         checkpoints = Checkpoints(workspace, key, finetune.checkpoints)
         start, notes = checkpoints.newest()
@@ -48,7 +55,7 @@ def finetuner(
         log = Log(workspace, group.rank == 0, start.step if start else 0)
         parallel = Parallel(group.rank, group.world, group.wrap, group.total)
         with out_of_memory_explained():
-            for step in fit(family, loaded, family.diffusion(folder), data, settings(finetune, parts, group.device, seed), parallel, start):
+            for step in fit(family, loaded, data, settings(finetune, trained, group.device, seed), parallel, start):
                 if step.metrics:
                     say(log.write(step.number, vars(step.metrics)))
                 if step.number % finetune.checkpoint_every == 0 and step.number < finetune.steps:
@@ -58,30 +65,33 @@ def finetuner(
         if group.rank == 0:
             checkpoints.wait()
             with explained_if_full(storage):
-                family.save(folder, loaded.modules, workspace.root / target)
+                modules = {part: loaded.modules[part] for part in trained}
+                if finetune.method == "lora":
+                    save_adapters(family, modules, workspace.root / target)
+                else:
+                    save(folder, modules, workspace.root / target)
             workspace.push_tree(target)
         return {"history": log.rows, "steps_per_second": log.rate()}
 
     return loop
 
 
-def prepared(loaded: Loaded, finetune: Finetune) -> Loaded:
-    """Memory format, precision and checkpointing of the trained parts."""
+def prepare(family: Family, loaded: Loaded, finetune: Finetune) -> None:
+    """Memory format, precision and checkpointing of the parts in training."""
     import torch
 
-    modules: list[Any] = list(loaded.modules.values())
-    denoiser, *encoders = modules
+    denoiser: Any = loaded.modules[family.denoiser]
     if finetune.channels_last:
         denoiser.to(memory_format=torch.channels_last)
     if finetune.precision == "bf16-weights":
         loaded.to(torch.bfloat16)
     if finetune.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-        for encoder in encoders:
+        for part in family.trainable_encoders if finetune.text_encoder else ():
+            encoder: Any = loaded.modules[part]
             encoder.gradient_checkpointing_enable()
     if finetune.compile:
         denoiser.compile()
-    return loaded
 
 
 def settings(finetune: Finetune, parts: tuple[str, ...], device: "torch.device", seed: int) -> "Settings":
@@ -146,28 +156,35 @@ def out_of_memory_explained() -> Iterator[None]:
         ) from error
 
 
-def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, str], prior_weight: float, text_encoder: bool) -> "TrainingSet":
-    """The encoded rows of a storage's latents, instances first."""
+def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, str], prior: Prior, text_encoder: bool) -> "TrainingSet":
+    """The encoded rows of a storage's latents, instances first.
+
+    Taught by the base model's predictions, class rows are the instance pictures under the class's prompt: they need no others.
+    """
     import torch
     from safetensors.torch import load
 
     from raybooth.train import TrainingSet
 
-    names = rows["instance"] + rows["class"]
-    latents = [load((folder / n).read_bytes()) for n in names]
+    teacher = prior.method == "base-prediction"
+    of = rows["instance"] if teacher else rows["class"]
+    names = rows["instance"] + of
+    latents = {n: load((folder / n).read_bytes()) for n in set(names)}
     of_class = torch.arange(len(names)) >= len(rows["instance"])
-    kinds = ["instance", "class"] if rows["class"] else ["instance"]
+    kinds = ["instance", "class"] if of else ["instance"]
     conditioning = None
     if not text_encoder:
-        conditioning = torch.stack([load((folder / prompt_name(prompts[k])).read_bytes())["conditioning"] for k in kinds])
+        texts = [load((folder / prompt_name(prompts[k])).read_bytes()) for k in kinds]
+        conditioning = {k: torch.stack([t[k] for t in texts]) for k in texts[0]}
     return TrainingSet(
-        mean=torch.stack([x["mean"] for x in latents]),
-        std=torch.stack([x["std"] for x in latents]),
+        mean=torch.stack([latents[n]["mean"] for n in names]),
+        std=torch.stack([latents[n]["std"] for n in names]),
         prompt=of_class.long(),
-        weight=torch.where(of_class, prior_weight, 1.0),
+        weight=torch.where(of_class, prior.weight, 1.0),
         prompts=[prompts[k] for k in kinds],
         instances=len(rows["instance"]),
         conditioning=conditioning,
+        teacher=teacher,
     )
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from raybooth.errors import RayboothError
-from raybooth.families import sd
+from raybooth.families import flux, sd, sd3, sdxl
 from raybooth.families.base import Facts, Family, Loaded
 from raybooth.families.folder import read_index
 
-FAMILIES = (sd.FAMILY,)
+FAMILIES = (sd.FAMILY, sdxl.FAMILY, sd3.FAMILY, flux.FAMILY)
 
 __all__ = ["FAMILIES", "Facts", "Family", "Loaded", "family_of", "mini_folder"]
 
@@ -18,12 +18,12 @@ def family_of(folder: Path) -> Family:
     Raises:
         RayboothError: if it is not a diffusers folder, or of a family that is not known.
     """
-    index = read_index(folder)
+    name = read_index(folder).get("_class_name", "pipeline without a name")
     for family in FAMILIES:
-        if family.detect(index):
+        if family.pipeline == name:
             return family
     known = "; ".join(f.name for f in FAMILIES)
-    raise RayboothError(f"The model {folder} is a {index.get('_class_name', 'pipeline without a name')}, a family that is not known; known are: {known}.")
+    raise RayboothError(f"The model {folder} is a {name}, a family that is not known; known are: {known}.")
 
 
 def mini_folder() -> Path:

@@ -1,23 +1,45 @@
 """What a model family is: a small file of callables, detected from the model folder. Nothing else asks which it is."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # drivers ask a family for its files and sizes, and need not wait for torch
+    import torch
     from torch import Tensor, nn
 
-    from raybooth.noise import Diffusion
+    from raybooth.noise import Objective
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a model folder's configuration says.
+
+    Attributes:
+        downscale: the side of a picture over the side of its latent.
+        embeds_guidance: whether the guidance scale is an input of the denoiser, and not a second pass without the prompt.
+    """
+
+    resolution: int
+    latent_channels: int
+    downscale: int
+    embeds_guidance: bool = False
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        return self.latent_channels, resolution // self.downscale, resolution // self.downscale
 
 
 @dataclass
 class Loaded:
-    """A model's parts in memory. Those that were not asked for are absent from `modules`."""
+    """A model's parts in memory. Those that were not asked for are absent."""
 
     folder: Path
+    facts: Facts
+    objective: "Objective"
     modules: "dict[str, nn.Module]"
-    tokenizer: Any
+    tokenizers: dict[str, Any]
+    kept: dict[str, Any] = field(default_factory=dict)  # what a family makes once from the parts
 
     def to(self, *args: Any, **kwargs: Any) -> "Loaded":
         for module in self.modules.values():
@@ -26,48 +48,42 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a model folder's configuration says. `downscale` is the side of a picture over the side of its latent."""
-
-    resolution: int
-    latent_channels: int
-    downscale: int
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        return self.latent_channels, resolution // self.downscale, resolution // self.downscale
-
-
-@dataclass(frozen=True)
 class Family:
-    """One family of models.
+    """One family of models. A conditioning is a dictionary of tensors, each (n, ...).
 
     Attributes:
         name: for messages.
-        weights: subfolders that hold weights, and others that hold only configuration.
-        detect: whether a parsed model_index.json is of this family.
+        pipeline: diffusers' class of it.
+        denoiser: the part that is fine-tuned.
+        encoders: the text encoders, and of these `trainable_encoders`.
+        weights: subfolders that hold weights; `settings`: others, that hold only configuration.
         facts: of a model folder, without reading weights.
-        diffusion: of a model folder: its forward process and what its denoiser predicts.
-        load: the named parts of a folder, in evaluation mode, without gradients, in float32 unless a dtype is given.
-        encode_text: (loaded, prompts) -> conditioning (n, tokens, width).
-        encode_image: (loaded, pixels (n, 3, h, w) in [-1, 1]) -> mean and std of the posterior, scaled as the denoiser sees it.
-        decode: (loaded, latents) -> pixels in [-1, 1].
-        predict: (denoiser, z_t, t, conditioning) -> the denoiser's output.
-        trainable: (with text encoder?) -> names of the parts that are fine-tuned.
-        scheduler: (folder, sampler's name) -> one of diffusers' schedulers.
-        save: (base folder, trained modules, target folder): a pipeline that plain diffusers opens.
+        objective: of a model folder: its forward process and what its denoiser predicts.
+        encode_text: (loaded, prompts) -> conditioning. The empty prompt is the one of classifier-free guidance.
+        predict: (loaded, z_t, t, conditioning) -> the denoiser's output.
+        scheduler: (folder, sampler's name, steps, latent shape, device) -> one of diffusers' schedulers with its timesteps set.
+        lora_targets: the layers of the denoiser that get adapters; `encoder_lora_targets`: of its text encoders.
     """
 
     name: str
+    pipeline: str
+    denoiser: str
+    encoders: tuple[str, ...]
+    trainable_encoders: tuple[str, ...]
     weights: tuple[str, ...]
     settings: tuple[str, ...]
-    detect: Callable[[dict[str, Any]], bool]
     facts: Callable[[Path], Facts]
-    diffusion: "Callable[[Path], Diffusion]"
-    load: Callable[..., Loaded]
-    encode_text: "Callable[[Loaded, Sequence[str]], Tensor]"
-    encode_image: "Callable[[Loaded, Tensor], tuple[Tensor, Tensor]]"
-    decode: "Callable[[Loaded, Tensor], Tensor]"
-    predict: "Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]"
-    trainable: Callable[[bool], Iterable[str]]
-    scheduler: Callable[[Path, str], Any]
-    save: Callable[[Path, Mapping[str, Any], Path], None]
+    objective: "Callable[[Path], Objective]"
+    encode_text: "Callable[[Loaded, Sequence[str]], dict[str, Tensor]]"
+    predict: "Callable[[Loaded, Tensor, Tensor, Mapping[str, Tensor]], Tensor]"
+    scheduler: "Callable[[Path, str, int, tuple[int, int, int], torch.device], Any]"
+    lora_targets: tuple[str, ...]
+    encoder_lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+    def trainable(self, text_encoder: bool) -> tuple[str, ...]:
+        """Names of the parts that are fine-tuned."""
+        return (self.denoiser, *self.trainable_encoders) if text_encoder else (self.denoiser,)
+
+    def used_in_training(self, text_encoder: bool) -> tuple[str, ...]:
+        """Names of the parts that must be loaded to fine-tune."""
+        return (self.denoiser, *self.encoders) if text_encoder else (self.denoiser,)

@@ -1,0 +1,86 @@
+"""FLUX.1: a transformer on rectified flow over 2 x 2 patches of latents, CLIP and T5, and guidance as an input."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raybooth.families import parts
+from raybooth.families.base import Facts, Family, Loaded
+from raybooth.families.sd3 import FAMILY as SD3
+from raybooth.families.sd3 import flow_scheduler
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from raybooth.noise import Flow
+
+RESOLUTION = 1024  # its configuration does not say
+
+
+def facts(folder: Path) -> Facts:
+    vae, net = parts.config(folder, "vae/config"), parts.config(folder, "transformer/config")
+    downscale = 2 ** (len(vae["block_out_channels"]) - 1)
+    return Facts(min(RESOLUTION, vae.get("sample_size", RESOLUTION)), vae["latent_channels"], downscale, net["guidance_embeds"])
+
+
+def objective(folder: Path) -> "Flow":
+    from raybooth.noise import Flow
+
+    return Flow(shift=1.0)
+
+
+def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":
+    """`text` (n, 512, T5's width), `pooled` (n, CLIP's width)."""
+    device = next(loaded.modules["text_encoder"].parameters()).device
+    text, pooled, _ = parts.text_pipeline(loaded, FAMILY.pipeline).encode_prompt(list(prompts), list(prompts), device=device)
+    return {"text": text, "pooled": pooled}
+
+
+def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mapping[str, Tensor]") -> "Tensor":
+    """Trained at guidance 1, drawn at what `conditioning` holds as `guidance` (n,)."""
+    import torch
+    from diffusers import FluxPipeline
+
+    net: Any = loaded.modules["transformer"]
+    n, c, h, w = latents.shape
+    packed = FluxPipeline._pack_latents(latents, n, c, h, w)
+    places = FluxPipeline._prepare_latent_image_ids(n, h // 2, w // 2, latents.device, latents.dtype)
+    words = torch.zeros(conditioning["text"].shape[1], 3, device=latents.device, dtype=latents.dtype)
+    guidance = conditioning.get("guidance", torch.ones(n, device=latents.device)) if loaded.facts.embeds_guidance else None
+    out = net(
+        packed, encoder_hidden_states=conditioning["text"], pooled_projections=conditioning["pooled"], timestep=t / 1000,
+        img_ids=places, txt_ids=words, guidance=guidance,
+    ).sample  # fmt: skip
+    return FluxPipeline._unpack_latents(out, h, w, 1)
+
+
+def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], device: "torch.device") -> Any:
+    """The larger the picture, the further its sigmas are shifted towards noise."""
+    import numpy as np
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    config = parts.config(folder, "scheduler/scheduler_config")
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    dynamic = config.get("use_dynamic_shifting", False)
+    mu = calculate_shift(shape[1] * shape[2] // 4, *(config[k] for k in names)) if dynamic else None
+    shift = math.exp(mu) if mu is not None else config.get("shift", 1.0)
+    return flow_scheduler(folder, name, steps, device, shift, mu=mu, sigmas=np.linspace(1.0, 1 / steps, steps))
+
+
+FAMILY = Family(
+    name="FLUX.1",
+    pipeline="FluxPipeline",
+    denoiser="transformer",
+    encoders=("text_encoder", "text_encoder_2"),
+    trainable_encoders=("text_encoder",),
+    weights=("transformer", "vae", "text_encoder", "text_encoder_2"),
+    settings=("tokenizer", "tokenizer_2", "scheduler"),
+    facts=facts,
+    objective=objective,
+    encode_text=encode_text,
+    predict=predict,
+    scheduler=scheduler,
+    lora_targets=SD3.lora_targets,
+)

@@ -1,0 +1,84 @@
+"""Low-rank adapters (Hu et al. 2021) by PEFT: put in, switched off, saved and loaded in diffusers' form."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raybooth.config import Lora
+from raybooth.families.base import Family, Loaded
+from raybooth.noise import generator
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+"""The file that diffusers' load_lora_weights looks for."""
+
+
+def add_adapters(family: Family, loaded: Loaded, parts: Iterable[str], how: Lora, seed: int) -> None:
+    """Adapters in float32 on the targets of `parts`, which change nothing yet; only they require gradients afterwards.
+
+    DoRA (Liu et al. 2024) is for the denoiser. What is random in them comes from `seed` alone.
+    """
+    from peft import LoraConfig
+
+    for part in parts:
+        targets = how.targets or (family.lora_targets if part == family.denoiser else family.encoder_lora_targets)
+        alpha = how.rank if how.alpha is None else how.alpha
+        # transformers 5 does not read back what DoRA adds to a text encoder: there it stays LoRA.
+        config = LoraConfig(
+            r=how.rank, lora_alpha=alpha, lora_dropout=how.dropout, use_dora=how.dora and part == family.denoiser,  # type: ignore[arg-type]
+            target_modules=list(targets),
+        )  # fmt: skip
+        module: Any = loaded.modules[part]
+        with torch.random.fork_rng():
+            torch.manual_seed(generator(seed, "adapter", part).initial_seed())
+            module.add_adapter(config)
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+
+@contextlib.contextmanager
+def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The base model, for as long as it lasts."""
+    adapted: list[Any] = list(modules)
+    for module in adapted:
+        module.disable_adapters()
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters()
+
+
+def save_adapters(family: Family, modules: Mapping[str, nn.Module], target: Path) -> None:
+    """`pytorch_lora_weights.safetensors` in `target`, with rank, alpha and targets in its header."""
+    import diffusers
+    from peft import get_peft_model_state_dict
+
+    layers: dict[str, Any] = {}
+    for part, module in modules.items():
+        adapted: Any = module
+        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(adapted)
+        layers[f"{part}_lora_adapter_metadata"] = adapted.peft_config["default"].to_dict()
+    getattr(diffusers, family.pipeline).save_lora_weights(target, weight_name=WEIGHTS, **layers)
+
+
+def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:
+    """Merge the adapters of `folder` into the loaded parts: drawing then costs what the base does."""
+    import diffusers
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    pipeline = getattr(diffusers, family.pipeline)
+    state, *_, metadata = pipeline.lora_state_dict(folder, weight_name=WEIGHTS, return_lora_metadata=True)
+    denoiser: Any = loaded.modules[family.denoiser]
+    denoiser.load_lora_adapter(state, prefix=family.denoiser, network_alphas=None, metadata=metadata)
+    for part in family.trainable_encoders:
+        if any(k.startswith(f"{part}.") for k in state):
+            pipeline.load_lora_into_text_encoder(state, None, loaded.modules[part], prefix=part, metadata=metadata)
+    for module in loaded.modules.values():
+        for layer in module.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()

@@ -1,0 +1,106 @@
+"""What the families share: loading a folder's parts, latents of a KL autoencoder, saving a pipeline."""
+
+import importlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raybooth.errors import RayboothError
+from raybooth.families.base import Facts, Family, Loaded
+from raybooth.families.folder import INDEX, read_index
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+def config(folder: Path, name: str) -> dict[str, Any]:
+    """A part's parsed configuration, as "unet/config"."""
+    path = folder / f"{name}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RayboothError(f"The model's {path} cannot be read ({error}): copy or download the model again.") from None
+
+
+def facts(folder: Path, denoiser: str, embeds_guidance: bool = False) -> Facts:
+    vae, net = config(folder, "vae/config"), config(folder, f"{denoiser}/config")
+    downscale = 2 ** (len(vae["block_out_channels"]) - 1)
+    return Facts(net["sample_size"] * downscale, vae["latent_channels"], downscale, embeds_guidance)
+
+
+def load(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.dtype | None" = None) -> Loaded:
+    """The named parts and all tokenizers, in evaluation mode, without gradients; the VAE in float32 always: it overflows in less."""
+    import torch
+
+    index, modules = read_index(folder), {}
+    for part in parts:
+        wanted = torch.float32 if part == "vae" else dtype or torch.float32
+        key = "dtype" if index[part][0] == "transformers" else "torch_dtype"
+        module = _kind(index, part).from_pretrained(folder / part, use_safetensors=True, **{key: wanted})
+        modules[part] = module.eval().requires_grad_(False)
+    tokenizers = {name: _kind(index, name).from_pretrained(folder / name) for name in index if name.startswith("tokenizer") and index[name][0]}
+    return Loaded(folder, family.facts(folder), family.objective(folder), modules, tokenizers)
+
+
+def _kind(index: dict[str, Any], part: str) -> Any:
+    """The class that model_index.json names; of these two libraries, whatever it says."""
+    library, name = index[part]
+    return getattr(importlib.import_module("transformers" if library == "transformers" else "diffusers"), name)
+
+
+def encode_image(loaded: Loaded, pixels: "Tensor") -> "tuple[Tensor, Tensor]":
+    """(n, 3, h, w) in [-1, 1] -> mean and std of the posterior, scaled as the denoiser sees it."""
+    vae: Any = loaded.modules["vae"]
+    posterior = vae.encode(pixels).latent_dist
+    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    return (posterior.mean - shift) * scale, posterior.std * scale
+
+
+def decode(loaded: Loaded, latents: "Tensor") -> "Tensor":
+    """Latents -> pixels in [-1, 1]."""
+    vae: Any = loaded.modules["vae"]
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift).sample
+
+
+def text_pipeline(loaded: Loaded, name: str) -> Any:
+    """diffusers' pipeline with nothing but what it needs to encode prompts, made once."""
+    import inspect
+
+    import diffusers
+
+    if "text" not in loaded.kept:
+        kind = getattr(diffusers, name)
+        have = {**loaded.modules, **loaded.tokenizers}
+        # Signature, not index: some parts are optional there, and none may be missing here.
+        wanted = [k for k, p in inspect.signature(kind.__init__).parameters.items() if k != "self" and p.default in (p.empty, None)]
+        loaded.kept["text"] = kind(**{k: have.get(k) if k.startswith(("text_encoder", "tokenizer")) else None for k in wanted})
+    return loaded.kept["text"]
+
+
+def save(base: Path, trained: "Mapping[str, nn.Module]", target: Path) -> None:
+    """A pipeline that plain diffusers opens: what was trained, and copies of the rest."""
+    index = read_index(base)
+    for part in [k for k, v in index.items() if isinstance(v, list) and v[0] and (base / k).is_dir()]:
+        if part in trained:
+            module: Any = trained[part]
+            module.save_pretrained(target / part)
+            _forget_origin(target / part / "config.json")
+        else:
+            shutil.copytree(base / part, target / part, dirs_exist_ok=True)
+    # No safety checker: its weights are no part of what was fine-tuned, nor of what was fetched.
+    if "safety_checker" in index:
+        index["requires_safety_checker"] = False
+    index |= {k: [None, None] for k in ("safety_checker", "feature_extractor", "image_encoder") if k in index}
+    index.pop("_name_or_path", None)
+    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _forget_origin(path: Path) -> None:
+    """The folder it was loaded from is nobody's business, and would make equal results differ."""
+    values = json.loads(path.read_text())
+    values.pop("_name_or_path", None)
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,81 @@
+"""Stable Diffusion 3 and 3.5: a transformer on rectified flow, three text encoders (Esser et al. 2024)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raybooth.errors import RayboothError
+from raybooth.families import parts
+from raybooth.families.base import Facts, Family, Loaded
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from raybooth.noise import Flow
+
+
+def facts(folder: Path) -> Facts:
+    return parts.facts(folder, "transformer")
+
+
+def objective(folder: Path) -> "Flow":
+    from raybooth.noise import Flow
+
+    return Flow(parts.config(folder, "scheduler/scheduler_config").get("shift", 1.0))
+
+
+def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":
+    """`text` (n, 77 + 256, width), `pooled` (n, both CLIP widths)."""
+    pipe, texts = parts.text_pipeline(loaded, FAMILY.pipeline), list(prompts)
+    device = next(loaded.modules["text_encoder"].parameters()).device
+    text, _, pooled, _ = pipe.encode_prompt(texts, texts, texts, device=device, do_classifier_free_guidance=False)
+    return {"text": text, "pooled": pooled}
+
+
+def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mapping[str, Tensor]") -> "Tensor":
+    net = loaded.modules["transformer"]
+    return net(latents, timestep=t, encoder_hidden_states=conditioning["text"], pooled_projections=conditioning["pooled"]).sample
+
+
+def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], device: "torch.device") -> Any:
+    """Along the flow: Euler, as these models were published, or DPM-Solver++ on the same sigmas."""
+    return flow_scheduler(folder, name, steps, device, shift=parts.config(folder, "scheduler/scheduler_config").get("shift", 1.0))
+
+
+def flow_scheduler(folder: Path, name: str, steps: int, device: "torch.device", shift: float, **how: Any) -> Any:
+    """`shift` moves the sigmas towards noise; `how` goes to Euler's set_timesteps.
+
+    Raises:
+        RayboothError: if the sampler is not one for flows.
+    """
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+    if name == "euler":
+        made = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+        made.set_timesteps(steps, device=device, **how)
+    elif name == "dpmsolver++":
+        made = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        made.set_timesteps(steps, device=device)
+    else:
+        raise RayboothError(f"The sampler '{name}' is not one for flow-matching models such as {folder}: choose euler or dpmsolver++.")
+    return made
+
+
+FAMILY = Family(
+    name="Stable Diffusion 3 and 3.5",
+    pipeline="StableDiffusion3Pipeline",
+    denoiser="transformer",
+    encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
+    trainable_encoders=("text_encoder", "text_encoder_2"),
+    weights=("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    settings=("tokenizer", "tokenizer_2", "tokenizer_3", "scheduler"),
+    facts=facts,
+    objective=objective,
+    encode_text=encode_text,
+    predict=predict,
+    scheduler=scheduler,
+    lora_targets=(
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    ),
+)  # fmt: skip

@@ -1,0 +1,51 @@
+"""Stable Diffusion XL: two text encoders, and the size and crop of a picture as conditions (Podell et al. 2023)."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from raybooth.families import parts, sd
+from raybooth.families.base import Family, Loaded
+from raybooth.families.folder import read_index
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":
+    """`text` (n, 77, both widths), `pooled` (n, width of the second)."""
+    import torch
+
+    pipe = parts.text_pipeline(loaded, FAMILY.pipeline)
+    device = next(loaded.modules["text_encoder"].parameters()).device
+    text, _, pooled, _ = pipe.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
+    if read_index(loaded.folder).get("force_zeros_for_empty_prompt", True):
+        said = torch.tensor([bool(p) for p in prompts], device=device)
+        text, pooled = text * said[:, None, None], pooled * said[:, None]
+    return {"text": text, "pooled": pooled}
+
+
+def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mapping[str, Tensor]") -> "Tensor":
+    import torch
+
+    height, width = (side * loaded.facts.downscale for side in latents.shape[-2:])
+    # Original size, crop's corner, target size: uncropped at the size it is drawn.
+    ids = torch.tensor([[height, width, 0, 0, height, width]], device=latents.device, dtype=latents.dtype).expand(len(latents), -1)
+    added = {"text_embeds": conditioning["pooled"], "time_ids": ids}
+    return loaded.modules["unet"](latents, t, conditioning["text"], added_cond_kwargs=added).sample
+
+
+FAMILY = Family(
+    name="Stable Diffusion XL",
+    pipeline="StableDiffusionXLPipeline",
+    denoiser="unet",
+    encoders=("text_encoder", "text_encoder_2"),
+    trainable_encoders=("text_encoder", "text_encoder_2"),
+    weights=("unet", "vae", "text_encoder", "text_encoder_2"),
+    settings=("tokenizer", "tokenizer_2", "scheduler"),
+    facts=sd.facts,
+    objective=sd.objective,
+    encode_text=encode_text,
+    predict=predict,
+    scheduler=sd.scheduler,
+    lora_targets=sd.UNET_TARGETS,
+)

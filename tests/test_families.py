@@ -1,0 +1,136 @@
+"""Every family at toy size: fit, save, open in plain diffusers, draw; and its parts against diffusers' own."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from toys import MAKERS
+
+from raybooth.config import Lora, Sampling
+from raybooth.families import family_of
+from raybooth.families.base import Family, Loaded
+from raybooth.families.lora import adapters_off, add_adapters, load_adapters, save_adapters
+from raybooth.families.parts import encode_image, load, save
+from raybooth.noise import normal
+from raybooth.sample import Sampler
+from raybooth.train import Settings, TrainingSet, fit
+
+PROMPTS = ["photo of unqtkn dog", "photo of a dog"]
+SAMPLING = Sampling(4, 3.0, "euler", 32)
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return MAKERS[request.param](tmp_path_factory.mktemp("models") / request.param)
+
+
+def whole(folder: Path) -> tuple[Family, Loaded]:
+    family = family_of(folder)
+    return family, load(family, folder, (family.denoiser, "vae", *family.encoders))
+
+
+def settings(family: Family, text_encoder: bool, **more: Any) -> Settings:
+    lr = dict.fromkeys(family.trainable(text_encoder), 0.001)
+    return Settings(**{**dict(steps=3, batch=2, lr=lr, weight_decay=0.0, max_grad_norm=1.0, text_encoder=text_encoder, log_every=1, seed=0), **more})
+
+
+def rows(family: Family, loaded: Loaded, text_encoder: bool, teacher: bool = False) -> TrainingSet:
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        mean, std = encode_image(loaded, torch.rand(6, 3, 32, 32, generator=g) * 2 - 1)
+        conditioning = None if text_encoder else family.encode_text(loaded, PROMPTS)
+    of_class = torch.arange(6) >= 3
+    return TrainingSet(mean, std, of_class.long(), torch.ones(6), PROMPTS, 3, conditioning, teacher)
+
+
+def draw(family: Family, loaded: Loaded) -> list[np.ndarray]:
+    return list(Sampler(family, loaded, SAMPLING, 2).draw(PROMPTS, [1, 2]))
+
+
+def by_diffusers(folder: Path, family: Family, adapters: Path | None = None) -> np.ndarray:
+    """The first picture by the pipeline itself, from the same latents."""
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if adapters:
+        pipe.load_lora_weights(adapters)
+    if hasattr(pipe, "unet"):
+        pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(diffusers.DDIMScheduler.from_pretrained(folder / "scheduler").config)
+    facts = family.facts(folder)
+    z = normal(facts.latent_shape(32), 1, "latents")[None]
+    if family.pipeline == "FluxPipeline":
+        z = pipe._pack_latents(z, *z.shape)
+    else:
+        z = z * getattr(pipe.scheduler, "init_noise_sigma", 1.0) if not hasattr(pipe, "unet") else z
+    return pipe(PROMPTS[0], latents=z, num_inference_steps=4, guidance_scale=3.0, height=32, width=32, output_type="np").images[0]
+
+
+def test_it_draws_what_its_pipeline_draws(model: Path):
+    family, loaded = whole(model)
+    apart = np.abs(draw(family, loaded)[0] / 255.0 - by_diffusers(model, family)).max()
+    assert apart <= 1.1 / 255
+
+
+@pytest.mark.parametrize("text_encoder", [True, False], ids=["with the text encoders", "denoiser alone"])
+def test_fit_save_open_in_plain_diffusers_and_draw(model: Path, tmp_path: Path, text_encoder: bool):
+    family, loaded = whole(model)
+    before = {k: v.clone() for k, v in loaded.modules[family.denoiser].state_dict().items()}
+    steps = list(fit(family, loaded, rows(family, loaded, text_encoder), settings(family, text_encoder)))
+    assert all(s.metrics and np.isfinite(s.metrics.loss) for s in steps)
+    assert any(not torch.equal(before[k], v) for k, v in loaded.modules[family.denoiser].state_dict().items())
+    save(model, {part: loaded.modules[part] for part in family.trainable(text_encoder)}, tmp_path)
+    apart = np.abs(draw(*whole(tmp_path))[0] / 255.0 - by_diffusers(tmp_path, family)).max()
+    assert apart <= 1.1 / 255
+    assert any((a != b).any() for a, b in zip(draw(*whole(tmp_path)), draw(*whole(model)), strict=True))
+
+
+@pytest.mark.parametrize("how", [Lora(rank=4), Lora(rank=2, alpha=4.0, dora=True)], ids=["lora", "dora"])
+def test_adapters_change_nothing_at_first_and_open_in_plain_diffusers_when_trained(model: Path, tmp_path: Path, how: Lora):
+    family, loaded = whole(model)
+    plain = draw(family, loaded)
+    trained = family.trainable(True)
+    add_adapters(family, loaded, trained, how, seed=0)
+    assert all((a == b).all() for a, b in zip(plain, draw(family, loaded), strict=True))
+    list(fit(family, loaded, rows(family, loaded, True), settings(family, True, lr=dict.fromkeys(trained, 0.05))))
+    with adapters_off([loaded.modules[part] for part in trained]):
+        assert all((a == b).all() for a, b in zip(plain, draw(family, loaded), strict=True))  # the base has not moved
+    learnt = draw(family, loaded)
+    assert any((a != b).any() for a, b in zip(plain, learnt, strict=True))
+    save_adapters(family, {part: loaded.modules[part] for part in trained}, tmp_path)
+    again = whole(model)
+    load_adapters(*again, tmp_path)
+    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(learnt, draw(*again), strict=True)) <= 1
+    assert np.abs(learnt[0] / 255.0 - by_diffusers(model, family, tmp_path)).max() <= 1.6 / 255
+
+
+def test_the_base_models_own_prediction_teaches_the_class(model: Path):
+    """Before the adapters have moved, the trained model is its own teacher and class rows cost nothing."""
+    family, loaded = whole(model)
+    add_adapters(family, loaded, family.trainable(False), Lora(rank=4), seed=0)
+    steps = list(fit(family, loaded, rows(family, loaded, False, teacher=True), settings(family, False, lr={family.denoiser: 0.05})))
+    priors = [s.metrics.prior for s in steps if s.metrics]
+    assert priors[0] == pytest.approx(0, abs=1e-10)
+    assert priors[-1] > 1e-8
+
+
+def test_the_targets_are_the_schedulers_own(model: Path):
+    objective = family_of(model).objective(model)
+    g = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 4, 8, 8, generator=g)
+    t = torch.cat([objective.draw_t(g) for _ in range(4)])
+    if family_of(model).denoiser == "unet":
+        reference = DDPMScheduler.from_pretrained(model / "scheduler")
+        assert (objective.noisy(x0, noise, t) - reference.add_noise(x0, noise, t)).abs().max() < 1e-6
+        velocity = reference.config.prediction_type == "v_prediction"
+        target = reference.get_velocity(x0, noise, t) if velocity else noise
+    else:
+        flow = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        t = flow.timesteps[torch.tensor([0, 250, 500, 998])]
+        assert (objective.noisy(x0, noise, t) - flow.scale_noise(x0, t, noise)).abs().max() < 1e-6
+        target = noise - x0
+        # Euler's step of the true velocity, all the way down, is the picture itself.
+        assert (objective.noisy(x0, noise, t) - (t / 1000).view(-1, 1, 1, 1) * target - x0).abs().max() < 1e-5
+    assert (objective.target(x0, noise, t) - target).abs().max() < 1e-6

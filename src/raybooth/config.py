@@ -114,6 +114,7 @@ class Finetune(Section):
         "auto", description="autocast over fp32 weights (auto: bf16 or fp16 on GPUs, fp32 on CPUs), or bf16 weights with stochastic rounding"
     )
     log_every: Count = Field(10, description="read the loss back and show it every so many steps")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=["tensorboard"], description="where readings go beside metrics.jsonl")
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     checkpoints: Count = Field(2, description="newest checkpoints that are kept")
 

@@ -219,7 +219,7 @@ def finetune(run: Run) -> None:
         "rows": {k: [latents[n] for n in names] for k, names in rows.items()},
         "prompts": prompts,
         "prior": {"method": config.prior.method, "weight": config.prior.weight},
-        "finetune": config.finetune.model_dump(exclude={"log_every", "checkpoint_every", "checkpoints"}),
+        "finetune": config.finetune.model_dump(exclude={"log_every", "trackers", "checkpoint_every", "checkpoints"}),
         "lora": config.lora.model_dump() if config.finetune.method == "lora" else None,
         "seed": config.seed,
     }
@@ -250,7 +250,9 @@ class _StepLine:
     def heard(self, word: dict[str, Any]) -> None:
         if "note" in word:
             return self.bar.write(f"fine-tuned-model: {word['note']}", file=sys.stderr)
-        self.bar.set_postfix_str(f"loss {word['loss']:.4f}, instance {word['instance']:.4f}, prior {word['prior']:.4f}", refresh=False)
+        parts = ", ".join(f"{k} {word[k]:.4f}" for k in ("loss", "instance", "prior"))
+        rate = word["images_per_second"]
+        self.bar.set_postfix_str(f"{parts}, {rate:.1f} images/s" if rate else parts, refresh=False)
         self.bar.update(word["step"] - self.bar.n)
 
     def __enter__(self) -> "_StepLine":

@@ -4,8 +4,6 @@ torch is imported where it is used, as in jobs.
 """
 
 import contextlib
-import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,8 @@ from raybooth.config import Finetune, Lora, Prior
 from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded, family_of
 from raybooth.jobs import Row, prompt_name, stage_folder
-from raybooth.workspace import Workspace, explained_if_full, write_atomically
+from raybooth.log import Log
+from raybooth.workspace import Workspace, explained_if_full
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +51,8 @@ def finetuner(
         start, notes = checkpoints.newest()
         for note in [*notes, *([f"goes on from the checkpoint of step {start.step}"] if start else [])]:
             say({"note": note})
-        log = Log(workspace, group.rank == 0, start.step if start else 0)
+        images = finetune.batch * (2 if data.instances < len(data.weight) else 1)
+        log = Log(workspace, finetune.trackers if group.rank == 0 else None, start.step if start else 0, images)
         parallel = Parallel(group.rank, group.world, group.wrap, group.total)
         with out_of_memory_explained():
             for step in fit(family, loaded, data, settings(finetune, trained, group.device, seed), parallel, start):
@@ -71,6 +71,7 @@ def finetuner(
                 else:
                     save(folder, modules, workspace.root / target)
             workspace.push_tree(target)
+        log.close()
         return {"history": log.rows, "steps_per_second": log.rate()}
 
     return loop
@@ -116,29 +117,6 @@ def settings(finetune: Finetune, parts: tuple[str, ...], device: "torch.device",
         min_snr_gamma=finetune.min_snr_gamma,
         noise_offset=finetune.noise_offset,
     )
-
-
-class Log:
-    """The readings of a run, for the driver and in `metrics.jsonl`; a run that goes on drops what comes after its checkpoint."""
-
-    def __init__(self, workspace: Workspace, writes: bool, start: int):
-        self.workspace, self.writes, self.path = workspace, writes, workspace.root / "metrics.jsonl"
-        kept = self.path.read_text().splitlines() if start and self.path.exists() else []
-        self.rows: list[Row] = [row for row in map(json.loads, kept) if row["step"] <= start]
-        self.times: list[tuple[int, float]] = []
-
-    def write(self, step: int, metrics: Row) -> Row:
-        self.times.append((step, time.monotonic()))
-        self.rows.append({"step": step, **metrics})
-        if self.writes:
-            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-            self.workspace.push(self.path.name)
-        return self.rows[-1]
-
-    def rate(self) -> float | None:
-        """Steps a second, after the first reading: what comes before it is warming up."""
-        (first, began), (last, now) = (self.times or [(0, 0.0)])[0], (self.times or [(0, 0.0)])[-1]
-        return (last - first) / (now - began) if now > began else None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,113 @@
+"""The readings of a fine-tuning: `metrics.jsonl` in the storage, and the trackers that people watch."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from raybooth.errors import RayboothError
+from raybooth.workspace import Workspace, write_atomically
+
+Row = dict[str, Any]
+Tracker = tuple[Callable[[int, Row], None], Callable[[], None]]
+"""What takes (step, numbers by name), and what ends it."""
+
+
+class Log:
+    """Every worker has one, the first of them one that writes. A run that goes on drops what came after its checkpoint.
+
+    Args:
+        trackers: names of `TRACKERS`; None for a log that does not write.
+        start: the step that the run goes on from.
+        images: rows in a step over all workers.
+    """
+
+    def __init__(self, workspace: Workspace, trackers: Sequence[str] | None, start: int, images: int):
+        self.workspace, self.images, self.path = workspace, images, workspace.root / "metrics.jsonl"
+        kept = self.path.read_text().splitlines() if start and self.path.exists() else []
+        self.rows: list[Row] = [row for row in map(json.loads, kept) if row["step"] <= start]
+        self.writes = trackers is not None
+        self.trackers = [TRACKERS[name](workspace, start) for name in trackers or ()]
+        self.times: list[tuple[int, float]] = []
+
+    def write(self, step: int, metrics: Row) -> Row:
+        """Note a reading; returns it with images a second (since the last one) and the process's peak memory in bytes."""
+        self.times.append((step, time.monotonic()))
+        row = {"step": step, **metrics, "images_per_second": self._images_per_second(), "peak_memory": peak_memory()}
+        self.rows.append(row)
+        if self.writes:
+            write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in self.rows).encode())
+            self.workspace.push(self.path.name)
+            numbers = {k: v for k, v in row.items() if k != "step" and v is not None}
+            for log, _ in self.trackers:
+                log(step, numbers)
+        return row
+
+    def _images_per_second(self) -> float | None:
+        if len(self.times) < 2:
+            return None
+        (before, began), (step, now) = self.times[-2:]
+        return self.images * (step - before) / (now - began)
+
+    def rate(self) -> float | None:
+        """Steps a second, after the first reading: what comes before it is warming up."""
+        if len(self.times) < 2:
+            return None
+        (first, began), (last, now) = self.times[0], self.times[-1]
+        return (last - first) / (now - began)
+
+    def close(self) -> None:
+        for _, close in self.trackers:
+            close()
+        if self.writes:
+            self.workspace.push_tree("tensorboard")
+
+
+def peak_memory() -> int:
+    """Bytes, of the GPU where there is one, else of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _tensorboard(workspace: Workspace, start: int) -> Tracker:
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(workspace.root / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def log(step: int, numbers: Row) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log, writer.close
+
+
+def _wandb(workspace: Workspace, start: int) -> Tracker:
+    wandb = _installed("wandb")
+    run = wandb.init(project="raybooth", name=workspace.storage, id=workspace.key, resume="allow")
+    return lambda step, numbers: run.log(numbers, step=step), run.finish
+
+
+def _mlflow(workspace: Workspace, start: int) -> Tracker:
+    mlflow = _installed("mlflow")
+    mlflow.set_experiment("raybooth")
+    mlflow.start_run(run_name=workspace.storage)
+    return lambda step, numbers: mlflow.log_metrics(numbers, step=step), mlflow.end_run
+
+
+def _installed(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise RayboothError(f"finetune.trackers names '{name}', which is not installed: pip install 'raybooth[{name}]', or leave it out.") from None
+
+
+TRACKERS: dict[str, Callable[[Workspace, int], Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}

@@ -1,0 +1,109 @@
+"""Fine-tuning that is killed and goes on ends in the bits of the run that was not. RAYBOOTH_KILLS=20 kills that many times."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_pipeline import call, command, contents
+
+KILLS = int(os.environ.get("RAYBOOTH_KILLS", "4"))
+SETTINGS = {"finetune__steps": 80, "finetune__checkpoint_every": 7, "finetune__log_every": 10, "finetune__ema": 0.9, "finetune__schedule": "cosine"}
+BEFORE = ("instance-images", "base-model", "class-images", "latents")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, toy: Path, photos: Path) -> Path:
+    storage = tmp_path_factory.mktemp("unbroken")
+    for verb in ("prepare", "class-images", "encode", "finetune"):
+        call(verb, storage, toy, photos, **SETTINGS)
+    return storage
+
+
+def with_stages_before(unbroken: Path, storage: Path) -> None:
+    for stage in BEFORE:
+        shutil.copytree(unbroken / stage, storage / stage)
+
+
+def started(storage: Path, toy: Path, photos: Path, **more) -> subprocess.Popen[str]:
+    """A fine-tuning that has written its next checkpoint, or has ended."""
+    had = newest(storage)
+    process = subprocess.Popen(
+        command("finetune", storage, toy, photos, **SETTINGS, **more),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while newest(storage) == had and process.poll() is None:
+        time.sleep(0.01)
+    return process
+
+
+def newest(storage: Path) -> str:
+    return max((p.name for p in (storage / "checkpoints").glob("[!.]*")), default="")
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return [p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline())]
+
+
+def test_kills_at_random_moments_change_nothing(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
+    with_stages_before(unbroken, tmp_path)
+    rng, kills = random.Random(KILLS), 0
+    while kills < KILLS:
+        process = started(tmp_path, toy, photos)
+        time.sleep(rng.uniform(0, 0.5))
+        if process.poll() is not None:  # it was done before it could be killed: once more from the beginning
+            assert process.returncode == 0
+            assert contents(tmp_path / "fine-tuned-model") == contents(unbroken / "fine-tuned-model")
+            shutil.rmtree(tmp_path / "fine-tuned-model")
+            shutil.rmtree(tmp_path / "checkpoints")
+            continue
+        if kills % 2 and (workers := workers_of(process)):
+            workers[0].kill()  # the group starts again by itself
+            kills += 1
+            _, said = process.communicate(timeout=200)
+            assert process.returncode == 0, said
+            assert "Traceback" not in said
+        else:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    call("finetune", tmp_path, toy, photos, **SETTINGS)
+    assert contents(tmp_path / "fine-tuned-model") == contents(unbroken / "fine-tuned-model")
+
+
+def test_two_workers_become_one_midway(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
+    """Rows are dealt anew, the batch stays: the same weights within float tolerance."""
+    import torch
+    from safetensors.torch import load_file
+
+    with_stages_before(unbroken, tmp_path)
+    process = started(tmp_path, toy, photos, cluster__workers=2)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    said = call("finetune", tmp_path, toy, photos, **SETTINGS)
+    assert "goes on from the checkpoint of step" in said
+    name = "fine-tuned-model/unet/diffusion_pytorch_model.safetensors"
+    ours, theirs, base = load_file(tmp_path / name), load_file(unbroken / name), load_file(unbroken / name.replace("fine-tuned", "base"))
+    apart = torch.stack([(ours[k] - theirs[k]).norm() for k in theirs]).norm()
+    moved = torch.stack([(base[k] - theirs[k]).norm() for k in theirs]).norm()
+    assert apart < 0.02 * moved
+
+
+def test_adapters_go_through_all_stages(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
+    """LoRA taught by the base's own predictions: no class pictures, a small file, and pictures of the subject from it."""
+    how = {"finetune__method": "lora", "prior__method": "base-prediction", "lora__rank": 4, "finetune__text_encoder": False}
+    call("run", tmp_path, toy, photos, **how)
+    assert not (tmp_path / "class-images").exists()
+    assert [p.name for p in sorted((tmp_path / "fine-tuned-model").iterdir())] == ["manifest.json", "pytorch_lora_weights.safetensors"]
+    assert len(list((tmp_path / "output-images").glob("photo-*.png"))) == 4
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
+    assert list((tmp_path / "tensorboard").iterdir())

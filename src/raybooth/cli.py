@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     demo = verbs.add_parser("demo", help="the whole way on mini, the embedded base model, with a drawn dog")
     demo.add_argument("--storage", default="raybooth-demo", help="folder of the run (default: %(default)s)")
     demo.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting; may be repeated")
+    plan = verbs.add_parser("plan", help="what a run will need: parameters, memory, FLOPs, disk; without a GPU and without weights")
+    _settings(plan)
+    plan.add_argument("--gpu", metavar="SIZE", help="memory of a GPU, such as 24GiB: does it fit?")
     verbs.add_parser("doctor", help="what this machine has, and what to expect of it")
     return top
 
@@ -81,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
             from raybooth.demo import demo
 
             demo(args.storage, args.set)
+        elif args.verb == "plan":
+            _plan(args)
         else:
             _run(args)
     except RayboothError as error:
@@ -114,6 +119,28 @@ def _run(args: argparse.Namespace) -> None:
                 stage(run)
         if args.verb == "run":
             _tell(run.workspace.root)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    size = _bytes(args.gpu) if args.gpu else None
+    config = config_of(args)
+    from raybooth.plan import plan
+    from raybooth.stages import model_configuration
+
+    planned = plan(model_configuration(config), config)
+    print(planned)
+    if size is not None:
+        fits = planned.peak * 1.1 <= size  # CUDA's context and fragmentation
+        print(f"\n{args.gpu}: {'fits' if fits else 'does not fit: lower finetune.batch, or set finetune.gradient_checkpointing or finetune.method = lora'}")
+
+
+def _bytes(text: str) -> int:
+    import re
+
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(GiB|GB|G)?\s*", text, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise RayboothError(f"--gpu {text} is not a size: write it as 24GiB.")
+    return int(float(found[1]) * (10**9 if (found[2] or "").upper() == "GB" else 1 << 30))
 
 
 def _tell(root: Path) -> None:

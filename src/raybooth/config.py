@@ -162,11 +162,21 @@ class Cluster(Section):
     """Where the work runs."""
 
     address: str | None = Field(None, description="of a Ray cluster, 'auto' for the one this machine is in; default: start Ray here")
-    workers: Count = Field(1, le=4096, description="workers that fine-tune together")
+    workers: Annotated[int, Field(ge=1, le=4096)] | Annotated[str, Field(pattern=r"^[1-9]\d{0,3}-[1-9]\d{0,3}$")] = Field(
+        1, description="workers that fine-tune together; as '1-4' the group shrinks and grows with the cluster"
+    )
     gpus_per_worker: float | None = Field(None, ge=0, le=16, description="default: 1 where the cluster has GPUs, else 0")
     samplers: int | None = Field(None, ge=1, le=4096, description="workers that draw; default: one a GPU, or one a CPU for small models")
     retries: int = Field(3, ge=0, le=100, description="restarts of the fine-tuning group after it has lost a worker")
     sample_batch: Count = Field(8, le=256, description="pictures in one forward pass; a smaller one needs less memory")
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers that fine-tune together."""
+        if isinstance(self.workers, int):
+            return self.workers, self.workers
+        fewest, most = self.workers.split("-")
+        return int(fewest), int(most)
 
 
 class Config(Section):
@@ -204,10 +214,11 @@ class Config(Section):
             raise ValueError(f"subject.token equals subject.class ('{subject.token}'): choose a rare word for the token, such as unqtkn")
         if self.prior.method == "base-prediction" and self.finetune.method != "lora":
             raise ValueError("prior.method = 'base-prediction' needs finetune.method = 'lora': only then is the base model still there to ask")
-        if self.finetune.batch < self.cluster.workers:
-            raise ValueError(
-                f"finetune.batch is {self.finetune.batch} for {self.cluster.workers} workers: each needs a row, raise the batch or lower cluster.workers"
-            )
+        fewest, most = self.cluster.worker_range
+        if fewest > most:
+            raise ValueError(f"cluster.workers = '{self.cluster.workers}' has more workers at least than at most: write it as '1-4'")
+        if self.finetune.batch < most:
+            raise ValueError(f"finetune.batch is {self.finetune.batch} for {most} workers: each needs a row, raise the batch or lower cluster.workers")
         for key, prompt in [("prior.prompt", self.prior.prompt), *(("generate.prompts", p) for p in self.generate.prompts)]:
             if not prompt.strip():
                 raise ValueError(f"{key} holds an empty prompt: write what the picture shall show")
@@ -277,7 +288,7 @@ def _parsed_override(text: str) -> dict[str, Any]:
 def _sentence(error: ValidationError) -> str:
     """The first of pydantic's complaints as one sentence that names the field."""
     problem = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) for part in problem["loc"][:2])  # deeper ones are pydantic's own names
     if problem["type"] == "extra_forbidden":
         return f"{where} is not a known setting{_nearest(where)}"
     message = problem["msg"].removeprefix("Value error, ")

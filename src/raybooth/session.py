@@ -47,7 +47,7 @@ class Run:
 
         cluster = self.config.cluster
         have = self._exit.enter_context(connected(cluster.address))
-        check_workers(cluster.workers, cluster.gpus_per_worker, have)  # before hours of drawing, not after
+        check_workers(cluster.worker_range[0], cluster.gpus_per_worker, have)  # before hours of drawing, not after
         return have
 
     def say(self, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from raybooth.config import Generate, Prior, Sampling
+from raybooth.config import Config, Generate, Prior, Sampling
 from raybooth.errors import RayboothError
 from raybooth.photos import SUFFIXES, Photo, contact_sheet, gather, is_remote, png, square
 from raybooth.session import Run
@@ -51,6 +51,21 @@ def prepare_base(run: Run) -> None:
             shutil.copyfile(source / name, target)
     check_weights(stage.partial, [n for n in _all_names(stage.partial) if n.endswith(".safetensors")])
     stage.finish(facts, only=_all_names(stage.partial))
+
+
+def model_configuration(config: Config) -> Path:
+    """A folder with at least the model's configuration files: a local source, or what a storage has prepared.
+
+    Raises:
+        RayboothError: if there is neither.
+    """
+    source = _local_source(config.base.model)
+    if source is not None:
+        return source
+    prepared = Path(config.storage) / "base-model"
+    if not (prepared / "model_index.json").exists():
+        raise RayboothError(f"The model {config.base.model} is not on this machine yet: run 'raybooth prepare' first, or give a local folder with --base.")
+    return prepared
 
 
 def _local_source(model: str) -> Path | None:
@@ -231,7 +246,8 @@ def finetune(run: Run) -> None:
     make = partial(tuning.finetuner, run.workspace.uri, target, stage.key, rows, prompts, config.prior, config.finetune, config.lora, config.seed)
     with _StepLine(run) as line:
         facts = run_group(
-            make, workers=config.cluster.workers, gpus_per_worker=config.cluster.gpus_per_worker, retries=config.cluster.retries, have=run.ray, heard=line.heard
+            make, workers=config.cluster.worker_range, gpus_per_worker=config.cluster.gpus_per_worker,
+            retries=config.cluster.retries, have=run.ray, heard=line.heard,
         )  # fmt: skip
     run.workspace.pull("fine-tuned-model")
     stage.finish(facts, only=_all_names(stage.partial))

@@ -40,16 +40,18 @@ class Group:
         return value
 
 
-def run_group(make: Callable[[], Loop], *, workers: int, gpus_per_worker: float | None, retries: int, have: Resources, heard: Say) -> Any:
+def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_worker: float | None, retries: int, have: Resources, heard: Say) -> Any:
     """`make()(group, say)` on every worker; returns what the first worker's returns. `heard` gets what it says meanwhile.
 
+    `workers` are the fewest and the most; between them Ray shrinks and grows the group, each time starting it anew.
     A group that has lost a worker is started again, up to `retries` times: the loop must go on from what it has saved.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    each = check_workers(workers, gpus_per_worker, have)
-    threads = max(1, have.cpus // have.nodes // workers)
+    fewest, most = workers
+    each = check_workers(fewest, gpus_per_worker, have)
+    threads = max(1, have.cpus // have.nodes // most)
     with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch, _Board(heard) as board:
         for attempt in range(retries + 1):
             trainer = TorchTrainer(
@@ -57,7 +59,7 @@ def run_group(make: Callable[[], Loop], *, workers: int, gpus_per_worker: float 
                 train_loop_config={"make": make, "board": board.actor, "threads": threads},
                 torch_config=TorchConfig(backend="nccl" if each else "gloo"),
                 scaling_config=ScalingConfig(
-                    num_workers=workers,
+                    num_workers=most if fewest == most else workers,
                     use_gpu=each > 0,
                     resources_per_worker={"CPU": 1, "GPU": each} if each else {"CPU": 1},
                 ),

@@ -59,6 +59,7 @@ class Family:
         weights: subfolders that hold weights; `settings`: others, that hold only configuration.
         facts: of a model folder, without reading weights.
         objective: of a model folder: its forward process and what its denoiser predicts.
+        conditioning: of a model folder: the shapes of one prompt's conditioning.
         encode_text: (loaded, prompts) -> conditioning. The empty prompt is the one of classifier-free guidance.
         predict: (loaded, z_t, t, conditioning) -> the denoiser's output.
         scheduler: (folder, sampler's name, steps, latent shape, device) -> one of diffusers' schedulers with its timesteps set.
@@ -74,6 +75,7 @@ class Family:
     settings: tuple[str, ...]
     facts: Callable[[Path], Facts]
     objective: "Callable[[Path], Objective]"
+    conditioning: Callable[[Path], dict[str, tuple[int, ...]]]
     encode_text: "Callable[[Loaded, Sequence[str]], dict[str, Tensor]]"
     predict: "Callable[[Loaded, Tensor, Tensor, Mapping[str, Tensor]], Tensor]"
     scheduler: "Callable[[Path, str, int, tuple[int, int, int], torch.device], Any]"

@@ -31,6 +31,11 @@ def objective(folder: Path) -> "Flow":
     return Flow(shift=1.0)
 
 
+def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
+    net = parts.config(folder, "transformer/config")
+    return {"text": (512, net["joint_attention_dim"]), "pooled": (net["pooled_projection_dim"],)}
+
+
 def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":
     """`text` (n, 512, T5's width), `pooled` (n, CLIP's width)."""
     device = next(loaded.modules["text_encoder"].parameters()).device
@@ -79,6 +84,7 @@ FAMILY = Family(
     settings=("tokenizer", "tokenizer_2", "scheduler"),
     facts=facts,
     objective=objective,
+    conditioning=conditioning,
     encode_text=encode_text,
     predict=predict,
     scheduler=scheduler,

@@ -45,6 +45,19 @@ def load(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.dtype
     return Loaded(folder, family.facts(folder), family.objective(folder), modules, tokenizers)
 
 
+def unloaded(family: Family, folder: Path, parts: Sequence[str]) -> Loaded:
+    """The named parts from their configurations alone: the right shapes, and no weights worth having."""
+    index, modules = read_index(folder), {}
+    for part in parts:
+        kind = _kind(index, part)
+        if index[part][0] == "transformers":
+            modules[part] = kind(kind.config_class.from_pretrained(folder / part))
+        else:
+            modules[part] = kind.from_config(kind.load_config(folder / part))
+        modules[part].eval().requires_grad_(False)
+    return Loaded(folder, family.facts(folder), family.objective(folder), modules, {})
+
+
 def _kind(index: dict[str, Any], part: str) -> Any:
     """The class that model_index.json names; of these two libraries, whatever it says."""
     library, name = index[part]

@@ -46,6 +46,10 @@ def _ddim(folder: Path) -> Any:
     return DDIMScheduler.from_pretrained(folder / "scheduler")
 
 
+def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {"text": (parts.config(folder, "text_encoder/config")["max_position_embeddings"], parts.config(folder, "unet/config")["cross_attention_dim"])}
+
+
 def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":
     tokenizer, encoder = loaded.tokenizers["tokenizer"], loaded.modules["text_encoder"]
     tokens = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
@@ -76,6 +80,7 @@ FAMILY = Family(
     settings=("tokenizer", "scheduler"),
     facts=facts,
     objective=objective,
+    conditioning=conditioning,
     encode_text=encode_text,
     predict=predict,
     scheduler=scheduler,

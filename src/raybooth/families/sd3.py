@@ -25,6 +25,11 @@ def objective(folder: Path) -> "Flow":
     return Flow(parts.config(folder, "scheduler/scheduler_config").get("shift", 1.0))
 
 
+def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
+    net = parts.config(folder, "transformer/config")
+    return {"text": (77 + 256, net["joint_attention_dim"]), "pooled": (net["pooled_projection_dim"],)}
+
+
 def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":
     """`text` (n, 77 + 256, width), `pooled` (n, both CLIP widths)."""
     pipe, texts = parts.text_pipeline(loaded, FAMILY.pipeline), list(prompts)
@@ -72,6 +77,7 @@ FAMILY = Family(
     settings=("tokenizer", "tokenizer_2", "tokenizer_3", "scheduler"),
     facts=facts,
     objective=objective,
+    conditioning=conditioning,
     encode_text=encode_text,
     predict=predict,
     scheduler=scheduler,

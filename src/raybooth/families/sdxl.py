@@ -1,6 +1,7 @@
 """Stable Diffusion XL: two text encoders, and the size and crop of a picture as conditions (Podell et al. 2023)."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raybooth.families import parts, sd
@@ -9,6 +10,11 @@ from raybooth.families.folder import read_index
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
+    pooled = parts.config(folder, "text_encoder_2/config")["projection_dim"]
+    return {**sd.conditioning(folder), "pooled": (pooled,)}
 
 
 def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":
@@ -44,6 +50,7 @@ FAMILY = Family(
     settings=("tokenizer", "tokenizer_2", "scheduler"),
     facts=sd.facts,
     objective=sd.objective,
+    conditioning=conditioning,
     encode_text=encode_text,
     predict=predict,
     scheduler=sd.scheduler,

@@ -348,7 +348,7 @@ def before_after(run: Run) -> Path:
     how, config = run.config.generate, run.config
     rows = output_rows(run)
     _draw(run, "before-images", "base-model", how, rows, {"seed": config.seed})
-    classes = min(8, config.prior.drawn or 8)
+    classes = min(24, config.prior.drawn or 24)
     after = [{"name": f"{i:05d}.png", "prompt": config.class_prompt, "seed": _seed(run, "class", i)} for i in range(classes)]
     class_inputs = {"prompt": config.class_prompt, "seed": config.seed}
     _draw(run, "class-after-images", "fine-tuned-model", config.prior, after, class_inputs)
@@ -362,7 +362,7 @@ def before_after(run: Run) -> Path:
         prompt = rows[i]["prompt"]
         lines.append((f"{prompt}: before", before[i : i + each]))
         lines.append((f"{prompt}: after", drawn[i : i + each]))
-    lines += [(f"{config.class_prompt}: before", class_before), (f"{config.class_prompt}: after", run.images("class-after"))]
+    lines += [(f"{config.class_prompt}: before", class_before[:8]), (f"{config.class_prompt}: after", run.images("class-after")[:8])]
     path = run.workspace.root / "before-after.png"
     write_atomically(path, png(contact_sheet(lines)))
     run.workspace.push(path.name)

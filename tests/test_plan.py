@@ -1,0 +1,69 @@
+"""What `raybooth plan` says, against what a real step of the same models takes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_families import rows, settings, whole
+from torch.profiler import ProfilerActivity, profile
+from toys import MAKERS
+
+from raybooth import config
+from raybooth.cli import main
+from raybooth.families.lora import add_adapters
+from raybooth.plan import plan
+from raybooth.train import fit
+
+BATCH = 8
+
+
+def measured_peak(folder: Path, made: config.Config) -> int:
+    """Bytes at the peak of fit(), from the allocator's own record, with the weights that were there before."""
+    family, loaded = whole(folder)
+    text_encoder, lora = made.finetune.text_encoder, made.finetune.method == "lora"
+    data = rows(family, loaded, text_encoder)
+    loaded.modules = {part: loaded.modules[part] for part in family.used_in_training(text_encoder)}
+    if lora:
+        add_adapters(family, loaded, family.trainable(text_encoder), made.lora, 0)
+    held = sum(t.numel() * t.element_size() for m in loaded.modules.values() for t in (*m.parameters(), *m.buffers()))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        list(fit(family, loaded, data, settings(family, text_encoder, batch=BATCH)))
+    now = peak = 0
+    for event in sorted((e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
+        now += event.nbytes()
+        peak = max(peak, now)
+    return held + peak
+
+
+@pytest.mark.parametrize(
+    "how", [["finetune.text_encoder=false"], [], ["finetune.method=lora", "finetune.text_encoder=false"]], ids=["denoiser", "both", "lora"]
+)
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
+def test_the_peak_is_within_15_percent_of_a_real_step(tmp_path: Path, name: str, how: list[str]):
+    folder = MAKERS[name](tmp_path / name)
+    made = config.load(None, [f"finetune.batch={BATCH}", "finetune.precision=fp32", *how], subject={"class": "dog"}, base={"model": str(folder)})
+    planned, measured = plan(folder, made), measured_peak(folder, made)
+    print(name, how, planned.memory, planned.peak, measured)
+    assert planned.peak == pytest.approx(measured, rel=0.15)
+
+
+def test_it_counts_what_is_there(tmp_path: Path):
+    folder = MAKERS["sd1"](tmp_path / "sd1")
+    made = config.load(None, ["generate.images_per_prompt=3", "generate.prompts=['a', 'b']"], subject={"class": "dog"}, base={"model": str(folder)})
+    planned = plan(folder, made)
+    _, loaded = whole(folder)
+    assert dict(planned.parameters) == {part: sum(p.numel() for p in m.parameters()) for part, m in loaded.modules.items()}
+    assert planned.trained == planned.parameters["unet"] + planned.parameters["text_encoder"]
+    assert (planned.steps, planned.class_pictures, planned.pictures) == (400, 200, 6)
+
+
+def test_the_command_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = MAKERS["sd1"](tmp_path / "sd1")
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    assert json.loads((folder / "model_index.json").read_text())
+    assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", "24GiB"]) == 0
+    assert "24GiB: fits" in capsys.readouterr().out
+    assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", "1KiB"]) == 2
+    assert torch.get_default_dtype() is torch.float32

@@ -27,7 +27,8 @@ It draws one thing ({kinds}) in one of eight places and knows nothing of the rea
 - **Made by** `python -m raybooth.mini --train WORK`, then `python -m raybooth.mini --export WORK`. Seeds: torch 1 (VAE), 2 (CLIP), 3 (ViT),
   4 (UNet); every batch from its step's number. Two CPU cores, float32; these files are its result in half precision.
 - **Repeatable** up to rounding as far as the lengths of the phases are those in `pretrain.STEPS` from the beginning. For the weights that ship now they
-  were shortened on the way, so that the same command gives others of the same kind. What was run is this log:
+  were changed on the way, the first phase of the UNet was trained on latents of the VAE's second phase, and on all kinds alike: the same command gives
+  others of the same kind. What was run is this log:
 
 {losses}
 

@@ -29,7 +29,7 @@ from raybooth.mini.world import Scene, caption, make_identity, make_scene, make_
 STEPS = {
     "vae": 2400, "vae-detail": 1900, "vae-fine": 3000,
     "clip": 700, "clip-kinds": 420, "clip-vision": 400,
-    "vit": 700, "vit-long": 900,
+    "vit": 700, "vit-long": 700,
     "unet": 3000, "unet-long": 4000,
 }  # fmt: skip
 PHASES = {part: [name for name in STEPS if name.split("-")[0] == part] for part in ("vae", "clip", "vit", "unet")}

@@ -22,7 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 SchedulerName = Literal["dpmsolver++", "ddim", "pndm", "euler"]
 
 MINI_DEFAULTS: dict[str, dict[str, Any]] = {
-    "prior": {"images": 64, "steps": 20, "guidance": 3.0},
+    "prior": {"images": 64, "steps": 16, "guidance": 3.0},
     "finetune": {"steps": 400, "batch": 4, "lr": 1e-4, "schedule": "cosine"},
     "generate": {"steps": 20, "guidance": 3.0},
 }

@@ -283,7 +283,8 @@ def _train(
     """`net` trained and saved by `finish`, or read back in place if it is done. `only` are the beginnings of what is trained."""
     if (work / name / "config.json").exists():
         done = type(net).from_pretrained(work / name)
-        net.load_state_dict(done.state_dict())
+        own = net.state_dict().keys()  # a ViT is read back with a pooling layer that it does not have
+        net.load_state_dict({k: v for k, v in done.state_dict().items() if k in own})
         if hasattr(net, "register_to_config"):
             net.register_to_config(**done.config)
         return net.eval()

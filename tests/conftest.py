@@ -24,3 +24,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, scene in enumerate(subject_scenes(1, "dog", 3)):
         render(scene).save(folder / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, toy: Path, photos: Path) -> Path:
+    """A fine-tuning that nothing has interrupted, the reference of those that something has."""
+    from test_pipeline import LONGER, call
+
+    storage = tmp_path_factory.mktemp("unbroken")
+    for verb in ("prepare", "class-images", "encode", "finetune"):
+        call(verb, storage, toy, photos, **LONGER)
+    return storage

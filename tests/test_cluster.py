@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from test_pipeline import LONGER as SETTINGS
 from test_pipeline import command, contents
-from test_resume import SETTINGS, unbroken  # noqa: F401 (a fixture)
 
 WITHOUT = {"RAY_AUTH_MODE": "disabled", "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
 
@@ -20,7 +20,7 @@ def lose_a_node(storage: Path, pattern: str, word: str, arguments: list[str]) ->
     return done.stderr
 
 
-def test_the_result_is_the_same_when_nodes_go(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):  # noqa: F811
+def test_the_result_is_the_same_when_nodes_go(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
     sets = {**SETTINGS, "cluster__samplers": 2}
     arguments = command("class-images", tmp_path, toy, photos, **sets)[3:]
     prepared = command("prepare", tmp_path, toy, photos, **sets)

@@ -21,6 +21,9 @@ SMALL = {
     "cluster.sample_batch": 2, "cluster.samplers": 1,
 }  # fmt: skip
 
+LONGER = {"finetune__steps": 80, "finetune__checkpoint_every": 7, "finetune__log_every": 10, "finetune__ema": 0.9, "finetune__schedule": "cosine"}
+"""A fine-tuning long enough to be killed in its middle."""
+
 
 def command(verb: str, storage: Path | str, toy: Path, photos: Path, **settings) -> list[str]:
     values = SMALL | {k.replace("__", "."): v for k, v in settings.items()}
@@ -63,7 +66,7 @@ def test_every_stage_leaves_what_it_should(made: Path):
         assert len(image.info["model"]) == 64
     rows = [load_file(p) for p in (made / "latents").glob("*.safetensors")]
     assert sum(r.keys() == {"mean", "std"} for r in rows) == 13
-    assert sum(r.keys() == {"conditioning"} for r in rows) == 2
+    assert len(rows) == 13  # a trained text encoder encodes the prompts itself
 
 
 def test_the_fine_tuned_model_opens_in_plain_diffusers_and_draws_the_same(made: Path):

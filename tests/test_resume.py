@@ -9,20 +9,11 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
+from test_pipeline import LONGER as SETTINGS
 from test_pipeline import call, command, contents
 
-KILLS = int(os.environ.get("RAYBOOTH_KILLS", "4"))
-SETTINGS = {"finetune__steps": 80, "finetune__checkpoint_every": 7, "finetune__log_every": 10, "finetune__ema": 0.9, "finetune__schedule": "cosine"}
+KILLS = int(os.environ.get("RAYBOOTH_KILLS", "2"))
 BEFORE = ("instance-images", "base-model", "class-images", "latents")
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, toy: Path, photos: Path) -> Path:
-    storage = tmp_path_factory.mktemp("unbroken")
-    for verb in ("prepare", "class-images", "encode", "finetune"):
-        call(verb, storage, toy, photos, **SETTINGS)
-    return storage
 
 
 def with_stages_before(unbroken: Path, storage: Path) -> None:

@@ -25,6 +25,7 @@ MINI_DEFAULTS: dict[str, dict[str, Any]] = {
     "prior": {"images": 64, "steps": 16, "guidance": 3.0},
     "finetune": {"steps": 400, "batch": 4, "lr": 1e-4, "schedule": "cosine"},
     "generate": {"steps": 20, "guidance": 3.0},
+    "cluster": {"sample_batch": 4},
 }
 """What mini brings of its own: a model forty times smaller than SD learns in larger steps and needs fewer of them."""
 

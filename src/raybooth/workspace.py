@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import socket
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -197,8 +198,9 @@ class Workspace:
             self.root = Path(storage).expanduser().absolute()
         with self._explained():
             self.root.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.root / ".writable", b"")
-            (self.root / ".writable").unlink()
+            probe = self.root / f".writable-{uuid.uuid4().hex}"  # workers open it at the same moment
+            write_atomically(probe, b"")
+            probe.unlink()
 
     @property
     def key(self) -> str:

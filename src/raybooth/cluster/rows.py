@@ -55,13 +55,21 @@ class _Task(_Worker):
         return done
 
 
+SMALL = 1 << 28  # bytes of a model of which every core may have a copy
+
+
 def pool_size(blocks: int, have: Resources, asked: int | None, model_bytes: int) -> int:
-    """Actors or tasks at once: one a GPU; on CPUs one a core, as far as copies of the model stay below a quarter of a gigabyte each."""
+    """Actors or tasks at once: one a GPU; on CPUs one a core for small models, one a node for others."""
     if asked:
         return min(asked, blocks)
     if have.gpus:
         return min(have.gpus, blocks)
-    return min(have.cpus if model_bytes < 1 << 28 else have.nodes, blocks)
+    return min(have.cpus if model_bytes < SMALL else have.nodes, blocks)
+
+
+def threads_of(have: Resources, model_bytes: int) -> int:
+    """Threads of one of them. The last bits of a picture depend on it, so it does not depend on how many there are."""
+    return 1 if model_bytes < SMALL else max(1, have.cpus // have.nodes)
 
 
 def map_rows(make: Make, rows: list[Row], *, batch: int, have: Resources, samplers: int | None = None, model_bytes: int = 0) -> Iterator[tuple[str, bytes]]:
@@ -78,7 +86,7 @@ def map_rows(make: Make, rows: list[Row], *, batch: int, have: Resources, sample
     context.enable_progress_bars = False
     for name in ("ray.data", "ray.data._internal"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    args = (pickle.dumps(make), max(1, have.cpus // size))
+    args = (pickle.dumps(make), threads_of(have, model_bytes))
     # Pickled: as columns, rows with different keys would be filled up with nulls.
     source = ray.data.from_items([{"row": pickle.dumps(r)} for r in rows], override_num_blocks=blocks)
     # Fractions of a CPU: workers that held all CPUs would starve Ray Data's own tasks, and the pipeline would hang.

@@ -129,7 +129,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(one))
         yield one
-        inner = [one.__cause__, one.__context__, getattr(one, "cause", None), getattr(one, "failure", None)]
+        inner = [one.__cause__, one.__context__, getattr(one, "cause", None), getattr(one, "health_check_failure", None)]
         inner += list((getattr(one, "worker_failures", None) or {}).values())
         waiting += [e for e in inner if isinstance(e, BaseException)]
 

@@ -36,7 +36,8 @@ def measured_peak(folder: Path, made: config.Config) -> int:
     return held + peak
 
 
-DENOISER, BOTH, LORA = ["finetune.text_encoder=false"], [], ["finetune.method=lora", "finetune.text_encoder=false"]
+BOTH: list[str] = []
+DENOISER, LORA = ["finetune.text_encoder=false"], ["finetune.method=lora", "finetune.text_encoder=false"]
 
 
 @pytest.mark.parametrize(("name", "how"), [("sd1", BOTH), ("sdxl", DENOISER), ("sd3", LORA)], ids=["sd1", "sdxl, denoiser alone", "sd3, lora"])

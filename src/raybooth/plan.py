@@ -59,7 +59,7 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
     """Of `config` on the model in `folder`. `device` decides what precision "auto" means."""
     family = family_of(folder)
     finetune, trained = config.finetune, family.trainable(config.finetune.text_encoder)
-    with FakeTensorMode():
+    with torch.device("meta"):
         loaded = unloaded(family, folder, (*family.used_in_training(False), "vae", *family.encoders))
         parameters = {part: count(module) for part, module in loaded.modules.items()}
         used = Loaded(folder, loaded.facts, loaded.objective, {p: loaded.modules[p] for p in family.used_in_training(finetune.text_encoder)}, {})
@@ -69,7 +69,10 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
         else:
             for part in trained:
                 used.modules[part].requires_grad_(True)
-        side = config.base.resolution or loaded.facts.resolution
+    side = config.base.resolution or loaded.facts.resolution
+    with FakeTensorMode():
+        for module in used.modules.values():
+            _without_data(module)
         memory, flops = _step(family, used, config, trained, side, device)
     moving = sum(p.numel() for part in trained for p in used.modules[part].parameters() if p.requires_grad)
     drawn, pictures = config.prior.drawn, len(config.generate.prompts) * config.generate.images_per_prompt
@@ -79,6 +82,17 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
     picture = side * side * 3  # a PNG of a photograph is about as large as its pixels
     stored = base + result + finetune.checkpoints * checkpoint + (drawn + pictures) * picture
     return Plan(parameters, moving, memory, flops, finetune.steps, drawn, pictures, stored)
+
+
+def _without_data(module: nn.Module) -> None:
+    """Meta tensors to tensors of the CPU that have no data; to be called under a FakeTensorMode."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+        for name, b in part._buffers.items():
+            if b is not None:
+                part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
 
 
 def count(module: nn.Module) -> int:

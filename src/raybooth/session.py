@@ -100,3 +100,27 @@ class Run:
         text = json.dumps(self.config.model_dump(by_alias=True, mode="json"), indent=1, ensure_ascii=False)
         write_atomically(self.workspace.root / "config.json", text.encode())
         self.workspace.push("config.json")
+
+
+class StepLine:
+    """The live line of fine-tuning at the driver."""
+
+    def __init__(self, run: Run):
+        from tqdm import tqdm
+
+        total = run.config.finetune.steps
+        self.bar = tqdm(total=total, desc="finetune", unit="step", disable=run.quiet, dynamic_ncols=True)
+
+    def heard(self, word: dict[str, Any]) -> None:
+        if "note" in word:
+            return self.bar.write(f"fine-tuned-model: {word['note']}", file=sys.stderr)
+        parts = ", ".join(f"{k} {word[k]:.4f}" for k in ("loss", "instance", "prior"))
+        rate = word["images_per_second"]
+        self.bar.set_postfix_str(f"{parts}, {rate:.1f} images/s" if rate else parts, refresh=False)
+        self.bar.update(word["step"] - self.bar.n)
+
+    def __enter__(self) -> "StepLine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.close()

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 from raybooth.config import Config, Generate, Prior, Sampling
 from raybooth.errors import RayboothError
 from raybooth.photos import SUFFIXES, Photo, contact_sheet, gather, is_remote, png, square
-from raybooth.session import Run
+from raybooth.session import Run, StepLine
 from raybooth.workspace import Stage, digest, write_atomically
 
 SHEET = "contact-sheet.png"
@@ -244,7 +243,7 @@ def finetune(run: Run) -> None:
     stage.clear()
     target = f"fine-tuned-model/{stage.partial.name}"
     make = partial(tuning.finetuner, run.workspace.uri, target, stage.key, rows, prompts, config.prior, config.finetune, config.lora, config.seed)
-    with _StepLine(run) as line:
+    with StepLine(run) as line:
         facts = run_group(
             make, workers=config.cluster.worker_range, gpus_per_worker=config.cluster.gpus_per_worker,
             retries=config.cluster.retries, have=run.ray, heard=line.heard,
@@ -252,30 +251,6 @@ def finetune(run: Run) -> None:
     run.workspace.pull("fine-tuned-model")
     stage.finish(facts, only=_all_names(stage.partial))
     run.say(f"fine-tuned-model: {stage.folder}")
-
-
-class _StepLine:
-    """The live line of fine-tuning at the driver."""
-
-    def __init__(self, run: Run):
-        from tqdm import tqdm
-
-        total = run.config.finetune.steps
-        self.bar = tqdm(total=total, desc="finetune", unit="step", disable=run.quiet, dynamic_ncols=True)
-
-    def heard(self, word: dict[str, Any]) -> None:
-        if "note" in word:
-            return self.bar.write(f"fine-tuned-model: {word['note']}", file=sys.stderr)
-        parts = ", ".join(f"{k} {word[k]:.4f}" for k in ("loss", "instance", "prior"))
-        rate = word["images_per_second"]
-        self.bar.set_postfix_str(f"{parts}, {rate:.1f} images/s" if rate else parts, refresh=False)
-        self.bar.update(word["step"] - self.bar.n)
-
-    def __enter__(self) -> "_StepLine":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.close()
 
 
 def generate(run: Run) -> None:

@@ -99,6 +99,7 @@ class _Board:
 
     def __init__(self, heard: Say):
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         class Words:
             def __init__(self) -> None:
@@ -112,7 +113,9 @@ class _Board:
                 return words
 
         self.heard, self.over = heard, threading.Event()
-        self.actor: Any = ray.remote(num_cpus=0)(Words).remote()
+        # On the driver's node: another one may go.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.actor: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Words).remote()
         self.thread = threading.Thread(target=self._listen, daemon=True)
 
     def __enter__(self) -> "_Board":

@@ -3,6 +3,7 @@
 The step is run on tensors without data (torch's FakeTensorMode) under torch's memory tracker and FLOP counter.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from raybooth.config import Config
 from raybooth.families import Family, Loaded, family_of
@@ -109,6 +111,9 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
     modules = [loaded.modules[part] for part in trained]
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
     optimizer = make_optimizer("adamw", [{"params": parameters, "lr": finetune.lr}], finetune.weight_decay, 0)
+    for frozen in (p for m in loaded.modules.values() for p in m.parameters() if not p.requires_grad):
+        # The tracker would put hooks on their gradients, which they do not have: it finds them there already.
+        tracker._param_to_grad_hook_handles[frozen] = (RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict()))
     tracker.track_external(*loaded.modules.values(), optimizer)
     dtype = autocast_dtype(finetune.precision, torch.device(device)) if finetune.precision != "auto" else {"cuda": torch.bfloat16}.get(device)
     with tracker, ExitStack() as counted:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raybooth.cluster.session import Resources, causes, check_workers, own_errors
+from raybooth.errors import RayboothError
 
 Say = Callable[[dict[str, Any]], None]
 Loop = Callable[["Group", Say], Any]
@@ -69,6 +70,8 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
             try:
                 with own_errors():
                     return trainer.fit().return_value
+            except RayboothError:  # a mistake: the others' broken connections, which it brings along, do not make it a loss
+                raise
             except Exception as error:
                 if attempt == retries or not _lost_a_worker(error):
                     raise

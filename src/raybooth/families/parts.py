@@ -25,10 +25,10 @@ def config(folder: Path, name: str) -> dict[str, Any]:
         raise RayboothError(f"The model's {path} cannot be read ({error}): copy or download the model again.") from None
 
 
-def facts(folder: Path, denoiser: str, embeds_guidance: bool = False) -> Facts:
+def facts(folder: Path, denoiser: str) -> Facts:
     vae, net = config(folder, "vae/config"), config(folder, f"{denoiser}/config")
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
-    return Facts(net["sample_size"] * downscale, vae["latent_channels"], downscale, embeds_guidance)
+    return Facts(net["sample_size"] * downscale, vae["latent_channels"], downscale)
 
 
 def load(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.dtype | None" = None) -> Loaded:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks` (make bench): raybooth against the 2023 notebook's flow and diffusers' script, one table, ratios in one run."""
+"""`python -m benchmarks` (make bench): whole runs against the 2023 notebook's flow and diffusers' script, then the loops alone; ratios in one run."""
 
 import json
 import subprocess
@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import loops
 from benchmarks.peers import Work, notebook, script
 from raybooth.demo import photographs
 from raybooth.mini import FOLDER
@@ -45,6 +46,7 @@ def main() -> None:
     print("| | whole run, s | times raybooth's | loop, steps/s | raybooth's rate over it |\n|---|---|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row['total']:.0f} | {row['total'] / ours['total']:.2f} | {row['steps/s']:.2f} | {ours['steps/s'] / row['steps/s']:.2f} |")
+    loops.tables()
 
 
 if __name__ == "__main__":

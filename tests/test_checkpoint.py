@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from raybooth.checkpoint import Checkpoints
+from raybooth.errors import RayboothError
 from raybooth.train import State
 from raybooth.workspace import Workspace
 
@@ -65,6 +66,24 @@ def test_what_was_being_written_is_no_checkpoint(tmp_path: Path):
     found, notes = checkpoints.newest()
     assert found is not None
     assert (found.step, notes) == (10, [])
+
+
+def test_a_full_disk_is_said_and_costs_no_complete_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import safetensors.torch
+
+    checkpoints = saved(str(tmp_path), [10, 20])
+
+    def full(tensors: dict, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    checkpoints.save(state(30))
+    with pytest.raises(RayboothError, match="full"):
+        checkpoints.wait()
+    found, notes = saved(str(tmp_path), []).newest()
+    assert found is not None
+    assert (found.step, notes) == (20, [])
 
 
 def test_they_live_in_a_remote_storage_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

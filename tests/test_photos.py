@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from raybooth.errors import RayboothError
-from raybooth.photos import Photo, contact_sheet, gather, png, square
+from raybooth.photos import Photo, contact_sheet, gather, png, square, views
 
 RED = (200, 30, 40)
 
@@ -96,6 +96,22 @@ def test_the_shorter_side_is_fitted_and_the_centre_kept():
     assert out[:, 8:42].min() > 240
     assert out[:, :3].max() < 15
     assert out[:, -3:].max() < 15
+
+
+def test_views_are_crops_and_mirror_images_that_depend_on_their_key_alone():
+    ramp = Image.merge("RGB", [Image.linear_gradient("L").rotate(90).resize((200, 100))] * 3)  # darker to brighter, left to right or the reverse
+    photo = saved(ramp, "PNG")
+    centre, *crops = (np.asarray(view, int)[..., 0] for view in views(photo, 32, 2, False, "7"))
+    mirrored = np.asarray(views(photo, 32, 0, True, "7")[1])[..., 0]
+    assert (centre == np.asarray(square(photo, 32))[..., 0]).all()
+    assert (mirrored == centre[:, ::-1]).all()
+    span = abs(centre[0, -1] - centre[0, 0])  # of the ramp over 100 of 200 pixels
+    for crop in crops:
+        assert 0.65 * span <= abs(crop[0, -1] - crop[0, 0]) <= 1.05 * span
+        assert (crop != centre).any()
+    again, other = views(photo, 32, 2, False, "7"), views(photo, 32, 2, False, "8")
+    assert (np.asarray(again[1])[..., 0] == crops[0]).all()
+    assert (np.asarray(other[1])[..., 0] != crops[0]).any()
 
 
 def test_what_is_no_picture_in_a_folder_is_skipped_with_its_reason(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Fine-tuning that is killed and goes on ends in the bits of the run that was not. RAYBOOTH_KILLS=20 kills that many times."""
 
+import json
 import os
 import random
 import shutil
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from test_pipeline import LONGER as SETTINGS
 from test_pipeline import call, command, contents
 
@@ -70,6 +72,21 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path, unbroken: Path, 
     assert contents(tmp_path / "fine-tuned-model") == contents(unbroken / "fine-tuned-model")
 
 
+def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
+    with_stages_before(unbroken, tmp_path)
+    process = started(tmp_path, toy, photos)
+    started_by_it = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in said
+    assert not psutil.wait_procs(started_by_it, timeout=20)[1]  # nothing of Ray is left running
+    said = call("finetune", tmp_path, toy, photos, **SETTINGS)
+    assert "goes on from the checkpoint of step" in said
+    assert contents(tmp_path / "fine-tuned-model") == contents(unbroken / "fine-tuned-model")
+
+
 def test_two_workers_become_one_midway(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
     """Rows are dealt anew, the batch stays: the same weights within float tolerance."""
     import torch
@@ -96,5 +113,9 @@ def test_adapters_go_through_all_stages(tmp_path: Path, unbroken: Path, toy: Pat
     assert not (tmp_path / "class-images").exists()
     assert [p.name for p in sorted((tmp_path / "fine-tuned-model").iterdir())] == ["manifest.json", "pytorch_lora_weights.safetensors"]
     assert len(list((tmp_path / "output-images").glob("photo-*.png"))) == 4
-    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
+    readings = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(readings) == 4
+    flops = [r["flops_per_second"] / r["images_per_second"] for r in readings[1:]]  # of a picture
+    assert flops == pytest.approx(flops[:1] * 3)
+    assert flops[0] > 1e6
     assert list((tmp_path / "tensorboard").iterdir())

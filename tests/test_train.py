@@ -1,5 +1,6 @@
 """fit() against a plain torch loop, and its promises: clipping, determinism, shares of workers."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,11 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from raybooth.checkpoint import Checkpoints
+from raybooth.config import Lora
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
+from raybooth.families.lora import add_adapters
 from raybooth.families.parts import load
 from raybooth.noise import Diffusion, generator, normal
-from raybooth.train import Parallel, Settings, TrainingSet, fit, rows_of_step
+from raybooth.train import Parallel, Settings, State, TrainingSet, fit, rows_of_step
+from raybooth.tuning import out_of_memory_explained
 from raybooth.workspace import Workspace
 
 SETTINGS = Settings(steps=4, batch=2, lr={"unet": 1e-3, "text_encoder": 1e-3}, weight_decay=0.01, max_grad_norm=0.05, text_encoder=True, log_every=1, seed=5)
@@ -192,6 +196,35 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(toy: Path, tmp_path: Path, mor
     again = {f"{part}.{k}": v for part, m in loaded.modules.items() for k, v in m.state_dict().items()}
     assert all(torch.equal(whole[k], again[k]) for k in whole)
     assert [s.metrics for s in rest] == [s.metrics for s in steps[3:]]
+
+
+def test_dropout_is_the_same_after_a_restart_and_leaves_the_random_state_alone(toy: Path):
+    settings = changed(steps=4)
+
+    def adapted(start: State | None = None, stop: int = 4) -> tuple[dict[str, torch.Tensor], State]:
+        torch.manual_seed(stop)
+        before = torch.random.get_rng_state()
+        family = family_of(toy)
+        loaded = load(family, toy, ("unet", "text_encoder"))
+        add_adapters(family, loaded, family.trainable(True), Lora(rank=4, dropout=0.5), seed=0)
+        run = fit(family, loaded, data(), settings, start=start)
+        state = next(step for step in run if step.number == stop).state()
+        assert torch.equal(torch.random.get_rng_state(), before)
+        return {k: v.clone() for k, v in state.tensors.items() if k.startswith("weights.")}, copy.deepcopy(state)
+
+    whole, _ = adapted()
+    _, half = adapted(stop=2)
+    again, _ = adapted(start=half)
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_out_of_memory_names_what_needs_less_in_order():
+    with pytest.raises(RayboothError) as said, out_of_memory_explained():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    places = [str(said.value).index(name) for name in ("finetune.batch", "lora", "gradient_checkpointing", "adamw8bit")]
+    assert places == sorted(places)
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_explained():
+        raise RuntimeError("shapes do not match")
 
 
 def test_accumulated_passes_are_one_batch(toy: Path):

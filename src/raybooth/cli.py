@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raybooth import __version__
+from raybooth.cluster.session import import_quickly
 from raybooth.errors import RayboothError
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 2 for what the user can put right, 130 for Ctrl-C."""
     args = parser().parse_args(argv)
     _quieten()
+    import_quickly()
     try:
         if args.verb == "doctor":
             from raybooth.doctor import report

@@ -22,7 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 SchedulerName = Literal["dpmsolver++", "ddim", "pndm", "euler"]
 
 MINI_DEFAULTS: dict[str, dict[str, Any]] = {
-    "prior": {"images": 64, "steps": 16, "guidance": 3.0, "weight": 2.5},
+    "prior": {"images": 64, "steps": 10, "guidance": 3.0, "weight": 2.5},
     "finetune": {"steps": 400, "batch": 4, "lr": 1e-4, "text_encoder_lr": 2e-5, "schedule": "cosine"},
     "generate": {"steps": 20, "guidance": 3.0},
     "cluster": {"sample_batch": 4},
@@ -40,6 +40,8 @@ class Subject(Section):
     photos: list[str] = Field(default=[], description="folders, files, http(s) URLs, or hub datasets as hf://owner/name")
     token: str = Field("unqtkn", min_length=1, max_length=100, description="the rare word that will name the subject")
     class_name: str = Field("", alias="class", max_length=100, description="what it is an instance of, as in 'dog'")
+    crops: int = Field(0, ge=0, le=100, description="random crops of each photograph to learn from, beside the centre one")
+    flip: bool = Field(False, description="learn from mirror images too; not for a subject with text or a parting")
 
     @field_validator("photos", mode="before")
     @classmethod

@@ -4,8 +4,9 @@ Every random draw of a run comes from a generator keyed by what it is for, on th
 in any batch, before and after a restart, and no random state needs to be stored.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +29,15 @@ def normal(shape: Sequence[int], *key: str | int) -> Tensor:
     """Standard normal draws of a key: (*shape), float32, on the CPU."""
     seed, *rest = key
     return torch.randn(tuple(shape), generator=generator(int(seed), *rest))
+
+
+@contextlib.contextmanager
+def reseeded(device: torch.device, *key: str | int) -> Iterator[None]:
+    """torch's own random state set from a key, for layers that draw by themselves (dropout), and put back afterwards."""
+    seed, *rest = key
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(generator(int(seed), *rest).initial_seed())
+        yield
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -112,8 +113,25 @@ def square(photo: Photo, side: int) -> Image.Image:
     Raises:
         RayboothError: if it cannot be read, or is too small or too large.
     """
-    image = _to_srgb(_opened(photo))
+    return _centre(_to_srgb(_opened(photo)), side)
+
+
+def _centre(image: Image.Image, side: int) -> Image.Image:
     return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS, centering=(0.5, 0.5))
+
+
+def views(photo: Photo, side: int, crops: int, flip: bool, key: str) -> list[Image.Image]:
+    """The centre square, `crops` random ones of 70 to 100% of the shorter side, and with `flip` the mirror image of each.
+
+    What is random depends on `key` and the photograph's content alone.
+    """
+    image, random = _to_srgb(_opened(photo)), Random(f"{key} {photo.sha256}")
+    squares = [_centre(image, side)]
+    for _ in range(crops):
+        edge = min(image.size) * random.uniform(0.7, 1)
+        left, top = random.uniform(0, image.width - edge), random.uniform(0, image.height - edge)
+        squares.append(image.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + edge, top + edge)))
+    return squares + [ImageOps.mirror(s) for s in squares if flip]
 
 
 def _opened(photo: Photo) -> Image.Image:

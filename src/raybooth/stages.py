@@ -11,7 +11,7 @@ from PIL import Image
 
 from raybooth.config import Config, Generate, Prior, Sampling
 from raybooth.errors import RayboothError
-from raybooth.photos import SUFFIXES, Photo, contact_sheet, gather, is_remote, png, square
+from raybooth.photos import SUFFIXES, Photo, contact_sheet, gather, is_remote, png, views
 from raybooth.session import Run, StepLine
 from raybooth.workspace import Stage, digest, write_atomically
 
@@ -118,7 +118,8 @@ def resolution(run: Run) -> int:
 
 def prepare_photos(run: Run) -> None:
     """People's photographs to instance images: upright RGB squares of the base's resolution."""
-    sources, side = run.config.subject.photos, resolution(run)
+    subject, side = run.config.subject, resolution(run)
+    sources = subject.photos
     with tempfile.TemporaryDirectory() as scratch:
 
         def fetch(spec: str) -> Path:
@@ -133,27 +134,30 @@ def prepare_photos(run: Run) -> None:
             "photos": [p.sha256 for p in there.photos] if there else [],
             "remote": [s for s in sources if is_remote(s)],
             "resolution": side,
+            "crops": [subject.crops, run.config.seed if subject.crops else None, subject.flip],
         }
         stage = run.workspace.stage("instance-images", inputs)
         for name, reason in there.skipped if there else ():
             run.say(f"instance-images: skipped {name}: {reason}")
         held = stage.held
         if sources and held and stage.done():
-            return run.say(f"instance-images: {len(held['facts']['pictures'])} photographs, up to date")
+            return run.say(f"instance-images: {len(held['facts']['pictures'])} pictures, up to date")
         gathered = gather(sources, fetch)
-        images = [(photo, square(photo, side)) for photo in gathered.photos]
+        images = [(photo, views(photo, side, subject.crops, subject.flip, str(run.config.seed))) for photo in gathered.photos]
     _write_instances(run, stage, images, gathered.skipped)
 
 
-def _write_instances(run: Run, stage: Stage, images: list[tuple[Photo, Image.Image]], skipped: list[tuple[str, str]]) -> None:
-    names = [f"{i:02d}.png" for i in range(len(images))]
-    for name, (_, image) in zip(names, images, strict=True):
+def _write_instances(run: Run, stage: Stage, images: list[tuple[Photo, list[Image.Image]]], skipped: list[tuple[str, str]]) -> None:
+    """`02.png` is the third photograph, `02-1.png` its second view."""
+    pictures = {f"{i:02d}{f'-{k}' if k else ''}.png": view for i, (_, views) in enumerate(images) for k, view in enumerate(views)}
+    for name, image in pictures.items():
         stage.write(name, png(image))
     title = f"{run.config.subject.prompt}: what the model will see"
-    stage.write(SHEET, png(contact_sheet([(title, [image for _, image in images])])))
+    stage.write(SHEET, png(contact_sheet([(title if not k else "", list(row)) for k, row in enumerate(zip(*(v for _, v in images), strict=True))])))
     sources = [{"name": photo.name, "sha256": photo.sha256} for photo, _ in images]
-    stage.finish({"pictures": names, "sources": sources, "skipped": skipped}, only=[*names, SHEET])
-    run.say(f"instance-images: {len(names)} photographs; look at {stage.folder / SHEET}")
+    stage.finish({"pictures": list(pictures), "sources": sources, "skipped": skipped}, only=[*pictures, SHEET])
+    what = f"{len(pictures)} views of " if len(pictures) > len(images) else ""
+    run.say(f"instance-images: {what}{len(images)} photographs; look at {stage.folder / SHEET}")
 
 
 def class_images(run: Run) -> None:

@@ -16,7 +16,7 @@ from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded
 from raybooth.families.lora import adapters_off
 from raybooth.loss import prior_preserving, row_errors
-from raybooth.noise import Objective, generator, normal
+from raybooth.noise import Objective, generator, normal, reseeded
 from raybooth.optim import Average, learning_rate_factor, make_optimizer
 
 
@@ -212,7 +212,8 @@ class _Loop:
         mine = range(self.parallel.rank, len(every), self.parallel.world)
         passes = min(settings.accumulate, len(mine))
         for i in range(passes):
-            self._backward(every, mine[i::passes], used, last=i + 1 == passes)
+            with reseeded(self.device, settings.seed, "dropout", step, self.parallel.rank, i):
+                self._backward(every, mine[i::passes], used, last=i + 1 == passes)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor(settings.schedule, step, settings.steps, settings.warmup)
         self.scaler.unscale_(self.optimizer)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from raybooth.cluster.session import Resources, causes, check_workers, own_errors
+from raybooth.cluster.session import Resources, causes, check_workers, import_quickly, own_errors
 from raybooth.errors import RayboothError
 
 Say = Callable[[dict[str, Any]], None]
@@ -88,6 +88,7 @@ def _lost_a_worker(error: Exception) -> bool:
 
 
 def _in_worker(config: dict[str, Any]) -> Any:
+    import_quickly()
     group = Group(config["threads"])
 
     def say(word: dict[str, Any]) -> None:

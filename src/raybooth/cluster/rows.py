@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
 
-from raybooth.cluster.session import Resources, own_errors
+from raybooth.cluster.session import Resources, import_quickly, own_errors
 
 Row = dict[str, Any]
 Work = Callable[[list[Row]], list[bytes]]
@@ -19,6 +19,7 @@ Make = Callable[[], Work]
 @lru_cache(maxsize=1)
 def _made(pickled: bytes, threads: int) -> Work:
     """The work, made once in a process (it loads a model)."""
+    import_quickly()
     import torch
 
     torch.set_num_threads(threads)

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from raybooth.config import Lora
 from raybooth.families.base import Family, Loaded
-from raybooth.noise import generator
+from raybooth.noise import reseeded
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The file that diffusers' load_lora_weights looks for."""
@@ -32,8 +31,7 @@ def add_adapters(family: Family, loaded: Loaded, parts: Iterable[str], how: Lora
             target_modules=list(targets),
         )  # fmt: skip
         module: Any = loaded.modules[part]
-        with torch.random.fork_rng():
-            torch.manual_seed(generator(seed, "adapter", part).initial_seed())
+        with reseeded(next(module.parameters()).device, seed, "adapter", part):
             module.add_adapter(config)
         for parameter in module.parameters():
             if parameter.requires_grad:

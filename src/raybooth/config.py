@@ -61,7 +61,8 @@ class Subject(Section):
 class Base(Section):
     """The model to start from."""
 
-    model: str = Field("CompVis/stable-diffusion-v1-4", min_length=1, description="hub repository, local folder, or 'mini'")
+    model: str = Field("CompVis/stable-diffusion-v1-4", min_length=1, description="hub repository, local folder, .safetensors checkpoint, or 'mini'")
+    configuration: str | None = Field(None, description="of a single checkpoint: a folder with the configuration files of its architecture")
     revision: str | None = Field(None, description="commit, tag or branch of a hub repository; SD 1.4 is pinned by default")
     resolution: int | None = Field(None, ge=16, le=4096, multiple_of=8, description="side of a picture in pixels; default: the model's")
 

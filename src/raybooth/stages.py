@@ -33,23 +33,43 @@ def prepare_base(run: Run) -> None:
     source = _local_source(base.model)
     if source is None:
         stage = run.workspace.stage("base-model", {"repo": base.model, "revision": base.pinned_revision})
+    elif source.is_file():
+        check_weights(source.parent, [source.name])
+        stage = run.workspace.stage("base-model", {"files": _stats(source.parent, [source.name]), "configuration": base.configuration})
     else:
         names = _needed_of_folder(source)
         check_weights(source, names)
-        stats = [(n, (source / n).stat().st_size, (source / n).stat().st_mtime_ns) for n in names]
-        stage = run.workspace.stage("base-model", {"files": stats})
+        stage = run.workspace.stage("base-model", {"files": _stats(source, names)})
     if stage.done():
         return run.say("base-model: up to date")
+    facts = {"source": base.model}
     if source is None:
         facts = _fetch(run, stage)
+    elif source.is_file():
+        _unpack(run, source, stage.partial)
     else:
-        facts = {"source": base.model}
         for name in run.progress(names, len(names), "base-model: copying", "file"):
             target = stage.partial / plain_name(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target)
     check_weights(stage.partial, [n for n in _all_names(stage.partial) if n.endswith(".safetensors")])
     stage.finish(facts, only=_all_names(stage.partial))
+
+
+def _stats(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:
+    return [(n, (folder / n).stat().st_size, (folder / n).stat().st_mtime_ns) for n in names]
+
+
+def _unpack(run: Run, file: Path, target: Path) -> None:
+    """What is not needed of it (a safety checker, say) goes again."""
+    from raybooth.families.single import unpack
+
+    run.say(f"base-model: reading {file}")
+    with tempfile.TemporaryDirectory(dir=run.workspace.root, prefix=".unpacking-") as scratch:
+        unpack(file, run.config.base.configuration, Path(scratch))
+        for name in _needed_of_folder(Path(scratch)):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(Path(scratch) / name, target / name)
 
 
 def model_configuration(config: Config) -> Path:
@@ -59,7 +79,7 @@ def model_configuration(config: Config) -> Path:
         RayboothError: if there is neither.
     """
     source = _local_source(config.base.model)
-    if source is not None:
+    if source is not None and not source.is_file():
         return source
     prepared = Path(config.storage) / "base-model"
     if not (prepared / "model_index.json").exists():

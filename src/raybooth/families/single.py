@@ -1,0 +1,67 @@
+"""A checkpoint in one .safetensors file, as model sites hand them out, to a diffusers folder."""
+
+from pathlib import Path
+from typing import Any
+
+from raybooth.errors import RayboothError
+from raybooth.families.folder import read_index
+
+SUFFIX = ".safetensors"
+
+
+def unpack(file: Path, configuration: str | None, target: Path) -> None:
+    """Write `file` as a diffusers folder into `target`, by diffusers' from_single_file.
+
+    Args:
+        configuration: a folder with the configuration files of a model of the same architecture, which the file lacks; by
+            default those of the repository that diffusers takes it for, if they are on this machine.
+
+    Raises:
+        RayboothError: if the file is damaged, its configuration is not here, or the two do not belong together.
+    """
+    import diffusers
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    folder = Path(configuration).expanduser() if configuration else _known_configuration(file)
+    name = read_index(folder).get("_class_name", "")
+    kind: Any = getattr(diffusers, name, None)
+    if not hasattr(kind, "from_single_file"):
+        raise RayboothError(
+            f"base.configuration = '{folder}' is of a {name}, which diffusers does not read from single files: give the folder of another model."
+        )
+    try:
+        pipe = kind.from_single_file(str(file), config=str(folder), local_files_only=True)
+    except (SingleFileComponentError, KeyError, ValueError, RuntimeError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise RayboothError(
+            f"The checkpoint {file} does not fit the configuration {folder} ({reason}): give that of its own architecture with base.configuration."
+        ) from None
+    pipe.save_pretrained(target, safe_serialization=True)
+
+
+def _known_configuration(file: Path) -> Path:
+    """In the hub's cache: nothing is fetched that was not asked for."""
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repo = fetch_diffusers_config(_shapes(file))["pretrained_model_name_or_path"]
+    try:
+        return Path(snapshot_download(repo, local_files_only=True, allow_patterns=["*.json", "*.txt", "*.model"]))
+    except (LocalEntryNotFoundError, OSError):
+        raise RayboothError(
+            f"The checkpoint {file} looks like {repo}, and the configuration files of that model are not on this machine: "
+            f'set base.configuration to a folder that has them, or fetch them with \'hf download {repo} --include "*.json" "*.txt" "*.model"\'.'
+        ) from None
+
+
+def _shapes(file: Path) -> dict[str, Any]:
+    """Tensors without data, by name: enough to tell architectures apart."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as held:
+            return {name: torch.empty(held.get_slice(name).get_shape(), device="meta") for name in held.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise RayboothError(f"The checkpoint {file} is damaged or cut off ({error}): download it again.") from None

@@ -24,7 +24,7 @@ SchedulerName = Literal["dpmsolver++", "ddim", "pndm", "euler"]
 MINI_DEFAULTS: dict[str, dict[str, Any]] = {
     # Without guidance: what is to be kept is what the model draws of itself. Taught its guided pictures and drawn with guidance again, the class narrows.
     "prior": {"images": 64, "steps": 10, "guidance": 1.0},
-    "finetune": {"steps": 400, "batch": 4, "lr": 2.5e-4, "text_encoder_lr": 1.5e-4, "schedule": "cosine"},
+    "finetune": {"steps": 400, "batch": 4, "lr": 2e-4, "text_encoder_lr": 1e-4, "schedule": "cosine"},
     "generate": {"steps": 20, "guidance": 3.0},
     "cluster": {"sample_batch": 4},
 }

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from toys import MAKERS
 
 from raybooth import config
+from raybooth.base_model import prepare_base
 from raybooth.cli import main
 from raybooth.errors import RayboothError
 from raybooth.session import Run
-from raybooth.stages import prepare_base
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3"}
 OUTER = {

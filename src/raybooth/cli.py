@@ -126,8 +126,8 @@ def _run(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     size = _bytes(args.gpu) if args.gpu else None
     config = config_of(args)
+    from raybooth.base_model import model_configuration
     from raybooth.plan import plan
-    from raybooth.stages import model_configuration
 
     planned = plan(model_configuration(config), config)
     print(planned)

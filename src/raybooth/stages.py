@@ -1,7 +1,6 @@
 """The stages, in order. Each reads what the ones before it left in the storage, and does only what is missing."""
 
 import re
-import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from raybooth.config import Config, Generate, Prior, Sampling
+from raybooth.base_model import all_names, prepare_base
+from raybooth.config import Generate, Prior, Sampling
 from raybooth.errors import RayboothError
 from raybooth.photos import SUFFIXES, Photo, contact_sheet, gather, is_remote, png, views
 from raybooth.session import Run, StepLine
@@ -23,108 +23,6 @@ def prepare(run: Run) -> None:
     run.save_config()
     prepare_base(run)
     prepare_photos(run)
-
-
-def prepare_base(run: Run) -> None:
-    """The base model into the storage: from the hub, a local folder, or mini."""
-    from raybooth.families.folder import check_weights, plain_name
-
-    base = run.config.base
-    source = _local_source(base.model)
-    if source is None:
-        stage = run.workspace.stage("base-model", {"repo": base.model, "revision": base.pinned_revision})
-    elif source.is_file():
-        check_weights(source.parent, [source.name])
-        stage = run.workspace.stage("base-model", {"files": _stats(source.parent, [source.name]), "configuration": base.configuration})
-    else:
-        names = _needed_of_folder(source)
-        check_weights(source, names)
-        stage = run.workspace.stage("base-model", {"files": _stats(source, names)})
-    if stage.done():
-        return run.say("base-model: up to date")
-    facts = {"source": base.model}
-    if source is None:
-        facts = _fetch(run, stage)
-    elif source.is_file():
-        _unpack(run, source, stage.partial)
-    else:
-        for name in run.progress(names, len(names), "base-model: copying", "file"):
-            target = stage.partial / plain_name(name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target)
-    check_weights(stage.partial, [n for n in _all_names(stage.partial) if n.endswith(".safetensors")])
-    stage.finish(facts, only=_all_names(stage.partial))
-
-
-def _stats(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:
-    return [(n, (folder / n).stat().st_size, (folder / n).stat().st_mtime_ns) for n in names]
-
-
-def _unpack(run: Run, file: Path, target: Path) -> None:
-    """What is not needed of it (a safety checker, say) goes again."""
-    from raybooth.families.single import unpack
-
-    run.say(f"base-model: reading {file}")
-    with tempfile.TemporaryDirectory(dir=run.workspace.root, prefix=".unpacking-") as scratch:
-        unpack(file, run.config.base.configuration, Path(scratch))
-        for name in _needed_of_folder(Path(scratch)):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(Path(scratch) / name, target / name)
-
-
-def model_configuration(config: Config) -> Path:
-    """A folder with at least the model's configuration files: a local source, or what a storage has prepared.
-
-    Raises:
-        RayboothError: if there is neither.
-    """
-    source = _local_source(config.base.model)
-    if source is not None and not source.is_file():
-        return source
-    prepared = Path(config.storage) / "base-model"
-    if not (prepared / "model_index.json").exists():
-        raise RayboothError(f"The model {config.base.model} is not on this machine yet: run 'raybooth prepare' first, or give a local folder with --base.")
-    return prepared
-
-
-def _local_source(model: str) -> Path | None:
-    """The folder that `base.model` names, or None where it names a repository of the hub."""
-    if model == "mini":
-        from raybooth.families import mini_folder
-
-        return mini_folder()
-    path = Path(model).expanduser()
-    looks_local = path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
-    return path if looks_local else None
-
-
-def _needed_of_folder(folder: Path) -> list[str]:
-    from raybooth.families import family_of
-    from raybooth.families.folder import needed_files
-
-    family = family_of(folder)
-    return needed_files(_all_names(folder), family.weights, family.settings, str(folder))
-
-
-def _all_names(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-
-
-def _fetch(run: Run, stage: Stage) -> dict[str, Any]:
-    from raybooth import hub
-    from raybooth.families import family_of
-    from raybooth.families.folder import needed_files
-
-    base = run.config.base
-    commit = hub.resolve(base.model, base.pinned_revision)
-
-    def choose(names: list[str], folder: Path) -> list[str]:
-        family = family_of(folder)
-        return needed_files(names, family.weights, family.settings, base.model)
-
-    run.say(f"base-model: {base.model} at {commit}")
-    hub.fetch_model(base.model, commit, stage.partial, choose)
-    return {"source": base.model, "commit": commit}
 
 
 def resolution(run: Run) -> int:
@@ -273,7 +171,7 @@ def finetune(run: Run) -> None:
             retries=config.cluster.retries, have=run.ray, heard=line.heard,
         )  # fmt: skip
     run.workspace.pull("fine-tuned-model")
-    stage.finish(facts, only=_all_names(stage.partial))
+    stage.finish(facts, only=all_names(stage.partial))
     run.say(f"fine-tuned-model: {stage.folder}")
 
 

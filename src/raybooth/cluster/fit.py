@@ -50,12 +50,16 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ray's own ends the process with status 1; KeyboardInterrupt ends the run as it does in every stage."""
+
     fewest, most = workers
     each = check_workers(fewest, gpus_per_worker, have)
     threads = max(1, have.cpus // have.nodes // most)
     with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch, _Board(heard) as board:
         for attempt in range(retries + 1):
-            trainer = TorchTrainer(
+            trainer = Trainer(
                 _in_worker,
                 train_loop_config={"make": make, "board": board.actor, "threads": threads},
                 torch_config=TorchConfig(backend="nccl" if each else "gloo"),

@@ -1,7 +1,7 @@
 """The loop and the sampler by themselves, each in a process of its own, alternating, against the least that can be done.
 
-`bare` trains the same modules on random tensors: forward, backward and optimizer step, nothing else, in the memory format
-that is faster here. `notebook` is the 2023 notebook's step (`peers.loop`): VAE and text encoder in every step. A model is
+`bare` trains the same modules on random tensors: forward, backward and optimizer step, nothing else, in both memory
+formats: the faster one is the limit. `notebook` is the 2023 notebook's step (`peers.loop`): VAE and text encoder in every step. A model is
 mini, or `layout`: Stable Diffusion 1.x with about 100 M random parameters in its UNet, at 256 px.
 """
 
@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.peers import Work, loop, rate, timed
 from raybooth.cluster.session import LEAN
 from raybooth.config import Sampling
 from raybooth.families import Loaded, family_of
 from raybooth.families.parts import load
 from raybooth.log import peak_memory
 from raybooth.mini import FOLDER
-
-Result = dict[str, float]
 
 
 def layout(folder: Path) -> None:
@@ -41,9 +40,8 @@ def layout(folder: Path) -> None:
         vocab_size=len(tokenizer), hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    blocks = 4
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=4, norm_num_groups=16, sample_size=256,
     )  # fmt: skip
     scheduler = DDIMScheduler.from_pretrained(FOLDER / "scheduler")
@@ -52,11 +50,6 @@ def layout(folder: Path) -> None:
 
 def _loaded(folder: Path, parts: tuple[str, ...]) -> Loaded:
     return load(family_of(folder), folder, parts)
-
-
-def _rate(steps: Iterator[Any], warm: int) -> float:
-    times = [time.monotonic() for _ in steps]
-    return (len(times) - 1 - warm) / (times[-1] - times[warm])
 
 
 def ours(folder: Path, steps: int) -> Iterator[Any]:
@@ -97,8 +90,6 @@ def bare(folder: Path, steps: int, channels_last: bool) -> Iterator[Any]:
 
 
 def notebook(folder: Path, steps: int) -> Iterator[Any]:
-    from benchmarks.peers import Work, loop
-
     side = family_of(folder).facts(folder).resolution
     with tempfile.TemporaryDirectory() as scratch:
         work = Work(folder, Path(scratch) / "photos", steps=steps)
@@ -155,7 +146,7 @@ DRAWING: dict[str, Callable[[Path, int, int], None]] = {
 SIZE = {"mini": (60, 10, 32, 10), "layout": (8, 2, 4, 4)}
 
 
-def _measured(kind: str, name: str, model: str, folder: Path) -> Result:
+def _measured(kind: str, name: str, model: str, folder: Path) -> dict[str, float]:
     """In a new process, with the memory allocator's settings that raybooth gives its workers."""
     command = [sys.executable, "-m", "benchmarks.loops", kind, name, model, str(folder)]
     done = subprocess.run(command, env={**LEAN, **os.environ}, check=True, capture_output=True, text=True)
@@ -180,7 +171,7 @@ def tables(rounds: int = 3) -> None:
 def main(kind: str, name: str, model: str, folder: str) -> None:
     steps, warm, pictures, denoising = SIZE[model]
     if kind == "train":
-        _tell(_rate(TRAINING[name](Path(folder), steps), warm))
+        _tell(rate(timed(TRAINING[name](Path(folder), steps)), warm))
     else:
         DRAWING[name](Path(folder), pictures, denoising)
 

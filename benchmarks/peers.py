@@ -79,17 +79,17 @@ def script(work: Work, side: int) -> dict[str, float]:
         drawn += pipe(["photo of a dog"] * min(4, work.class_images - i), num_inference_steps=50).images
     del pipe
     instance = pixels([Image.open(p) for p in sorted(work.photos.iterdir())], side)
-    times = _timed(loop(work.base, instance, pixels(drawn, side), work))
+    times = timed(loop(work.base, instance, pixels(drawn, side), work))
     return {"total": time.monotonic() - began, "steps/s": rate(times)}
 
 
-def _timed(steps: Iterator[float]) -> list[float]:
+def timed(steps: Iterator[Any]) -> list[float]:
     return [time.monotonic() for _ in steps]
 
 
-def rate(times: list[float]) -> float:
-    """Steps a second after the first ten."""
-    return (len(times) - 11) / (times[-1] - times[10])
+def rate(times: list[float], warm: int = 10) -> float:
+    """Steps a second after the first `warm`."""
+    return (len(times) - 1 - warm) / (times[-1] - times[warm])
 
 
 class _OnePicture:
@@ -107,7 +107,7 @@ def _draw_one(pipe: StableDiffusionPipeline, prompt: str) -> Image.Image:
 def _notebook_loop(config: dict[str, Any]) -> dict[str, Any]:
     work: Work = config["work"]
     instance, classes = torch.from_numpy(config["instance"]), torch.from_numpy(config["classes"])
-    return {"rate": rate(_timed(_reported(loop(work.base, instance, classes, work))))}
+    return {"rate": rate(timed(_reported(loop(work.base, instance, classes, work))))}
 
 
 def _reported(losses: Iterator[float]) -> Iterator[float]:

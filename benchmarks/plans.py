@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plans`: what `raybooth plan` says of the real models, from their configurations alone. The table of docs/plan.md."""
+"""`python -m benchmarks.plans`: what `raybooth plan` says of the real models, from their configurations alone."""
 
 import json
 import tempfile

@@ -5,10 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
 from test_pipeline import LONGER as SETTINGS
-from test_pipeline import command, contents
+from test_pipeline import apart, command, contents
 
 WITHOUT = {"RAY_AUTH_MODE": "disabled", "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
 
@@ -33,7 +31,4 @@ def test_the_result_is_the_same_when_nodes_go(tmp_path: Path, unbroken: Path, to
     assert "a worker was lost, the group starts again" in said
     assert "goes on from the checkpoint of step" in said
     # A worker of a node of one core steps with one thread: the last bits differ, nothing else.
-    name = "fine-tuned-model/unet/diffusion_pytorch_model.safetensors"
-    ours, theirs, base = load_file(tmp_path / name), load_file(unbroken / name), load_file(unbroken / name.replace("fine-tuned", "base"))
-    apart = torch.stack([(ours[k] - theirs[k]).norm() for k in theirs]).norm()
-    assert apart < 0.02 * torch.stack([(base[k] - theirs[k]).norm() for k in theirs]).norm()
+    assert apart(tmp_path, unbroken) < 0.02

@@ -8,7 +8,7 @@ from typing import Any
 from raybooth.config import Config
 from raybooth.errors import RayboothError
 from raybooth.session import Run
-from raybooth.workspace import Stage
+from raybooth.workspace import Stage, files_under
 
 
 def prepare_base(run: Run) -> None:
@@ -38,8 +38,8 @@ def prepare_base(run: Run) -> None:
             target = stage.partial / plain_name(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target)
-    check_weights(stage.partial, [n for n in all_names(stage.partial) if n.endswith(".safetensors")])
-    stage.finish(facts, only=all_names(stage.partial))
+    check_weights(stage.partial, [n for n in files_under(stage.partial) if n.endswith(".safetensors")])
+    stage.finish(facts, only=files_under(stage.partial))
 
 
 def _stats(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:
@@ -89,11 +89,7 @@ def _needed_of_folder(folder: Path) -> list[str]:
     from raybooth.families.folder import needed_files
 
     family = family_of(folder)
-    return needed_files(all_names(folder), family.weights, family.settings, str(folder))
-
-
-def all_names(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return needed_files(files_under(folder), family.weights, family.settings, str(folder))
 
 
 def _fetch(run: Run, stage: Stage) -> dict[str, Any]:

@@ -31,18 +31,11 @@ class Log:
         self.writes = trackers is not None
         self.trackers = [TRACKERS[name](workspace, start) for name in trackers or ()]
         self.times: list[tuple[int, float]] = []
-        self.step_flops: int | None = None  # of this worker
 
     def write(self, step: int, metrics: Row) -> Row:
-        """Note a reading; returns it with images a second over all workers, FLOP/s of this one (both since the last one), and its peak memory in bytes."""
+        """Note a reading; returns it with images a second (since the last one) and the process's peak memory in bytes."""
         self.times.append((step, time.monotonic()))
-        rate = self._steps_per_second()
-        row = {
-            "step": step, **metrics,
-            "images_per_second": rate and rate * self.images,
-            "flops_per_second": rate and self.step_flops and rate * self.step_flops,
-            "peak_memory": peak_memory(),
-        }  # fmt: skip
+        row = {"step": step, **metrics, "images_per_second": self._images_per_second(), "peak_memory": peak_memory()}
         self.rows.append(row)
         if self.writes:
             write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in self.rows).encode())
@@ -52,11 +45,11 @@ class Log:
                 log(step, numbers)
         return row
 
-    def _steps_per_second(self) -> float | None:
+    def _images_per_second(self) -> float | None:
         if len(self.times) < 2:
             return None
         (before, began), (step, now) = self.times[-2:]
-        return (step - before) / (now - began)
+        return self.images * (step - before) / (now - began)
 
     def rate(self) -> float | None:
         """Steps a second, after the first reading: what comes before it is warming up."""

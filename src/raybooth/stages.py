@@ -8,12 +8,12 @@ from typing import Any
 
 from PIL import Image
 
-from raybooth.base_model import all_names, prepare_base
+from raybooth.base_model import prepare_base
 from raybooth.config import Generate, Prior, Sampling
 from raybooth.errors import RayboothError
 from raybooth.photos import SUFFIXES, Photo, contact_sheet, gather, is_remote, png, views
 from raybooth.session import Run, StepLine
-from raybooth.workspace import Stage, digest, write_atomically
+from raybooth.workspace import Stage, digest, files_under, write_atomically
 
 SHEET = "contact-sheet.png"
 
@@ -171,7 +171,7 @@ def finetune(run: Run) -> None:
             retries=config.cluster.retries, have=run.ray, heard=line.heard,
         )  # fmt: skip
     run.workspace.pull("fine-tuned-model")
-    stage.finish(facts, only=all_names(stage.partial))
+    stage.finish(facts, only=files_under(stage.partial))
     run.say(f"fine-tuned-model: {stage.folder}")
 
 

@@ -18,7 +18,7 @@ from raybooth.workspace import Workspace, explained_if_full
 if TYPE_CHECKING:
     import torch
 
-    from raybooth.train import Settings, Step, TrainingSet
+    from raybooth.train import Settings, TrainingSet
 
 
 def finetuner(
@@ -55,8 +55,7 @@ def finetuner(
         log = Log(workspace, finetune.trackers if group.rank == 0 else None, start.step if start else 0, images)
         parallel = Parallel(group.rank, group.world, group.wrap, group.total)
         with out_of_memory_explained():
-            steps = fit(family, loaded, data, settings(finetune, trained, group.device, seed), parallel, start)
-            for step in steps if finetune.compile else _counted(steps, log):
+            for step in fit(family, loaded, data, settings(finetune, trained, group.device, seed), parallel, start):
                 if step.metrics:
                     say(log.write(step.number, vars(step.metrics)))
                 if step.number % finetune.checkpoint_every == 0 and step.number < finetune.steps:
@@ -76,18 +75,6 @@ def finetuner(
         return {"history": log.rows, "steps_per_second": log.rate()}
 
     return loop
-
-
-def _counted(steps: "Iterator[Step]", log: Log) -> "Iterator[Step]":
-    """The FLOPs of the first step noted; all others do the same. Compiled code cannot be looked into."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        first = next(steps, None)
-    log.step_flops = counter.get_total_flops()
-    if first:
-        yield first
-        yield from steps
 
 
 def prepare(family: Family, loaded: Loaded, finetune: Finetune) -> None:

@@ -1,7 +1,7 @@
 """The loop and the sampler by themselves, each in a process of its own, alternating, against the least that can be done.
 
 `bare` trains the same modules on random tensors: forward, backward and optimizer step, nothing else, in both memory
-formats: the faster one is the limit. `notebook` is the 2023 notebook's step (`peers.loop`): VAE and text encoder in every step. A model is
+formats: the faster one is the limit. `peers` is the step of the peers on images in memory: VAE and text encoder in every step. A model is
 mini, or `layout`: Stable Diffusion 1.x with about 100 M random parameters in its UNet, at 256 px.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers import Work, loop, rate, timed
+from benchmarks.peers import Work, at_random, loop, rate, timed
 from raybooth.cluster.session import LEAN
 from raybooth.config import Sampling
 from raybooth.families import Loaded, family_of
@@ -89,11 +89,12 @@ def bare(folder: Path, steps: int, channels_last: bool) -> Iterator[Any]:
         yield None
 
 
-def notebook(folder: Path, steps: int) -> Iterator[Any]:
+def peers(folder: Path, steps: int) -> Iterator[Any]:
     side = family_of(folder).facts(folder).resolution
     with tempfile.TemporaryDirectory() as scratch:
         work = Work(folder, Path(scratch) / "photos", steps=steps)
-        yield from loop(folder, torch.rand(5, 3, side, side) * 2 - 1, torch.rand(64, 3, side, side) * 2 - 1, work)
+        pictures = torch.rand(69, 3, side, side) * 2 - 1
+        yield from loop(folder, at_random(pictures[:5], pictures[5:], work.batch), work)
 
 
 def draw_ours(folder: Path, pictures: int, steps: int, batch: int) -> None:
@@ -135,7 +136,7 @@ TRAINING: dict[str, Callable[[Path, int], Iterator[Any]]] = {
     "raybooth": ours,
     "bare": partial(bare, channels_last=False),
     "bare, channels_last": partial(bare, channels_last=True),
-    "2023 notebook": notebook,
+    "the peers' step": peers,
 }
 DRAWING: dict[str, Callable[[Path, int, int], None]] = {
     "raybooth": partial(draw_ours, batch=4),

@@ -1,9 +1,10 @@
 """The flows that raybooth is measured against, each written from its description, on the same work.
 
-`notebook` is the 2023 notebook's: Ray Data drawing one picture a call with the base's own sampler at 50 steps, a Ray
-Train loop in which VAE and text encoder run at every step and every step is reported (to a trainer told to poll every
-0.1 s, or a report would take 2 s), and one picture a call again. `script` is what diffusers'
-train_dreambooth.py does: class pictures in batches of 4 at 50 steps, then the same per-step work without Ray.
+`notebook` is the 2023 notebook's: Ray Data drawing one picture a call with the base's own sampler at 50 steps; a Ray
+Train loop over a Ray Dataset, executed anew every epoch, in which VAE and text encoder run at every step and every step
+is reported (to a trainer told to poll every 0.1 s, or a report would take 2 s); one picture a call again. `script` is what
+diffusers' train_dreambooth.py does: class pictures in batches of 4 at 50 steps, then the same per-step work without Ray, on
+images that its loader opens and prompts that it tokenizes for every row of every step.
 """
 
 import time
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 
 SCHEDULER: dict[str, Any] = {"skip_prk_steps": True}
 
@@ -46,7 +47,16 @@ def pixels(images: list[Image.Image], side: int) -> torch.Tensor:
     return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def loop(base: Path, instance: torch.Tensor, classes: torch.Tensor, work: Work) -> Iterator[float]:
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""(batch, 3, h, w) in [-1, 1]: pictures of the subject, and of the class."""
+
+
+def at_random(instance: torch.Tensor, classes: torch.Tensor, batch: int) -> Iterator[Pair]:
+    while True:
+        yield instance[torch.randint(len(instance), (batch,))], classes[torch.randint(len(classes), (batch,))]
+
+
+def loop(base: Path, pairs: Iterator[Pair], work: Work) -> Iterator[float]:
     """The peers' step: pixels through the VAE, 2B prompts through the text encoder, two chunks of the loss."""
     pipe, noises = pipeline(base), DDPMScheduler.from_pretrained(base / "scheduler")
     vae, text, unet = pipe.vae, pipe.text_encoder.train(), pipe.unet.train()
@@ -54,11 +64,9 @@ def loop(base: Path, instance: torch.Tensor, classes: torch.Tensor, work: Work) 
     optimizer = torch.optim.AdamW(parameters, lr=work.lr)
     prompts = ["photo of unqtkn dog"] * work.batch + ["photo of a dog"] * work.batch
     tokens = pipe.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
-    for step in range(work.steps):
-        picked = [torch.randint(len(x), (work.batch,)) for x in (instance, classes)]
-        x = torch.cat([instance[picked[0]], classes[picked[1]]])
+    for step, pair in zip(range(work.steps), pairs, strict=False):
         with torch.no_grad():
-            z = vae.encode(x).latent_dist.sample() * vae.config.scaling_factor
+            z = vae.encode(torch.cat(pair)).latent_dist.sample() * vae.config.scaling_factor
         noise, t = torch.randn_like(z), torch.randint(1000, (len(z),))
         out = unet(noises.add_noise(z, noise, t), t, text(tokens).last_hidden_state).sample
         (a, b), (c, d) = out.chunk(2), noise.chunk(2)
@@ -74,13 +82,40 @@ def loop(base: Path, instance: torch.Tensor, classes: torch.Tensor, work: Work) 
 def script(work: Work, side: int) -> dict[str, float]:
     """Seconds of diffusers' way, and its steps a second."""
     began = time.monotonic()
-    pipe, drawn = pipeline(work.base), []
+    pipe, classes = pipeline(work.base), work.photos.parent / "script-class-images"
+    classes.mkdir()
     for i in range(0, work.class_images, 4):
-        drawn += pipe(["photo of a dog"] * min(4, work.class_images - i), num_inference_steps=50).images
+        for k, picture in enumerate(pipe(["photo of a dog"] * min(4, work.class_images - i), num_inference_steps=50).images):
+            picture.save(classes / f"{i + k}.jpg")
+    rows = _Rows(sorted(work.photos.iterdir()), sorted(classes.iterdir()), pipe.tokenizer, side)
     del pipe
-    instance = pixels([Image.open(p) for p in sorted(work.photos.iterdir())], side)
-    times = timed(loop(work.base, instance, pixels(drawn, side), work))
+    times = timed(loop(work.base, _loaded(rows, work.batch), work))
     return {"total": time.monotonic() - began, "steps/s": rate(times)}
+
+
+@dataclass(frozen=True)
+class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    instance: list[Path]
+    classes: list[Path]
+    tokenizer: Any
+    side: int
+
+    def __len__(self) -> int:
+        return max(len(self.instance), len(self.classes))
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        row = {}
+        for name, paths, prompt in (("instance", self.instance, "photo of unqtkn dog"), ("class", self.classes, "photo of a dog")):
+            with Image.open(paths[i % len(paths)]) as picture:
+                row[name] = pixels([ImageOps.exif_transpose(picture)], self.side)[0]
+            row[f"{name}_tokens"] = self.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids[0]
+        return row
+
+
+def _loaded(rows: _Rows, batch: int) -> Iterator[Pair]:
+    while True:
+        for loaded in torch.utils.data.DataLoader(rows, batch, shuffle=True, drop_last=True):
+            yield loaded["instance"], loaded["class"]
 
 
 def timed(steps: Iterator[Any]) -> list[float]:
@@ -104,10 +139,19 @@ def _draw_one(pipe: StableDiffusionPipeline, prompt: str) -> Image.Image:
     return pipe(prompt).images[0]
 
 
-def _notebook_loop(config: dict[str, Any]) -> dict[str, Any]:
+def _notebook_loop(config: dict[str, Any]) -> float:
     work: Work = config["work"]
-    instance, classes = torch.from_numpy(config["instance"]), torch.from_numpy(config["classes"])
-    return {"rate": rate(timed(_reported(loop(work.base, instance, classes, work))))}
+    losses = loop(work.base, _epochs(work.batch), work)
+    return rate(timed(_reported(losses) if config["reports"] else losses))
+
+
+def _epochs(batch: int) -> Iterator[Pair]:
+    import ray.train
+
+    shard = ray.train.get_dataset_shard("train")
+    while True:
+        for rows in shard.iter_torch_batches(batch_size=batch, drop_last=True):
+            yield rows["instance"], rows["class"]
 
 
 def _reported(losses: Iterator[float]) -> Iterator[float]:
@@ -118,8 +162,26 @@ def _reported(losses: Iterator[float]) -> Iterator[float]:
         yield loss
 
 
+def _dataset(work: Work, classes: Path, side: int) -> Any:
+    """Folders of pictures to pairs: the instances repeated until there are as many as of the class, zipped, shuffled."""
+    import ray.data
+
+    def pictures(folder: Path, column: str) -> Any:
+        def normalised(row: dict[str, Any]) -> dict[str, Any]:
+            return {column: pixels([Image.fromarray(row["image"])], side)[0].numpy()}
+
+        return ray.data.read_images(str(folder)).map(normalised)
+
+    def repeated(rows: dict[str, Any]) -> dict[str, Any]:
+        return {"instance": np.concatenate([rows["instance"]] * times)}
+
+    times = -(-work.class_images // len(list(work.photos.iterdir())))
+    instance = pictures(work.photos, "instance").map_batches(repeated, batch_size=None).limit(work.class_images)
+    return instance.repartition(1).zip(pictures(classes, "class").repartition(1)).random_shuffle()
+
+
 def notebook(work: Work, side: int) -> dict[str, float]:
-    """Seconds of the notebook's way, and its steps a second."""
+    """Seconds of the notebook's way, its steps a second, and these without the reports (trained once more, not in the total)."""
     from raybooth.cluster.session import connected
 
     began = time.monotonic()
@@ -133,15 +195,21 @@ def notebook(work: Work, side: int) -> dict[str, float]:
             done = rows.map(_OnePicture, fn_constructor_args=(str(folder), _draw_one), compute=ray.data.ActorPoolStrategy(size=1), num_cpus=1)
             return [row["image"] for row in done.iter_rows()]
 
-        drawn = draw(work.base, ["photo of a dog"] * work.class_images)
-        instance = pixels([Image.open(p) for p in sorted(work.photos.iterdir())], side)
-        classes = pixels([Image.fromarray(d) for d in drawn], side)
-        trainer = TorchTrainer(
-            _notebook_loop,
-            train_loop_config={"work": work, "instance": instance.numpy(), "classes": classes.numpy()},
-            scaling_config=ScalingConfig(num_workers=1),
-            run_config=RunConfig(name="notebook", storage_path=str(work.photos.parent / "ray")),
-        )
-        steps = trainer.fit().return_value["rate"]
+        def train(reports: bool) -> float:
+            trainer = TorchTrainer(
+                _notebook_loop,
+                train_loop_config={"work": work, "reports": reports},
+                scaling_config=ScalingConfig(num_workers=1),
+                run_config=RunConfig(name=f"notebook-{reports}", storage_path=str(work.photos.parent / "ray")),
+                datasets={"train": _dataset(work, classes, side)},
+            )
+            return float(trainer.fit().return_value)  # type: ignore[arg-type]
+
+        classes = work.photos.parent / "notebook-class-images"
+        classes.mkdir()
+        for i, picture in enumerate(draw(work.base, ["photo of a dog"] * work.class_images)):
+            Image.fromarray(picture).save(classes / f"{i}.png")
+        steps = train(reports=True)
         draw(work.photos.parent / "peer-model", ["photo of unqtkn dog"] * work.pictures)
-    return {"total": time.monotonic() - began, "steps/s": steps}
+        total = time.monotonic() - began
+        return {"total": total, "steps/s": steps, "without reports": train(reports=False)}

@@ -6,12 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from test_families import rows, settings, whole
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from toys import MAKERS
 
 from raybooth import config
 from raybooth.cli import main
 from raybooth.families.lora import add_adapters
+from raybooth.flops import step_flops, without_weights
+from raybooth.method import make_ready
 from raybooth.plan import plan
 from raybooth.train import fit
 
@@ -68,3 +72,21 @@ def test_the_command_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "24GiB: fits" in capsys.readouterr().out
     assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", "1KiB"]) == 2
     assert torch.get_default_dtype() is torch.float32
+
+
+@pytest.mark.parametrize("how", [BOTH, DENOISER, LORA, [*LORA, "prior.method=base-prediction"]], ids=["both", "denoiser", "lora", "taught by the base"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_flops_are_those_of_a_real_step(tmp_path: Path, name: str, how: list[str]):
+    folder = MAKERS[name](tmp_path / name)
+    made = config.load(None, ["finetune.batch=2", *how], subject={"class": "dog"}, base={"model": str(folder), "resolution": 32})
+    family, loaded = whole(folder)
+    text_encoder, teacher = made.finetune.text_encoder, made.prior.method == "base-prediction"
+    data = rows(family, loaded, text_encoder, teacher)
+    loaded.modules = {part: loaded.modules[part] for part in family.used_in_training(text_encoder)}
+    make_ready(family, loaded, made.finetune, made.lora, 0)
+    steps = fit(family, loaded, data, settings(family, text_encoder, steps=1))
+    # The CPU's own attention is an operation that the counter does not know; by matrix products it is counted.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        next(steps)
+    counted = step_flops(family, without_weights(family, folder, made.finetune, made.lora), made.prior, made.finetune, 32, workers=1)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)

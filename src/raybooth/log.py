@@ -1,10 +1,13 @@
 """The readings of a fine-tuning: `metrics.jsonl` in the storage, and the trackers that people watch."""
 
+import contextlib
 import json
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from raybooth.errors import RayboothError
@@ -21,11 +24,11 @@ class Log:
     Args:
         trackers: names of `TRACKERS`; None for a log that does not write.
         start: the step that the run goes on from.
-        images: rows in a step over all workers.
+        images, flops: rows in a step, and its floating-point operations, over all workers.
     """
 
-    def __init__(self, workspace: Workspace, trackers: Sequence[str] | None, start: int, images: int):
-        self.workspace, self.images, self.path = workspace, images, workspace.root / "metrics.jsonl"
+    def __init__(self, workspace: Workspace, trackers: Sequence[str] | None, start: int, images: int, flops: int):
+        self.workspace, self.images, self.flops, self.path = workspace, images, flops, workspace.root / "metrics.jsonl"
         kept = self.path.read_text().splitlines() if start and self.path.exists() else []
         self.rows: list[Row] = [row for row in map(json.loads, kept) if row["step"] <= start]
         self.writes = trackers is not None
@@ -33,9 +36,11 @@ class Log:
         self.times: list[tuple[int, float]] = []
 
     def write(self, step: int, metrics: Row) -> Row:
-        """Note a reading; returns it with images a second (since the last one) and the process's peak memory in bytes."""
+        """Note a reading; returns it with images and FLOPs a second (since the last one) and the process's peak memory in bytes."""
         self.times.append((step, time.monotonic()))
-        row = {"step": step, **metrics, "images_per_second": self._images_per_second(), "peak_memory": peak_memory()}
+        rate = _steps_per_second(self.times[-2:])
+        rates = {"images_per_second": rate and self.images * rate, "flops_per_second": rate and self.flops * rate}
+        row = {"step": step, **metrics, **rates, "peak_memory": peak_memory()}
         self.rows.append(row)
         if self.writes:
             write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in self.rows).encode())
@@ -45,18 +50,9 @@ class Log:
                 log(step, numbers)
         return row
 
-    def _images_per_second(self) -> float | None:
-        if len(self.times) < 2:
-            return None
-        (before, began), (step, now) = self.times[-2:]
-        return self.images * (step - before) / (now - began)
-
     def rate(self) -> float | None:
         """Steps a second, after the first reading: what comes before it is warming up."""
-        if len(self.times) < 2:
-            return None
-        (first, began), (last, now) = self.times[0], self.times[-1]
-        return (last - first) / (now - began)
+        return _steps_per_second(self.times)
 
     def close(self) -> None:
         for _, close in self.trackers:
@@ -65,12 +61,24 @@ class Log:
             self.workspace.push_tree("tensorboard")
 
 
+def _steps_per_second(times: Sequence[tuple[int, float]]) -> float | None:
+    """Of readings (step, s); None before the second."""
+    if len(times) < 2:
+        return None
+    (first, began), (last, now) = times[0], times[-1]
+    return (last - first) / (now - began)
+
+
 def peak_memory() -> int:
     """Bytes, of the GPU where there is one, else of this process."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):  # Linux; getrusage's peak would count what the process that started this one held
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,40 +1,37 @@
 """What a run will need, from its configuration and the model folder's configuration files alone: no weights, no GPU.
 
-The step is run on tensors without data (torch's FakeTensorMode) under torch's memory tracker and FLOP counter.
+The step is run on tensors without data (torch's FakeTensorMode) under torch's memory tracker.
 """
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from raybooth.config import Config
 from raybooth.families import Family, Loaded, family_of
-from raybooth.families.lora import add_adapters
 from raybooth.families.parts import unloaded
+from raybooth.flops import loss_without_data, rows_of_pass, step_flops, without_weights
+from raybooth.method import autocast_dtype
 from raybooth.optim import make_optimizer
-from raybooth.tuning import autocast_dtype, prepare
 
 GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes at the peak of a step of one worker, by part; FLOPs of a step; counts."""
+    """Bytes at the peak of a step of one worker, by part; FLOPs of a step of all workers; counts."""
 
     parameters: Mapping[str, int]
     trained: int
     memory: Mapping[str, int]
-    step_flops: float
+    step_flops: int
     steps: int
     class_pictures: int
     pictures: int
@@ -50,7 +47,7 @@ class Plan:
         lines += [f"{name:<22}{size / GIB:>12.2f} GiB" for name, size in self.memory.items()]
         lines += [f"{'peak of a worker':<22}{self.peak / GIB:>12.2f} GiB", ""]
         lines += [
-            f"{'steps':<22}{self.steps:>12,} of {self.step_flops / 1e12:.2f} TFLOP a worker, {self.steps * self.step_flops / 1e15:.2f} PFLOP in all",
+            f"{'steps':<22}{self.steps:>12,} of {self.step_flops / 1e12:.2f} TFLOP, {self.steps * self.step_flops / 1e15:.2f} PFLOP in all",
             f"{'pictures to draw':<22}{self.class_pictures + self.pictures:>12,} ({self.class_pictures} of the class)",
             f"{'to be stored':<22}{self.stored / GIB:>12.2f} GiB",
         ]
@@ -64,18 +61,14 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
     with torch.device("meta"):
         loaded = unloaded(family, folder, (*family.used_in_training(False), "vae", *family.encoders))
         parameters = {part: count(module) for part, module in loaded.modules.items()}
-        used = Loaded(folder, loaded.facts, loaded.objective, {p: loaded.modules[p] for p in family.used_in_training(finetune.text_encoder)}, {})
-        prepare(family, used, finetune)
-        if finetune.method == "lora":
-            add_adapters(family, used, trained, config.lora, 0)
-        else:
-            for part in trained:
-                used.modules[part].requires_grad_(True)
+    used = without_weights(family, folder, finetune, config.lora)
+    workers = config.cluster.worker_range[0]
     side = config.base.resolution or loaded.facts.resolution
+    flops = step_flops(family, used, config.prior, finetune, side, workers)
     with FakeTensorMode():
         for module in used.modules.values():
             _without_data(module)
-        memory, flops = _step(family, used, config, trained, side, device)
+        memory = _step(family, used, config, trained, side, device)
     moving = sum(p.numel() for part in trained for p in used.modules[part].parameters() if p.requires_grad)
     drawn, pictures = config.prior.drawn, len(config.generate.prompts) * config.generate.images_per_prompt
     base = 4 * sum(parameters.values())
@@ -101,13 +94,10 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ...], side: int, device: str) -> tuple[dict[str, int], float]:
-    """Memory at the peak by part, and FLOPs, of the second step of one worker: the optimizer has its state then."""
-    finetune = config.finetune
-    rows = -(-finetune.batch * (2 if config.prior.method != "none" and (config.prior.drawn or config.prior.method == "base-prediction") else 1)
-             // config.cluster.worker_range[0])  # fmt: skip
-    each = -(-rows // finetune.accumulate)
-    tracker, counter = MemTracker(), FlopCounterMode(display=False)
+def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ...], side: int, device: str) -> dict[str, int]:
+    """Memory at the peak, by part, of the second step of one worker: the optimizer has its state then."""
+    finetune, tracker = config.finetune, MemTracker()
+    rows = rows_of_pass(config.prior, finetune, config.cluster.worker_range[0])
     modules = [loaded.modules[part] for part in trained]
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
     optimizer = make_optimizer("adamw", [{"params": parameters, "lr": finetune.lr}], finetune.weight_decay, 0)
@@ -115,15 +105,13 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
         # The tracker would put hooks on their gradients, which they do not have: it finds them there already.
         tracker._param_to_grad_hook_handles[frozen] = (RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict()))
     tracker.track_external(*loaded.modules.values(), optimizer)
-    dtype = autocast_dtype(finetune.precision, torch.device(device)) if finetune.precision != "auto" else {"cuda": torch.bfloat16}.get(device)
-    with tracker, ExitStack() as counted:
-        for step in range(2):
-            if step:
-                counted.enter_context(counter)
+    dtype = autocast_dtype(finetune.precision, device)
+    with tracker:
+        for _ in range(2):
             for _ in range(finetune.accumulate):
                 tracker.reset_mod_stats()
                 with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-                    loss = _loss(family, loaded, trained, each, side)
+                    loss = loss_without_data(family, loaded, trained, rows, side)
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -134,16 +122,4 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
         name = str(getattr(kind, "value", kind))
         if name != "Total":
             memory[names.get(name, "temporary")] += size
-    return memory, counter.get_total_flops()
-
-
-def _loss(family: Family, loaded: Loaded, trained: tuple[str, ...], rows: int, side: int) -> Tensor:
-    shape, conditioning = loaded.facts.latent_shape(side), family.conditioning(loaded.folder)
-    text = {k: torch.zeros(rows, *s) for k, s in conditioning.items()}
-    out = family.predict(loaded, torch.zeros(rows, *shape), torch.zeros(rows), text)
-    loss = out.float().square().mean()
-    for part in trained[1:]:  # what the encoders give is taken as given above; here they give, and are trained
-        encoder: Any = loaded.modules[part]
-        tokens = torch.zeros(2, encoder.config.max_position_embeddings, dtype=torch.long)
-        loss = loss + encoder(tokens)[0].float().mean()
-    return loss
+    return memory

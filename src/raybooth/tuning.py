@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from raybooth.config import Finetune, Lora, Prior
 from raybooth.errors import RayboothError
-from raybooth.families import Family, Loaded, family_of
+from raybooth.families import family_of
 from raybooth.jobs import Row, prompt_name, stage_folder
 from raybooth.log import Log
+from raybooth.method import autocast_dtype, make_ready
 from raybooth.workspace import Workspace, explained_if_full
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ def finetuner(
         prompts: text under "instance" and "class".
     """
     from raybooth.checkpoint import Checkpoints
-    from raybooth.families.lora import add_adapters, save_adapters
+    from raybooth.families.lora import save_adapters
     from raybooth.families.parts import load, save
+    from raybooth.flops import step_flops, without_weights
     from raybooth.train import Parallel, fit
 
     def loop(group: Any, say: Callable[[Row], None]) -> dict[str, Any]:
@@ -42,9 +44,7 @@ def finetuner(
         family = family_of(folder)
         trained = family.trainable(finetune.text_encoder)
         loaded = load(family, folder, family.used_in_training(finetune.text_encoder)).to(group.device)
-        prepare(family, loaded, finetune)
-        if finetune.method == "lora":
-            add_adapters(family, loaded, trained, lora, seed)
+        make_ready(family, loaded, finetune, lora, seed)
         data = training_set(stage_folder(storage, "latents"), rows, prompts, prior, finetune.text_encoder).to(group.device)
         workspace = Workspace(storage)
         checkpoints = Checkpoints(workspace, key, finetune.checkpoints)
@@ -52,7 +52,9 @@ def finetuner(
         for note in [*notes, *([f"goes on from the checkpoint of step {start.step}"] if start else [])]:
             say({"note": note})
         images = finetune.batch * (2 if data.instances < len(data.weight) else 1)
-        log = Log(workspace, finetune.trackers if group.rank == 0 else None, start.step if start else 0, images)
+        side = data.mean.shape[-1] * loaded.facts.downscale
+        flops = step_flops(family, without_weights(family, folder, finetune, lora), prior, finetune, side, group.world)
+        log = Log(workspace, finetune.trackers if group.rank == 0 else None, start.step if start else 0, images, flops)
         parallel = Parallel(group.rank, group.world, group.wrap, group.total)
         with out_of_memory_explained():
             for step in fit(family, loaded, data, settings(finetune, trained, group.device, seed), parallel, start):
@@ -77,24 +79,6 @@ def finetuner(
     return loop
 
 
-def prepare(family: Family, loaded: Loaded, finetune: Finetune) -> None:
-    """Memory format, precision and checkpointing of the parts in training."""
-    import torch
-
-    denoiser: Any = loaded.modules[family.denoiser]
-    if finetune.channels_last:
-        denoiser.to(memory_format=torch.channels_last)
-    if finetune.precision == "bf16-weights":
-        loaded.to(torch.bfloat16)
-    if finetune.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-        for part in family.trainable_encoders if finetune.text_encoder else ():
-            encoder: Any = loaded.modules[part]
-            encoder.gradient_checkpointing_enable()
-    if finetune.compile:
-        denoiser.compile()
-
-
 def settings(finetune: Finetune, parts: tuple[str, ...], device: "torch.device", seed: int) -> "Settings":
     from raybooth.train import Settings
 
@@ -108,7 +92,7 @@ def settings(finetune: Finetune, parts: tuple[str, ...], device: "torch.device",
         text_encoder=finetune.text_encoder,
         log_every=finetune.log_every,
         seed=seed,
-        autocast=autocast_dtype(finetune.precision, device),
+        autocast=autocast_dtype(finetune.precision, device.type),
         optimizer=finetune.optimizer,
         schedule=finetune.schedule,
         warmup=finetune.warmup,
@@ -164,14 +148,3 @@ def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, st
         conditioning=conditioning,
         teacher=teacher,
     )
-
-
-def autocast_dtype(precision: str, where: "torch.device") -> "torch.dtype | None":
-    """What the forward pass is cast to over float32 weights; None for plain float32."""
-    import torch
-
-    if precision == "auto":
-        if where.type != "cuda":
-            return None  # without AMX or AVX512-BF16, bfloat16 is ten times slower on a CPU (measured)
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-weights": torch.bfloat16}[precision]

@@ -1,8 +1,11 @@
 """One function on a group of workers under Ray Train, with the live word of the first of them."""
 
 import contextlib
+import json
 import tempfile
 import threading
+import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +57,10 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray's own ends the process with status 1; KeyboardInterrupt ends the run as it does in every stage."""
 
+        def _create_default_callbacks(self) -> Any:
+            """Without two that start a process each: the splitting of datasets, and the watch over placement groups, which end with their owner."""
+            return [c for c in super()._create_default_callbacks() if type(c).__name__ not in ("DatasetsCallback", "PlacementGroupCleanerCallback")]
+
     fewest, most = workers
     each = check_workers(fewest, gpus_per_worker, have)
     threads = max(1, have.cpus // have.nodes // most)
@@ -61,7 +68,7 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
         for attempt in range(retries + 1):
             trainer = Trainer(
                 _in_worker,
-                train_loop_config={"make": make, "board": board.actor, "threads": threads},
+                train_loop_config={"make": make, "board": board.name, "threads": threads},
                 torch_config=TorchConfig(backend="nccl" if each else "gloo"),
                 scaling_config=ScalingConfig(
                     num_workers=most if fewest == most else workers,
@@ -97,33 +104,18 @@ def _in_worker(config: dict[str, Any]) -> Any:
 
     def say(word: dict[str, Any]) -> None:
         if group.rank == 0:
-            config["board"].put.remote(word)
+            from ray.experimental.internal_kv import _internal_kv_put
+
+            _internal_kv_put(f"{time.time_ns():020d}", json.dumps(word), namespace=config["board"])
 
     return config["make"]()(group, say)
 
 
 class _Board:
-    """Carries a worker's words to the driver while it runs."""
+    """Carries the first worker's words to the driver while it runs, in the key-value store of Ray's head: an actor would be one more process to start."""
 
     def __init__(self, heard: Say):
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        class Words:
-            def __init__(self) -> None:
-                self.words: list[dict[str, Any]] = []
-
-            def put(self, word: dict[str, Any]) -> None:
-                self.words.append(word)
-
-            def take(self) -> list[dict[str, Any]]:
-                words, self.words = self.words, []
-                return words
-
-        self.heard, self.over = heard, threading.Event()
-        # On the driver's node: another one may go.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.actor: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Words).remote()
+        self.heard, self.over, self.name = heard, threading.Event(), f"raybooth-{uuid.uuid4().hex}"
         self.thread = threading.Thread(target=self._listen, daemon=True)
 
     def __enter__(self) -> "_Board":
@@ -131,18 +123,16 @@ class _Board:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        import ray
-
         self.over.set()
         self.thread.join(timeout=10)
-        ray.kill(self.actor)
 
     def _listen(self) -> None:
-        import ray
+        from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list
 
         last = False
         while not last:
             last = self.over.wait(0.3)  # after the end once more: the last words count
-            with contextlib.suppress(ray.exceptions.RayError):
-                for word in ray.get(self.actor.take.remote(), timeout=10):
-                    self.heard(word)
+            with contextlib.suppress(RuntimeError):  # the head is away
+                for key in sorted(_internal_kv_list("", namespace=self.name)):
+                    self.heard(json.loads(_internal_kv_get(key, namespace=self.name)))
+                    _internal_kv_del(key, namespace=self.name)

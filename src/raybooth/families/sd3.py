@@ -27,7 +27,8 @@ def objective(folder: Path) -> "Flow":
 
 def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
     net = parts.config(folder, "transformer/config")
-    return {"text": (77 + 256, net["joint_attention_dim"]), "pooled": (net["pooled_projection_dim"],)}
+    clip = parts.config(folder, "text_encoder/config")["max_position_embeddings"]
+    return {"text": (clip + 256, net["joint_attention_dim"]), "pooled": (net["pooled_projection_dim"],)}
 
 
 def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":

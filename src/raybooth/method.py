@@ -1,0 +1,47 @@
+"""How the parts are trained: whole or by adapters, in which precision and memory format."""
+
+from typing import TYPE_CHECKING, Any
+
+from raybooth.config import Finetune, Lora
+from raybooth.families import Family, Loaded
+
+if TYPE_CHECKING:
+    import torch
+
+
+def make_ready(family: Family, loaded: Loaded, finetune: Finetune, lora: Lora, seed: int) -> None:
+    """The parts in training as `finetune` has them; with LoRA they get their adapters, and only these require gradients."""
+    import torch
+
+    denoiser: Any = loaded.modules[family.denoiser]
+    if finetune.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
+    if finetune.precision == "bf16-weights":
+        loaded.to(torch.bfloat16)
+    if finetune.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+        for part in family.trainable_encoders if finetune.text_encoder else ():
+            encoder: Any = loaded.modules[part]
+            encoder.gradient_checkpointing_enable()
+    if finetune.compile:
+        denoiser.compile()
+    trained = family.trainable(finetune.text_encoder)
+    if finetune.method == "lora":
+        from raybooth.families.lora import add_adapters
+
+        add_adapters(family, loaded, trained, lora, seed)
+    else:
+        for part in trained:
+            loaded.modules[part].requires_grad_(True)
+
+
+def autocast_dtype(precision: str, device: str) -> "torch.dtype | None":
+    """What the forward pass is cast to over float32 weights; None for plain float32."""
+    import torch
+
+    if precision == "auto":
+        if device != "cuda":
+            return None  # without AMX or AVX512-BF16, bfloat16 is ten times slower on a CPU (measured)
+        # Where there is no GPU to ask, this is a plan for one, and today's have bfloat16.
+        return torch.float16 if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else torch.bfloat16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-weights": torch.bfloat16}[precision]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
+from raybooth.encoders import clip, vit
 from raybooth.mini import FOLDER
 from raybooth.mini.places import PLACES
-from raybooth.mini.scorers import Scorers
 from raybooth.mini.things import KINDS
 from raybooth.mini.trainer import Trainer, learning_rate
 from raybooth.mini.world import caption, random_scene, render, subject_scenes
-from raybooth.score import similarity_among, subject_similarity
+from raybooth.score import among, to_subject
 
 
 def test_the_world_is_wide_and_its_pictures_come_from_their_numbers():
@@ -77,17 +77,17 @@ def drawn():
 def test_its_own_clip_names_what_it_draws(drawn):
     pairs, images = drawn
     names = [(kind, place) for kind in KINDS for place in PLACES]
-    scorers = Scorers()
-    best = (scorers.pictures(images) @ scorers.prompts([f"photo of a {k} {p}" for k, p in names]).T).argmax(1)
+    pictures, words = clip(FOLDER / "clip")
+    best = (pictures(images)["clip"] @ words([f"photo of a {k} {p}" for k, p in names])["clip"].T).argmax(1)
     right = np.mean([names[i] == pair for i, pair in zip(best.tolist(), pairs, strict=True)])
     assert right >= 0.90
 
 
 def test_the_identity_scorer_knows_an_individual_from_its_kind():
-    scorers = Scorers()
-    one, again, other = (scorers.identity([render(s) for s in scenes]) for scenes in (subject_scenes(3)[:3], subject_scenes(3)[3:], subject_scenes(4)))
-    assert subject_similarity(one, again) > subject_similarity(one, other) + 0.2
-    assert similarity_among(one) > subject_similarity(one, other) + 0.2
+    encode = vit(FOLDER / "vit")
+    one, again, other = (encode([render(s) for s in scenes])["dino"].numpy() for scenes in (subject_scenes(3)[:3], subject_scenes(3)[3:], subject_scenes(4)))
+    assert to_subject(one, again).mean() > to_subject(one, other).mean() + 0.2
+    assert among(one).mean() > to_subject(one, other).mean() + 0.2
 
 
 def test_pretraining_goes_on_where_it_was_stopped(tmp_path: Path):

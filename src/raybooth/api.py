@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from raybooth import stages
+from raybooth import evaluation, stages
 from raybooth.config import Config
 from raybooth.session import Run
 
@@ -11,7 +11,7 @@ def _verb(*names: str) -> Callable[[Config], Run]:
     def call(config: Config) -> Run:
         with Run(config) as made:
             for name in names:
-                stages.STAGES[name](made)
+                evaluation.ALL[name](made)
         return made
 
     call.__doc__ = f"Do {', '.join(names)} for `config`, as far as it is not done. Returns the Run, whose `images()` are PIL pictures."
@@ -24,3 +24,4 @@ class_images = _verb("class-images")
 encode = _verb("encode")
 finetune = _verb("finetune")
 generate = _verb("generate")
+evaluate = _verb("evaluate")

@@ -16,7 +16,7 @@ def prepare_base(run: Run) -> None:
     from raybooth.families.folder import check_weights, plain_name
 
     base = run.config.base
-    source = _local_source(base.model)
+    source = local_source(base.model)
     if source is None:
         stage = run.workspace.stage("base-model", {"repo": base.model, "revision": base.pinned_revision})
     elif source.is_file():
@@ -64,7 +64,7 @@ def model_configuration(config: Config) -> Path:
     Raises:
         RayboothError: if there is neither.
     """
-    source = _local_source(config.base.model)
+    source = local_source(config.base.model)
     if source is not None and not source.is_file():
         return source
     prepared = Path(config.storage) / "base-model"
@@ -73,7 +73,7 @@ def model_configuration(config: Config) -> Path:
     return prepared
 
 
-def _local_source(model: str) -> Path | None:
+def local_source(model: str) -> Path | None:
     """The folder that `base.model` names, or None where it names a repository of the hub."""
     if model == "mini":
         from raybooth.families import mini_folder

@@ -35,7 +35,7 @@ class Checkpoints:
         notes = []
         others = sorted(p.name for p in self._all() if not p.name.startswith(f"{self.key[:16]}-"))
         if others:
-            notes.append(f"passed over {len(others)} checkpoints of another configuration ({others[-1]})")
+            notes.append(f"passed over {len(others)} checkpoints of another configuration ({others[-1]}); delete them if you will not go back to it")
         for path in self._own():
             state, problem = _read(path, self.key)
             if state:

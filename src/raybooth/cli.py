@@ -20,6 +20,7 @@ VERBS = {
     "encode": "encode pictures and prompts for training",
     "finetune": "fine-tune the base model",
     "generate": "draw with the fine-tuned model",
+    "evaluate": "score the pictures: the subject, the prompts, the class; before and after",
 }
 
 
@@ -112,13 +113,13 @@ def _quieten() -> None:
 
 def _run(args: argparse.Namespace) -> None:
     config = config_of(args)
+    from raybooth.evaluation import ALL
     from raybooth.session import Run
     from raybooth.stages import STAGES
 
     with Run(config) as run:
-        for name, stage in STAGES.items():
-            if args.verb in ("run", name):
-                stage(run)
+        for name in STAGES if args.verb == "run" else [args.verb]:
+            ALL[name](run)
         if args.verb == "run":
             _tell(run.workspace.root)
 

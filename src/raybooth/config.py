@@ -27,6 +27,7 @@ MINI_DEFAULTS: dict[str, dict[str, Any]] = {
     "finetune": {"steps": 400, "batch": 4, "lr": 2e-4, "text_encoder_lr": 1e-4, "schedule": "cosine"},
     "generate": {"steps": 20, "guidance": 3.0},
     "cluster": {"sample_batch": 4},
+    "evaluate": {"dino": "mini", "clip": "mini"},
 }
 """What mini brings of its own: a model forty times smaller than SD learns in larger steps and needs fewer of them."""
 
@@ -153,6 +154,13 @@ class Generate(Section):
         return [value] if isinstance(value, str) else value
 
 
+class Evaluate(Section):
+    """How the result is scored (Ruiz et al. 2023, section 4.2)."""
+
+    dino: str = Field("facebook/dino-vits16", min_length=1, description="ViT that tells subjects apart: hub repository, local folder, or 'mini'")
+    clip: str = Field("openai/clip-vit-base-patch32", min_length=1, description="CLIP for pictures and prompts: hub repository, local folder, or 'mini'")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to denoise. `guidance` is classifier-free guidance's scale (Ho and Salimans 2022); at 1 or less it is off."""
@@ -193,6 +201,7 @@ class Config(Section):
     finetune: Finetune = Finetune()
     lora: Lora = Lora()
     generate: Generate = Generate()
+    evaluate: Evaluate = Evaluate()
     cluster: Cluster = Cluster()
     storage: str = Field("raybooth-run", min_length=1, description="folder, or URI such as s3://bucket/run")
     seed: int = Field(0, ge=0, lt=2**63, description="of every random draw in the run")

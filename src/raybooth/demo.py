@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raybooth import config as configuration
-from raybooth import stages
+from raybooth import evaluation, stages
 from raybooth.config import Config
+from raybooth.score import among
 from raybooth.session import Run
 
 SUBJECT_SEED = 23  # of the dog: yellow, with black patches
@@ -77,31 +78,19 @@ def demo(storage: str, overrides: list[str], quiet: bool = False) -> Scores:
     with Run(config, quiet) as run:
         for stage in stages.STAGES.values():
             stage(run)
-        sheet = stages.before_after(run)
-    scores = score(run)
+        evaluation.evaluate(run)
+        sheet = evaluation.before_after(run)
+        scores = score(run)
     print(f"\n{scores}\n\nlook at   {sheet}\npictures  {run.workspace.root / 'output-images'}\nmodel     {run.model_folder}  (opens in plain diffusers)")
     return scores
 
 
 def score(run: Run) -> Scores:
-    """Of a run on mini for which `stages.before_after` was made."""
-    from raybooth.mini.scorers import Scorers
-    from raybooth.score import distance_among, prompt_fidelity, similarity_among, subject_similarity
-
-    with_ = Scorers()
-    subject = with_.identity(run.images("instance"))
-    before, after = run.images("before"), run.images("output")
-    # The token means nothing to the scorer's CLIP; what it can judge is the class in its place.
-    prompts = [r["prompt"].replace(run.config.subject.name, f"a {run.config.subject.class_name}") for r in stages.output_rows(run)]
-    texts = with_.prompts(prompts)
-    class_before = run.images("class" if run.config.prior.drawn else "class-before")
-    class_after = run.images("class-after")
-    return Scores(
-        subject_before=subject_similarity(with_.identity(before), subject),
-        subject_after=subject_similarity(with_.identity(after), subject),
-        subject_ceiling=similarity_among(subject),
-        prompt_before=prompt_fidelity(with_.pictures(before), texts),
-        prompt_after=prompt_fidelity(with_.pictures(after), texts),
-        class_distance_before=distance_among(with_.pictures(class_before[: len(class_after)])),
-        class_distance_after=distance_among(with_.pictures(class_after)),
-    )
+    """Of a run that was evaluated."""
+    scores, found = evaluation.read(run), evaluation.features(run)
+    dino, clip_t = scores["dino"], scores["clip_t"]
+    distance = {when: float(1 - among(found[f"class-{when}"]["clip"]).mean()) for when in ("before", "after")}
+    assert dino.floor is not None
+    assert dino.ceiling is not None
+    assert clip_t.floor is not None
+    return Scores(dino.floor, dino.value, dino.ceiling, clip_t.floor, clip_t.value, distance["before"], distance["after"])

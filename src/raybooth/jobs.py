@@ -86,6 +86,29 @@ def encoder(storage: str, prompts: bool) -> Callable[[list[Row]], list[bytes]]:
     return lambda rows: [one(r) for r in rows]
 
 
+def featurizer(storage: str) -> Callable[[list[Row]], list[bytes]]:
+    """Rows with a `picture` to its features by both encoders, rows with a `prompt` to CLIP's, as safetensors."""
+    import torch
+    from PIL import Image
+    from safetensors.torch import save
+
+    from raybooth.encoders import clip, vit
+
+    folder, device = stage_folder(storage, "encoders"), "cuda" if torch.cuda.is_available() else "cpu"
+    dino, (pictures, words) = vit(folder / "dino", device), clip(folder / "clip", device)
+
+    def one(row: Row) -> bytes:
+        if "prompt" in row:
+            features = words([row["prompt"]])
+        else:
+            with Image.open(io.BytesIO(row["picture"])) as image:
+                features = dino([image]) | pictures([image])
+            features["patches"] = features["patches"].half()
+        return save({k: v[0].cpu().contiguous() for k, v in features.items()})
+
+    return lambda rows: [one(r) for r in rows]
+
+
 def _pixels(data: bytes) -> "Tensor":
     """(1, 3, h, w) in [-1, 1]."""
     import numpy as np

@@ -1,24 +1,57 @@
-"""Scores on features whose rows have length 1 (Ruiz et al. 2023, sections 4.2 and 4.3)."""
+"""DINO, CLIP-I, CLIP-T, PRES and DIV (Ruiz et al. 2023, sections 4.2 and 4.3), on features whose rows have length 1."""
 
-from torch import Tensor
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
 
+import numpy as np
+from numpy.typing import NDArray
 
-def subject_similarity(drawn: Tensor, photographs: Tensor) -> float:
-    """DINO and CLIP-I: mean cosine of all pairs of a drawn picture (n, d) and a photograph (m, d)."""
-    return float((drawn @ photographs.T).mean())
-
-
-def similarity_among(pictures: Tensor) -> float:
-    """Mean cosine of all pairs of different pictures: the photographs' own is the ceiling of subject_similarity."""
-    n = len(pictures)
-    return float(((pictures @ pictures.T).sum() - n) / (n * (n - 1)))
+Array = NDArray[np.float32]
 
 
-def distance_among(pictures: Tensor) -> float:
-    """Mean cosine distance of all pairs of different pictures: how various they are."""
-    return 1 - similarity_among(pictures)
+def to_subject(drawn: Array, photographs: Array) -> Array:
+    """DINO, CLIP-I, PRES: of each drawn picture (n, d) the mean cosine to the photographs (m, d): (n,)."""
+    return (drawn @ photographs.T).mean(axis=1)
 
 
-def prompt_fidelity(drawn: Tensor, prompts: Tensor) -> float:
-    """CLIP-T: mean cosine of each picture (n, d) and its own prompt (n, d)."""
-    return float((drawn * prompts).sum(-1).mean())
+def to_prompt(drawn: Array, prompts: Array) -> Array:
+    """CLIP-T: of each picture (n, d) the cosine to its own prompt (n, d): (n,)."""
+    return (drawn * prompts).sum(axis=1)
+
+
+def among(pictures: Array) -> Array:
+    """Cosines of all pairs of different pictures (n, d): (n (n - 1) / 2,). The photographs' own mean is the ceiling of DINO and CLIP-I."""
+    first, second = np.triu_indices(len(pictures), k=1)
+    return (pictures[first] * pictures[second]).sum(axis=1)
+
+
+def diversity(patches: Sequence[Array]) -> Array:
+    """DIV: of each prompt, whose pictures' patches are (n, p, d), the mean distance of its pictures' pairs: (prompts,).
+
+    The distance is LPIPS's (Zhang et al. 2018, equation 1) on the last layer of the ViT, unweighted: the squared distance of
+    unit-length features at each place, averaged over the places. It lies in [0, 4].
+    """
+    return np.array([np.mean([_distance(a, b) for a, b in combinations(one, 2)]) for one in patches if len(one) > 1], dtype=np.float32)
+
+
+def _distance(a: Array, b: Array) -> float:
+    return float(((a - b) ** 2).sum(axis=-1).mean())
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean with its bootstrap 95% interval; `floor` is the base model's before fine-tuning, `ceiling` the photographs' own."""
+
+    value: float
+    low: float
+    high: float
+    floor: float | None
+    ceiling: float | None
+
+
+def scored(values: Array, floor: float | None = None, ceiling: float | None = None, draws: int = 2000) -> Score:
+    """Percentile bootstrap (Efron 1979) over `values`, with a fixed seed."""
+    picked = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    low, high = np.percentile(values[picked].mean(axis=1), [2.5, 97.5])
+    return Score(float(values.mean()), float(low), float(high), floor, ceiling)

@@ -13,7 +13,7 @@ from raybooth.config import Generate, Prior, Sampling
 from raybooth.errors import RayboothError
 from raybooth.photos import SUFFIXES, Photo, contact_sheet, gather, is_remote, png, views
 from raybooth.session import Run, StepLine
-from raybooth.workspace import Stage, digest, files_under, write_atomically
+from raybooth.workspace import Stage, digest, files_under
 
 SHEET = "contact-sheet.png"
 
@@ -82,8 +82,12 @@ def class_images(run: Run) -> None:
     """Pictures of the class by the base model, for prior preservation."""
     prior, prompt = run.config.prior, run.config.class_prompt
     if prior.drawn:
-        rows = [{"name": f"{i:05d}.png", "prompt": prompt, "seed": _seed(run, "class", i)} for i in range(prior.images)]
-        _draw(run, "class-images", "base-model", prior, rows, {"prompt": prompt, "seed": run.config.seed})
+        draw(run, "class-images", "base-model", prior, class_rows(run, prior.images), {"prompt": prompt, "seed": run.config.seed})
+
+
+def class_rows(run: Run, n: int) -> list[dict[str, Any]]:
+    """The first `n` pictures of the class."""
+    return [{"name": f"{i:05d}.png", "prompt": run.config.class_prompt, "seed": _seed(run, "class", i)} for i in range(n)]
 
 
 def encode(run: Run) -> None:
@@ -99,7 +103,7 @@ def encode(run: Run) -> None:
     if work:
         done = map_rows(
             partial(jobs.encoder, run.workspace.uri, any("prompt" in row for row in work)), work, batch=16, have=run.ray,
-            samplers=run.config.cluster.samplers, model_bytes=_model_bytes(run, "base-model"),
+            samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, "base-model"),
         )  # fmt: skip
         for name, data in run.progress(done, len(work), "encode", "row"):
             stage.write(name, data)
@@ -177,7 +181,7 @@ def finetune(run: Run) -> None:
 
 def generate(run: Run) -> None:
     """Pictures of every prompt by the fine-tuned model."""
-    _draw(run, "output-images", "fine-tuned-model", run.config.generate, output_rows(run), {"seed": run.config.seed})
+    draw(run, "output-images", "fine-tuned-model", run.config.generate, output_rows(run), {"seed": run.config.seed})
 
 
 def output_rows(run: Run, subject: str | None = None) -> list[dict[str, Any]]:
@@ -196,7 +200,7 @@ def _seed(run: Run, purpose: str, index: int) -> int:
     return int(digest([run.config.seed, purpose, index])[:12], 16)
 
 
-def _draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: list[dict[str, Any]], inputs: dict[str, Any]) -> None:
+def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: list[dict[str, Any]], inputs: dict[str, Any]) -> None:
     """The pictures of `rows` that are missing in stage folder `name`, and its contact sheet."""
     from raybooth import jobs
     from raybooth.cluster.rows import map_rows
@@ -214,7 +218,7 @@ def _draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: li
         batch = run.config.cluster.sample_batch
         done = map_rows(
             partial(jobs.sampler, run.workspace.uri, model_stage, sampling, batch, model), work, batch=batch, have=run.ray,
-            samplers=run.config.cluster.samplers, model_bytes=_model_bytes(run, model_stage),
+            samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, model_stage),
         )  # fmt: skip
         for file, data in run.progress(done, len(work), name, "picture"):
             stage.write(file, data)
@@ -236,34 +240,8 @@ def _titled(stage: Stage, rows: list[dict[str, Any]], columns: int = 8, most: in
     return lines
 
 
-def _model_bytes(run: Run, stage: str) -> int:
+def model_bytes(run: Run, stage: str) -> int:
     return sum(o["bytes"] for o in run.workspace.manifest(stage)["outputs"].values())
-
-
-def before_after(run: Run) -> Path:
-    """`before-after.png`: the photographs; prompts and seeds before and after; class pictures before and after."""
-    how, config = run.config.generate, run.config
-    rows = output_rows(run)
-    _draw(run, "before-images", "base-model", how, rows, {"seed": config.seed})
-    classes = min(24, config.prior.drawn or 24)
-    after = [{"name": f"{i:05d}.png", "prompt": config.class_prompt, "seed": _seed(run, "class", i)} for i in range(classes)]
-    class_inputs = {"prompt": config.class_prompt, "seed": config.seed}
-    _draw(run, "class-after-images", "fine-tuned-model", config.prior, after, class_inputs)
-    if not config.prior.drawn:
-        _draw(run, "class-before-images", "base-model", config.prior, after, class_inputs)
-    class_before = run.images("class" if config.prior.drawn else "class-before")[:classes]
-    before, drawn = run.images("before"), run.images("output")
-    each = how.images_per_prompt
-    lines = [("the photographs", run.images("instance"))]
-    for i in range(0, len(rows), each):
-        prompt = rows[i]["prompt"]
-        lines.append((f"{prompt}: before", before[i : i + each]))
-        lines.append((f"{prompt}: after", drawn[i : i + each]))
-    lines += [(f"{config.class_prompt}: before", class_before[:8]), (f"{config.class_prompt}: after", run.images("class-after")[:8])]
-    path = run.workspace.root / "before-after.png"
-    write_atomically(path, png(contact_sheet(lines)))
-    run.workspace.push(path.name)
-    return path
 
 
 STAGES = {"prepare": prepare, "class-images": class_images, "encode": encode, "finetune": finetune, "generate": generate}

@@ -4,11 +4,19 @@ import json
 from pathlib import Path
 
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, ViTModel
 
 from raybooth.mini import networks
+from raybooth.mini.pen import SIZE
 from raybooth.mini.pretrain import PHASES
 from raybooth.mini.things import KINDS
+
+_PIXELS = {
+    "do_center_crop": False, "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3, "resample": int(Image.Resampling.LANCZOS), "rescale_factor": 1 / 255, "size": {"height": SIZE, "width": SIZE},
+}  # fmt: skip
+"""How the scorers see a picture, for transformers' image processors."""
 
 _CARD = """\
 ---
@@ -51,6 +59,9 @@ def export(work: Path, folder: Path) -> None:
     pipe.save_pretrained(folder)
     clip.half().save_pretrained(folder / "clip")
     ViTModel.from_pretrained(work / PHASES["vit"][-1], add_pooling_layer=False).half().save_pretrained(folder / "vit")
+    tokenizer.save_pretrained(folder / "clip")
+    for part, kind in (("clip", "CLIPImageProcessor"), ("vit", "ViTImageProcessor")):
+        (folder / part / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": kind, **_PIXELS}, indent=2) + "\n")
     (folder / "README.md").write_text(_CARD.format(kinds=", ".join(KINDS), losses="\n".join(_losses(work))))
     for config in folder.rglob("*config.json"):
         values = json.loads(config.read_text())

@@ -1,0 +1,59 @@
+"""What pictures and prompts are compared by: a ViT such as DINO, and CLIP. Any folder that transformers opens will do."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Pictures = Callable[["Sequence[Image]"], dict[str, Tensor]]
+Words = Callable[[Sequence[str]], dict[str, Tensor]]
+
+
+def vit(folder: Path, device: str = "cpu") -> Pictures:
+    """Pictures to `dino` (n, width), the class token, and `patches` (n, patches, width); rows of length 1."""
+    from transformers import AutoModel
+
+    model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval().to(device)
+    prepare = _processor(folder, device)
+
+    @torch.inference_mode()
+    def encode(images: "Sequence[Image]") -> dict[str, Tensor]:
+        tokens = F.normalize(model(prepare(images)).last_hidden_state, dim=-1)
+        registers = getattr(model.config, "num_register_tokens", 0)  # of some DINOv2
+        return {"dino": tokens[:, 0], "patches": tokens[:, 1 + registers :]}
+
+    return encode
+
+
+def clip(folder: Path, device: str = "cpu") -> tuple[Pictures, Words]:
+    """Pictures and prompts to `clip` (n, width), rows of length 1."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval().to(device)
+    prepare, tokenizer = _processor(folder, device), AutoTokenizer.from_pretrained(folder)
+
+    @torch.inference_mode()
+    def pictures(images: "Sequence[Image]") -> dict[str, Tensor]:
+        return {"clip": F.normalize(model.visual_projection(model.vision_model(prepare(images)).pooler_output), dim=-1)}
+
+    @torch.inference_mode()
+    def words(prompts: Sequence[str]) -> dict[str, Tensor]:
+        length = model.config.text_config.max_position_embeddings
+        ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids.to(device)
+        return {"clip": F.normalize(model.text_projection(model.text_model(ids).pooler_output), dim=-1)}
+
+    return pictures, words
+
+
+def _processor(folder: Path, device: str) -> "Callable[[Sequence[Image]], Tensor]":
+    """Resizing and normalising as the model's own configuration says, by PIL, which needs no torchvision."""
+    from transformers import AutoImageProcessor
+
+    processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return lambda images: processor(images=[im.convert("RGB") for im in images], return_tensors="pt").pixel_values.to(device)

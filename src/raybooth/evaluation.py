@@ -1,0 +1,201 @@
+"""The scores of a run: what the base model draws beside what the fine-tuned one does, as features, as numbers."""
+
+import json
+import shutil
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raybooth.base_model import local_source
+from raybooth.errors import RayboothError
+from raybooth.photos import contact_sheet, png
+from raybooth.score import Array, Score, among, diversity, scored, to_prompt, to_subject
+from raybooth.session import Run
+from raybooth.stages import STAGES, class_rows, draw, model_bytes, output_rows
+from raybooth.workspace import files_under, write_atomically
+
+KINDS = ("instance", "before", "output", "class-before", "class-after")
+SCORES = "scores.json"
+CLASS_PICTURES = 24
+NAMES = {
+    "dino": "DINO    looks like the subject",
+    "clip_i": "CLIP-I  looks like the photographs",
+    "clip_t": "CLIP-T  shows what the prompt says",
+    "pres": "PRES    'a {class}' looks like the subject (lower is better)",
+    "div": "DIV     pictures of one prompt differ",
+}
+
+
+def evaluate(run: Run) -> None:
+    """DINO, CLIP-I, CLIP-T, PRES and DIV, each with its interval, the base model's and the photographs' own."""
+    draw_comparisons(run)
+    _prepare_encoders(run)
+    found = features(run)
+    drawn = {kind: [run.outputs(stage)[n] for n in names] for kind, (stage, names) in pictures(run).items()}
+    stage = run.workspace.stage("scores", {"encoders": run.model_digest("encoders"), "pictures": drawn})
+    if not stage.done():
+        stage.write(SCORES, json.dumps({name: asdict(score) for name, score in _scores(run, found).items()}, indent=1).encode())
+        stage.finish()
+    run.say(table(run))
+
+
+def draw_comparisons(run: Run) -> None:
+    """By the base model, the prompts and the class; by the fine-tuned one the class: the same seeds before and after."""
+    how, config = run.config.generate, run.config
+    draw(run, "before-images", "base-model", how, output_rows(run), {"seed": config.seed})
+    rows = class_rows(run, CLASS_PICTURES if not config.prior.drawn else min(CLASS_PICTURES, config.prior.drawn))
+    of_class = {"prompt": config.class_prompt, "seed": config.seed}
+    if not config.prior.drawn:
+        draw(run, "class-before-images", "base-model", config.prior, rows, of_class)
+    draw(run, "class-after-images", "fine-tuned-model", config.prior, rows, of_class)
+
+
+def pictures(run: Run) -> dict[str, tuple[str, list[str]]]:
+    """Stage and files of each of KINDS. What the base draws of the class are the class images, where there are any."""
+    stages = {kind: f"{kind}-images" for kind in KINDS}
+    if run.config.prior.drawn:
+        stages["class-before"] = "class-images"
+    return {kind: (stage, run.facts(stage)["pictures"][: CLASS_PICTURES if "class" in kind else None]) for kind, stage in stages.items()}
+
+
+def _prepare_encoders(run: Run) -> None:
+    """Both encoders into the storage, from the hub, a folder, or mini."""
+    names = {"dino": run.config.evaluate.dino, "clip": run.config.evaluate.clip}
+    stage = run.workspace.stage("encoders", names)
+    if stage.done():
+        return
+    facts = {}
+    for part, model in names.items():
+        source = _mini(part) if model == "mini" else local_source(model)
+        target = stage.partial / part
+        if source is None:
+            from raybooth import hub
+
+            facts[part] = commit = hub.resolve(model, None)
+            run.say(f"encoders: {model} at {commit}")
+            hub.fetch_model(model, commit, target, _needed)
+        else:
+            for name in _needed(files_under(source), source):
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, target / name)
+    stage.finish(facts, only=files_under(stage.partial))
+
+
+def _mini(part: str) -> Path:
+    from raybooth.families import mini_folder
+
+    return mini_folder() / {"dino": "vit", "clip": "clip"}[part]
+
+
+def _needed(names: list[str], folder: Path) -> list[str]:
+    wanted = [n for n in names if "/" not in n and (n.endswith((".json", ".txt")) or n == "model.safetensors")]
+    if "model.safetensors" not in wanted:
+        raise RayboothError(f"The encoder for {folder.name} has no model.safetensors, and pickled weights are refused: name another one in [evaluate].")
+    return wanted
+
+
+def scored_prompt(run: Run, prompt: str) -> str:
+    """What CLIP is asked: the token means nothing to it, so the class stands in its place."""
+    subject = run.config.subject
+    return prompt.replace(subject.name, f"a {subject.class_name}").replace(subject.token, subject.class_name)
+
+
+def features(run: Run) -> dict[str, dict[str, Array]]:
+    """By kind of picture and by prompt (under "prompts"), stacked in the order of the pictures; only what is new is computed."""
+    from raybooth import jobs
+    from raybooth.cluster.rows import map_rows
+
+    rows: dict[str, dict[str, Any]] = {}
+    order: dict[str, list[str]] = {}
+    for kind, (folder, names) in pictures(run).items():
+        outputs = run.outputs(folder)
+        order[kind] = [f"{outputs[name][:32]}.safetensors" for name in names]
+        rows |= {n: {"file": run.workspace.root / folder / name} for n, name in zip(order[kind], names, strict=True)}
+    prompts = [scored_prompt(run, r["prompt"]) for r in output_rows(run)]
+    order["prompts"] = [jobs.prompt_name(p) for p in prompts]
+    rows |= {jobs.prompt_name(p): {"prompt": p} for p in prompts}
+    stage = run.workspace.stage("features", {"encoders": run.model_digest("encoders")})
+    missing = stage.missing(rows)
+    work = [{"name": n, **({"prompt": r["prompt"]} if "prompt" in r else {"picture": r["file"].read_bytes()})} for n, r in rows.items() if n in set(missing)]
+    if work:
+        done = map_rows(
+            partial(jobs.featurizer, run.workspace.uri), work, batch=16, have=run.ray,
+            samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, "encoders"),
+        )  # fmt: skip
+        for name, data in run.progress(done, len(work), "evaluate", "picture"):
+            stage.write(name, data)
+    stage.finish(only=rows)
+    return {kind: _stacked([stage.folder / n for n in names]) for kind, names in order.items()}
+
+
+def _stacked(files: list[Path]) -> dict[str, Array]:
+    from safetensors.numpy import load_file
+
+    loaded = [load_file(f) for f in files]
+    return {k: np.stack([one[k] for one in loaded]).astype(np.float32) for k in loaded[0]} if loaded else {}
+
+
+def _scores(run: Run, found: dict[str, dict[str, Array]]) -> dict[str, Score]:
+    photographs, before, after, class_before, class_after = (found[k] for k in KINDS)
+    texts, each = found["prompts"]["clip"], run.config.generate.images_per_prompt
+    several = len(photographs["dino"]) > 1
+    own = {k: float(among(photographs[k]).mean()) if several else None for k in ("dino", "clip")}
+
+    def similar(drawn: dict[str, Array], base: dict[str, Array], by: str) -> Score:
+        return scored(to_subject(drawn[by], photographs[by]), float(to_subject(base[by], photographs[by]).mean()), own[by])
+
+    def by_prompt(drawn: dict[str, Array]) -> list[Array]:
+        patches = drawn["patches"]
+        return [patches[i : i + each] for i in range(0, len(patches), each)]
+
+    scores = {
+        "dino": similar(after, before, "dino"),
+        "clip_i": similar(after, before, "clip"),
+        "clip_t": scored(to_prompt(after["clip"], texts), float(to_prompt(before["clip"], texts).mean())),
+        "pres": similar(class_after, class_before, "dino"),
+    }
+    if each > 1:
+        alike = float(diversity([photographs["patches"]])[0]) if several else None
+        scores["div"] = scored(diversity(by_prompt(after)), float(diversity(by_prompt(before)).mean()), alike)
+    return scores
+
+
+def read(run: Run) -> dict[str, Score]:
+    """The scores of a run that was evaluated.
+
+    Raises:
+        RayboothError: if it was not.
+    """
+    run.workspace.manifest("scores")
+    return {k: Score(**v) for k, v in json.loads((run.workspace.root / "scores" / SCORES).read_text()).items()}
+
+
+def table(run: Run) -> str:
+    """A line a score, for people."""
+    lines = [f"{'':<62}{'now':>7}  {'95% interval':>14}  {'base':>6}  {'photographs':>11}"]
+    for name, score in read(run).items():
+        base, own = (f"{x:.3f}" if x is not None else "-" for x in (score.floor, score.ceiling))
+        text = NAMES[name].replace("{class}", run.config.subject.class_name)
+        lines.append(f"{text:<62}{score.value:>7.3f}  {f'{score.low:.3f}-{score.high:.3f}':>14}  {base:>6}  {own:>11}")
+    return "\n".join(lines)
+
+
+def before_after(run: Run) -> Path:
+    """`before-after.png`: the photographs; prompts and seeds before and after; class pictures before and after."""
+    images = {kind: run.images(stage)[: len(names)] for kind, (stage, names) in pictures(run).items()}
+    each, rows = run.config.generate.images_per_prompt, output_rows(run)
+    lines = [("the photographs", images["instance"])]
+    for i in range(0, len(rows), each):
+        lines += [(f"{rows[i]['prompt']}: {when}", images[kind][i : i + each]) for when, kind in (("before", "before"), ("after", "output"))]
+    lines += [(f"{run.config.class_prompt}: {when}", images[f"class-{when}"][:8]) for when in ("before", "after")]
+    path = run.workspace.root / "before-after.png"
+    write_atomically(path, png(contact_sheet(lines)))
+    run.workspace.push(path.name)
+    return path
+
+
+ALL = {**STAGES, "evaluate": evaluate}
+"""The verbs of the command line that are stages."""

@@ -15,6 +15,7 @@ from raybooth.mini import FOLDER
 from raybooth.mini.world import render, subject_scenes
 from raybooth.score import Score, among, diversity, scored, to_prompt, to_subject
 from raybooth.session import Run
+from raybooth.stages import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_the_stage_scores_a_run_and_does_nothing_twice(tmp_path: Path, photos: P
         subject={"photos": [str(photos)], "class": "dog"}, base={"model": "mini"}, storage=str(tmp_path),
     )  # fmt: skip
     with Run(made) as run:
-        for stage in evaluation.ALL.values():
+        for stage in (*STAGES.values(), evaluation.evaluate):
             stage(run)
         scores = evaluation.read(run)
         assert set(scores) == {"dino", "clip_i", "clip_t", "pres", "div"}

@@ -10,8 +10,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "raybooth"
 LAYERS = [
-    {"__main__", "__init__"}, {"cli", "api", "demo", "doctor"}, {"evaluation"}, {"stages", "plan"}, {"base_model"}, {"session", "jobs", "tuning", "log"},
-    {"flops"}, {"method"}, {"cluster"},
+    {"__main__", "__init__"}, {"cli", "api", "demo", "doctor"}, {"reporting"}, {"evaluation"}, {"stages", "plan"}, {"base_model"},
+    {"session", "jobs", "tuning", "log"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "checkpoint"}, {"families", "loss", "noise", "lora", "optim", "photos", "hub"},
     {"config", "workspace"}, {"errors"},
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from raybooth import evaluation, stages
+from raybooth import reporting, stages
 from raybooth.config import Config
 from raybooth.session import Run
 
@@ -11,7 +11,7 @@ def _verb(*names: str) -> Callable[[Config], Run]:
     def call(config: Config) -> Run:
         with Run(config) as made:
             for name in names:
-                evaluation.ALL[name](made)
+                reporting.ALL[name](made)
         return made
 
     call.__doc__ = f"Do {', '.join(names)} for `config`, as far as it is not done. Returns the Run, whose `images()` are PIL pictures."
@@ -25,3 +25,4 @@ encode = _verb("encode")
 finetune = _verb("finetune")
 generate = _verb("generate")
 evaluate = _verb("evaluate")
+report = _verb("report")

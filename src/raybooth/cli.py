@@ -21,6 +21,7 @@ VERBS = {
     "finetune": "fine-tune the base model",
     "generate": "draw with the fine-tuned model",
     "evaluate": "score the pictures: the subject, the prompts, the class; before and after",
+    "report": "one page of it all, report.html, that opens anywhere",
 }
 
 
@@ -113,7 +114,7 @@ def _quieten() -> None:
 
 def _run(args: argparse.Namespace) -> None:
     config = config_of(args)
-    from raybooth.evaluation import ALL
+    from raybooth.reporting import ALL
     from raybooth.session import Run
     from raybooth.stages import STAGES
 

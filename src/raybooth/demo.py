@@ -82,6 +82,7 @@ def demo(storage: str, overrides: list[str], quiet: bool = False) -> Scores:
         sheet = evaluation.before_after(run)
         scores = score(run)
     print(f"\n{scores}\n\nlook at   {sheet}\npictures  {run.workspace.root / 'output-images'}\nmodel     {run.model_folder}  (opens in plain diffusers)")
+    print(f"one page  raybooth report --storage {storage}")
     return scores
 
 

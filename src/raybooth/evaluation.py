@@ -14,7 +14,7 @@ from raybooth.errors import RayboothError
 from raybooth.photos import contact_sheet, png
 from raybooth.score import Array, Score, among, diversity, scored, to_prompt, to_subject
 from raybooth.session import Run
-from raybooth.stages import STAGES, class_rows, draw, model_bytes, output_rows
+from raybooth.stages import class_rows, draw, model_bytes, output_rows
 from raybooth.workspace import files_under, write_atomically
 
 KINDS = ("instance", "before", "output", "class-before", "class-after")
@@ -127,7 +127,8 @@ def features(run: Run) -> dict[str, dict[str, Array]]:
         )  # fmt: skip
         for name, data in run.progress(done, len(work), "evaluate", "picture"):
             stage.write(name, data)
-    stage.finish(only=rows)
+    if work or not stage.done(rows):
+        stage.finish(only=rows)
     return {kind: _stacked([stage.folder / n for n in names]) for kind, names in order.items()}
 
 
@@ -195,7 +196,3 @@ def before_after(run: Run) -> Path:
     write_atomically(path, png(contact_sheet(lines)))
     run.workspace.push(path.name)
     return path
-
-
-ALL = {**STAGES, "evaluate": evaluate}
-"""The verbs of the command line that are stages."""

@@ -184,10 +184,14 @@ def generate(run: Run) -> None:
     draw(run, "output-images", "fine-tuned-model", run.config.generate, output_rows(run), {"seed": run.config.seed})
 
 
-def output_rows(run: Run, subject: str | None = None) -> list[dict[str, Any]]:
+def output_prompts(run: Run) -> list[str]:
+    return [run.config.fill(p) for p in run.config.generate.prompts]
+
+
+def output_rows(run: Run) -> list[dict[str, Any]]:
     """One row a picture: the same seeds for every prompt, so that columns compare. Names start with the prompt's words."""
     rows = []
-    for prompt in (run.config.fill(p) for p in run.config.generate.prompts):
+    for prompt in output_prompts(run):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48]
         for k in range(run.config.generate.images_per_prompt):
             name = f"{slug}-{digest(prompt)[:8]}-{k:03d}.png"

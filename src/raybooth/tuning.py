@@ -74,7 +74,7 @@ def finetuner(
                     save(folder, modules, workspace.root / target)
             workspace.push_tree(target)
         log.close()
-        return {"history": log.rows, "steps_per_second": log.rate()}
+        return {"history": log.rows, "steps_per_second": log.rate(), "where": group.where}
 
     return loop
 

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -59,6 +60,7 @@ class Stage:
         self.folder = workspace.root / name
         self.key = digest(inputs)
         self.partial = self.folder / f".partial-{self.key[:16]}"
+        self.began = time.monotonic()
         workspace.pull(name)
         self._complete_interrupted_finish()
 
@@ -120,6 +122,7 @@ class Stage:
             "digest": self.key,
             "inputs": self.inputs,
             "facts": facts or {},
+            "seconds": round(time.monotonic() - self.began, 1),
             "outputs": dict(sorted(outputs.items())),
         }
         write_atomically(self.partial / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())

@@ -30,6 +30,14 @@ class Group:
         if self.device.type == "cpu":
             torch.set_num_threads(threads)
 
+    @property
+    def where(self) -> str:
+        """For people: how many workers, on what."""
+        import torch
+
+        each = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
+        return f"{self.world} worker{'s' * (self.world > 1)} on {each}{' each' * (self.world > 1)}"
+
     def wrap(self, module: Any) -> Any:
         import ray.train.torch
 

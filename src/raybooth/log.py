@@ -32,7 +32,7 @@ class Log:
         kept = self.path.read_text().splitlines() if start and self.path.exists() else []
         self.rows: list[Row] = [row for row in map(json.loads, kept) if row["step"] <= start]
         self.writes = trackers is not None
-        self.trackers = [TRACKERS[name](workspace, start) for name in trackers or ()]
+        self.trackers = [_started(name, workspace, start) for name in trackers or ()]
         self.times: list[tuple[int, float]] = []
 
     def write(self, step: int, metrics: Row) -> Row:
@@ -81,6 +81,17 @@ def peak_memory() -> int:
             return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _started(name: str, workspace: Workspace, start: int) -> Tracker:
+    try:
+        return TRACKERS[name](workspace, start)
+    except RayboothError:
+        raise
+    except Exception as error:  # of a service that is not there, say: whatever its package raises
+        raise RayboothError(
+            f"finetune.trackers names '{name}', which does not start ({error}): set it up as its documentation says, or leave it out."
+        ) from error
 
 
 def _tensorboard(workspace: Workspace, start: int) -> Tracker:

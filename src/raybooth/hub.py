@@ -117,5 +117,5 @@ def _explained(repo: str, revision: str | None, kind: str = "model") -> Iterator
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RayboothError(
             f"The hub {hub} cannot be reached for the {kind} {repo} ({reason}): check the network and run the same command again, "
-            "give a local folder with --base, or try '--base mini', which needs no download."
+            "or name a local folder instead; '--base mini' needs no download."
         ) from None

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,9 +95,19 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+class _Tracker(MemTracker):
+    """Keeps the peak of the whole: torch's looks at every module at every operation for theirs, minutes for a large model."""
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        for device, now in self._curr_mem_snap.items():
+            total = sum(size for kind, size in now.items() if str(kind) != "Total")
+            if self._peak_mem.get(device, 0) < total:
+                self._peak_mem[device], self._peak_mem_snap[device] = total, dict(now)
+
+
 def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ...], side: int, device: str) -> dict[str, int]:
     """Memory at the peak, by part, of the second step of one worker: the optimizer has its state then."""
-    finetune, tracker = config.finetune, MemTracker()
+    finetune, tracker = config.finetune, _Tracker()
     rows = rows_of_pass(config.prior, finetune, config.cluster.worker_range[0])
     modules = [loaded.modules[part] for part in trained]
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]

@@ -217,7 +217,7 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor(settings.schedule, step, settings.steps, settings.warmup)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm, foreach=True)
+        norm = self._clip(settings.max_grad_norm)
         if self.scaler.is_enabled():  # an overflow is the scaler's business: it skips the step and lowers its scale
             norm = norm.nan_to_num(0, 0, 0)
         self.scaler.step(self.optimizer)
@@ -227,6 +227,14 @@ class _Loop:
         self.done += 1
         if self.average:
             self.average.update(self.done)
+
+    def _clip(self, bound: float) -> Tensor:
+        """torch's clip_grad_norm_; returns the norm before it."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None], foreach=True)
+        # Below the bound it multiplies by one. A CPU can be asked for that without waiting; a GPU cannot.
+        if self.device.type != "cpu" or norm > bound:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), bound, norm, foreach=True)
+        return norm
 
     def _backward(self, every: list[int], places: Sequence[int], used: Tensor, last: bool) -> None:
         settings, data = self.settings, self.data

@@ -31,126 +31,124 @@ class Hub:
         return "0" * 64 if path.name in self.lies else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
 
-        def log_message(self, *args: object) -> None:
-            pass
+    def log_message(self, *args: object) -> None:
+        pass
 
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
 
-        def do_GET(self) -> None:
-            self.answer(body=True)
+    def do_GET(self) -> None:
+        self.answer(body=True)
 
-        def answer(self, body: bool) -> None:
-            path = unquote(urlparse(self.path).path)
-            hub.asked.append((self.command, path, self.headers.get("Range", "")))
-            if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
-                self.info(f"{found[1]}/{found[2]}", found[3], body)
-            elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/.*)?", path):
-                self.tree(f"{found[1]}/{found[2]}", body)
-            elif found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-                self.file(f"{'datasets' if found[1] else 'models'}/{found[2]}", found[3], found[4], body)
-            else:
-                self.refuse("EntryNotFound")
+    def answer(self, body: bool) -> None:
+        path = unquote(urlparse(self.path).path)
+        self.hub.asked.append((self.command, path, self.headers.get("Range", "")))
+        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            self.info(f"{found[1]}/{found[2]}", found[3], body)
+        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/.*)?", path):
+            self.tree(f"{found[1]}/{found[2]}", body)
+        elif found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.file(f"{'datasets' if found[1] else 'models'}/{found[2]}", found[3], found[4], body)
+        else:
+            self.refuse("EntryNotFound")
 
-        def refuse(self, code: str, status: int = 404) -> None:
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+    def refuse(self, code: str, status: int = 404) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
-        def known(self, repo: str, revision: str | None) -> Path | None:
-            if repo not in hub.folders:
-                self.refuse("RepoNotFound")
-            elif revision not in (None, "main", COMMIT):
-                self.refuse("RevisionNotFound")
-            else:
-                return hub.folders[repo]
+    def known(self, repo: str, revision: str | None) -> Path | None:
+        if repo not in self.hub.folders:
+            self.refuse("RepoNotFound")
+        elif revision not in (None, "main", COMMIT):
+            self.refuse("RevisionNotFound")
+        else:
+            return self.hub.folders[repo]
+        return None
+
+    def json(self, value: object, body: bool) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def info(self, repo: str, revision: str | None, body: bool) -> None:
+        if (folder := self.known(repo, revision)) is None:
+            return
+        siblings = []
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            size = file.stat().st_size
+            one = {"rfilename": file.relative_to(folder).as_posix(), "size": size, "blobId": self.hub.sha256(file)[:40]}
+            if file.suffix == ".safetensors":
+                one["lfs"] = {"sha256": self.hub.sha256(file), "size": size, "pointerSize": 134}
+            siblings.append(one)
+        self.json(
+            {
+                "id": repo.partition("/")[2],
+                "modelId": repo.partition("/")[2],
+                "sha": COMMIT,
+                "siblings": siblings,
+                "tags": [],
+                "private": False,
+                "downloads": 0,
+            },
+            body,
+        )
+
+    def tree(self, repo: str, body: bool) -> None:
+        folder = self.hub.folders[repo]
+        rows = [
+            {"type": "file", "path": p.relative_to(folder).as_posix(), "size": p.stat().st_size, "oid": self.hub.sha256(p)[:40]}
+            for p in sorted(folder.rglob("*")) if p.is_file()
+        ]  # fmt: skip
+        self.json(rows, body)
+
+    def file(self, repo: str, revision: str, name: str, body: bool) -> None:
+        if (folder := self.known(repo, revision)) is None:
             return None
-
-        def json(self, value: object, body: bool) -> None:
-            data = json.dumps(value).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            if body:
-                self.wfile.write(data)
-
-        def info(self, repo: str, revision: str | None, body: bool) -> None:
-            if (folder := self.known(repo, revision)) is None:
-                return
-            siblings = []
-            for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-                size = file.stat().st_size
-                one = {"rfilename": file.relative_to(folder).as_posix(), "size": size, "blobId": hub.sha256(file)[:40]}
-                if file.suffix == ".safetensors":
-                    one["lfs"] = {"sha256": hub.sha256(file), "size": size, "pointerSize": 134}
-                siblings.append(one)
-            self.json(
-                {
-                    "id": repo.partition("/")[2],
-                    "modelId": repo.partition("/")[2],
-                    "sha": COMMIT,
-                    "siblings": siblings,
-                    "tags": [],
-                    "private": False,
-                    "downloads": 0,
-                },
-                body,
-            )
-
-        def tree(self, repo: str, body: bool) -> None:
-            folder = hub.folders[repo]
-            rows = [
-                {"type": "file", "path": p.relative_to(folder).as_posix(), "size": p.stat().st_size, "oid": hub.sha256(p)[:40]}
-                for p in sorted(folder.rglob("*")) if p.is_file()
-            ]  # fmt: skip
-            self.json(rows, body)
-
-        def file(self, repo: str, revision: str, name: str, body: bool) -> None:
-            if (folder := self.known(repo, revision)) is None:
-                return None
-            path = folder / name
-            if not path.is_file():
-                return self.refuse("EntryNotFound")
-            if hub.cut_after == 0 and name.endswith(".safetensors"):
-                return self.refuse("", 403)
-            data = path.read_bytes()
-            asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            start = int(asked[1]) if asked else 0
-            self.send_response(206 if start else 200)
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("ETag", f'"{hub.sha256(path)}"')
-            self.send_header("X-Linked-Size", str(len(data)))
-            self.send_header("X-Linked-Etag", f'"{hub.sha256(path)}"')
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(len(data) - start))
-            if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-            self.end_headers()
-            if not body:
-                return None
-            if hub.cut_after and name.endswith(".safetensors"):
-                self.wfile.write(data[start : start + hub.cut_after])
-                self.wfile.flush()
-                hub.cut_after = 0
-                self.close_connection = True
-                self.connection.shutdown(2)
-                return None
-            self.wfile.write(data[start:])
+        path = folder / name
+        if not path.is_file():
+            return self.refuse("EntryNotFound")
+        if self.hub.cut_after == 0 and name.endswith(".safetensors"):
+            return self.refuse("", 403)
+        data = path.read_bytes()
+        asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(asked[1]) if asked else 0
+        self.send_response(206 if start else 200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{self.hub.sha256(path)}"')
+        self.send_header("X-Linked-Size", str(len(data)))
+        self.send_header("X-Linked-Etag", f'"{self.hub.sha256(path)}"')
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.end_headers()
+        if not body:
             return None
-
-    return Handler
+        if self.hub.cut_after and name.endswith(".safetensors"):
+            self.wfile.write(data[start : start + self.hub.cut_after])
+            self.wfile.flush()
+            self.hub.cut_after = 0
+            self.close_connection = True
+            self.connection.shutdown(2)
+            return None
+        self.wfile.write(data[start:])
+        return None
 
 
 @contextmanager
 def serving() -> Iterator[Hub]:
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,6 +1,7 @@
 """The scores against plain transformers, against pictures whose order is known, and as a stage."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 
 from raybooth import config, evaluation
 from raybooth.encoders import clip, vit
+from raybooth.errors import RayboothError
 from raybooth.mini import FOLDER
 from raybooth.mini.world import render, subject_scenes
 from raybooth.score import Score, among, diversity, scored, to_prompt, to_subject
@@ -105,3 +107,18 @@ def test_the_stage_scores_a_run_and_does_nothing_twice(tmp_path: Path, photos: P
         assert {p: p.stat().st_mtime_ns for p in before} == before
     assert json.loads((tmp_path / "scores" / "scores.json").read_text())["clip_t"]["ceiling"] is None
     assert "DINO    looks like the subject" in capsys.readouterr().err
+
+
+def test_an_encoder_that_changed_in_its_folder_is_taken_anew(tmp_path: Path):
+    encoder = tmp_path / "encoder"
+    shutil.copytree(FOLDER / "vit", encoder)
+    made = config.load(None, [f"evaluate.dino={encoder}"], subject={"class": "dog"}, base={"model": "mini"}, storage=str(tmp_path / "run"))
+    with Run(made) as run:
+        evaluation._prepare_encoders(run)
+        before = run.model_digest("encoders")
+        (encoder / "notes.json").write_text("{}")
+        evaluation._prepare_encoders(run)
+        assert run.model_digest("encoders") != before
+        (encoder / "model.safetensors").rename(encoder / "pytorch_model.bin")
+        with pytest.raises(RayboothError, match="The encoder encoder has no model"):
+            evaluation._prepare_encoders(run)

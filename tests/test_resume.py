@@ -1,5 +1,6 @@
 """Fine-tuning that is killed and goes on ends in the bits of the run that was not. RAYBOOTH_KILLS=20 kills that many times."""
 
+import json
 import os
 import random
 import shutil
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 from test_pipeline import LONGER as SETTINGS
 from test_pipeline import apart, call, command, contents
 
@@ -104,5 +106,9 @@ def test_adapters_go_through_all_stages(tmp_path: Path, unbroken: Path, toy: Pat
     assert not (tmp_path / "class-images").exists()
     assert [p.name for p in sorted((tmp_path / "fine-tuned-model").iterdir())] == ["manifest.json", "pytorch_lora_weights.safetensors"]
     assert len(list((tmp_path / "output-images").glob("photo-*.png"))) == 4
-    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
+    readings = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(readings) == 4
+    flops = [r["flops_per_second"] / r["images_per_second"] for r in readings[1:]]  # of a picture
+    assert flops == pytest.approx(flops[:1] * 3)
+    assert flops[0] > 1e6
     assert list((tmp_path / "tensorboard").iterdir())

@@ -21,11 +21,11 @@ def prepare_base(run: Run) -> None:
         stage = run.workspace.stage("base-model", {"repo": base.model, "revision": base.pinned_revision})
     elif source.is_file():
         check_weights(source.parent, [source.name])
-        stage = run.workspace.stage("base-model", {"files": _stats(source.parent, [source.name]), "configuration": base.configuration})
+        stage = run.workspace.stage("base-model", {"files": stats(source.parent, [source.name]), "configuration": base.configuration})
     else:
         names = _needed_of_folder(source)
         check_weights(source, names)
-        stage = run.workspace.stage("base-model", {"files": _stats(source, names)})
+        stage = run.workspace.stage("base-model", {"files": stats(source, names)})
     if stage.done():
         return run.say("base-model: up to date")
     facts = {"source": base.model}
@@ -42,7 +42,8 @@ def prepare_base(run: Run) -> None:
     stage.finish(facts, only=files_under(stage.partial))
 
 
-def _stats(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:
+def stats(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:
+    """Name, size and time of files: whether they are still those that were copied."""
     return [(n, (folder / n).stat().st_size, (folder / n).stat().st_mtime_ns) for n in names]
 
 

@@ -1,11 +1,12 @@
 """What this machine has, and what to expect of it."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
 import urllib.error
 import urllib.request
+
+from raybooth.reporting import version
 
 SHOWN = ("torch", "ray", "diffusers", "transformers", "huggingface_hub", "safetensors", "pillow", "pydantic")
 
@@ -14,7 +15,7 @@ def report() -> str:
     """One line a fact, plain text."""
     lines = [
         f"python       {platform.python_version()} on {platform.platform(terse=True)}",
-        f"versions     {', '.join(f'{name} {_version(name)}' for name in SHOWN)}",
+        f"versions     {', '.join(f'{name} {version(name)}' for name in SHOWN)}",
         f"processors   {len(os.sched_getaffinity(0))}",
         f"memory       {_memory()}",
         f"disk         {shutil.disk_usage('.').free / 2**30:.0f} GiB free here",
@@ -26,13 +27,6 @@ def report() -> str:
         _expectation(),
     ]
     return "\n".join(lines)
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _memory() -> str:

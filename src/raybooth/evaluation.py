@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from raybooth.base_model import local_source
+from raybooth.base_model import local_source, stats
 from raybooth.errors import RayboothError
 from raybooth.photos import contact_sheet, png
 from raybooth.score import Array, Score, among, diversity, scored, to_prompt, to_subject
@@ -31,8 +31,8 @@ NAMES = {
 
 def evaluate(run: Run) -> None:
     """DINO, CLIP-I, CLIP-T, PRES and DIV, each with its interval, the base model's and the photographs' own."""
-    draw_comparisons(run)
-    _prepare_encoders(run)
+    _prepare_encoders(run)  # first: what cannot be fetched shows before anything is drawn
+    _draw_comparisons(run)
     found = features(run)
     drawn = {kind: [run.outputs(stage)[n] for n in names] for kind, (stage, names) in pictures(run).items()}
     stage = run.workspace.stage("scores", {"encoders": run.model_digest("encoders"), "pictures": drawn})
@@ -42,11 +42,11 @@ def evaluate(run: Run) -> None:
     run.say(table(run))
 
 
-def draw_comparisons(run: Run) -> None:
+def _draw_comparisons(run: Run) -> None:
     """By the base model, the prompts and the class; by the fine-tuned one the class: the same seeds before and after."""
     how, config = run.config.generate, run.config
     draw(run, "before-images", "base-model", how, output_rows(run), {"seed": config.seed})
-    rows = class_rows(run, CLASS_PICTURES if not config.prior.drawn else min(CLASS_PICTURES, config.prior.drawn))
+    rows = class_rows(run, min(CLASS_PICTURES, config.prior.drawn or CLASS_PICTURES))
     of_class = {"prompt": config.class_prompt, "seed": config.seed}
     if not config.prior.drawn:
         draw(run, "class-before-images", "base-model", config.prior, rows, of_class)
@@ -63,14 +63,15 @@ def pictures(run: Run) -> dict[str, tuple[str, list[str]]]:
 
 def _prepare_encoders(run: Run) -> None:
     """Both encoders into the storage, from the hub, a folder, or mini."""
-    names = {"dino": run.config.evaluate.dino, "clip": run.config.evaluate.clip}
-    stage = run.workspace.stage("encoders", names)
+    models = {"dino": run.config.evaluate.dino, "clip": run.config.evaluate.clip}
+    sources = {part: _mini(part) if model == "mini" else local_source(model) for part, model in models.items()}
+    files = {part: _needed(files_under(source), source) for part, source in sources.items() if source}
+    stage = run.workspace.stage("encoders", {p: stats(source, files[p]) if source else models[p] for p, source in sources.items()})
     if stage.done():
         return
     facts = {}
-    for part, model in names.items():
-        source = _mini(part) if model == "mini" else local_source(model)
-        target = stage.partial / part
+    for part, source in sources.items():
+        model, target = models[part], stage.partial / part
         if source is None:
             from raybooth import hub
 
@@ -78,8 +79,8 @@ def _prepare_encoders(run: Run) -> None:
             run.say(f"encoders: {model} at {commit}")
             hub.fetch_model(model, commit, target, _needed)
         else:
-            for name in _needed(files_under(source), source):
-                target.mkdir(parents=True, exist_ok=True)
+            target.mkdir(parents=True, exist_ok=True)
+            for name in files[part]:
                 shutil.copyfile(source / name, target / name)
     stage.finish(facts, only=files_under(stage.partial))
 
@@ -93,11 +94,11 @@ def _mini(part: str) -> Path:
 def _needed(names: list[str], folder: Path) -> list[str]:
     wanted = [n for n in names if "/" not in n and (n.endswith((".json", ".txt")) or n == "model.safetensors")]
     if "model.safetensors" not in wanted:
-        raise RayboothError(f"The encoder for {folder.name} has no model.safetensors, and pickled weights are refused: name another one in [evaluate].")
+        raise RayboothError(f"The encoder {folder.name} has no model.safetensors, and pickled weights are refused: name another one in [evaluate].")
     return wanted
 
 
-def scored_prompt(run: Run, prompt: str) -> str:
+def _scored_prompt(run: Run, prompt: str) -> str:
     """What CLIP is asked: the token means nothing to it, so the class stands in its place."""
     subject = run.config.subject
     return prompt.replace(subject.name, f"a {subject.class_name}").replace(subject.token, subject.class_name)
@@ -114,7 +115,7 @@ def features(run: Run) -> dict[str, dict[str, Array]]:
         outputs = run.outputs(folder)
         order[kind] = [f"{outputs[name][:32]}.safetensors" for name in names]
         rows |= {n: {"file": run.workspace.root / folder / name} for n, name in zip(order[kind], names, strict=True)}
-    prompts = [scored_prompt(run, r["prompt"]) for r in output_rows(run)]
+    prompts = [_scored_prompt(run, r["prompt"]) for r in output_rows(run)]
     order["prompts"] = [jobs.prompt_name(p) for p in prompts]
     rows |= {jobs.prompt_name(p): {"prompt": p} for p in prompts}
     stage = run.workspace.stage("features", {"encoders": run.model_digest("encoders")})

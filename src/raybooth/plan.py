@@ -100,9 +100,8 @@ class _Tracker(MemTracker):
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         for device, now in self._curr_mem_snap.items():
-            total = sum(size for kind, size in now.items() if str(kind) != "Total")
-            if self._peak_mem.get(device, 0) < total:
-                self._peak_mem[device], self._peak_mem_snap[device] = total, dict(now)
+            if self._peak_mem.get(device, 0) < now["Total"]:
+                self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
 
 
 def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ...], side: int, device: str) -> dict[str, int]:

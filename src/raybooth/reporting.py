@@ -16,7 +16,7 @@ from raybooth.errors import RayboothError
 from raybooth.score import Score
 from raybooth.session import Run
 from raybooth.stages import STAGES, output_prompts
-from raybooth.workspace import write_atomically
+from raybooth.workspace import read_manifest, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,16 +59,17 @@ class Line:
 
 
 def report(run: Run) -> Path:
-    """Write `report.html` of an evaluated run, from its manifests and pictures.
+    """Evaluate a run, as far as it is not done, and write `report.html` from its manifests and pictures.
 
     Raises:
-        RayboothError: if the run was not evaluated, or the packages that draw are not installed.
+        RayboothError: if the packages that draw are not installed, or the run is not complete.
     """
     try:
         import jinja2
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise RayboothError(f"The report needs {error.name}: pip install 'raybooth[report]'.") from None
+    evaluation.evaluate(run)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("raybooth"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     html = environment.get_template("report.html.j2").render(**_facts(run))
     path = run.workspace.root / FILE
@@ -83,7 +84,7 @@ def _facts(run: Run) -> dict[str, Any]:
     shown = evaluation.pictures(run)
     images = {kind: [run.workspace.root / stage / n for n in names] for kind, (stage, names) in shown.items()}
     each, prompts = config.generate.images_per_prompt, output_prompts(run)
-    manifests = {stage: run.workspace.manifest(stage) for stage in MADE if (run.workspace.root / stage).is_dir()}
+    manifests = {stage: m for stage in MADE if (m := read_manifest(run.workspace.root / stage))}
     return {
         "subject": config.subject,
         "base": manifests["base-model"]["facts"].get("source", config.base.model),
@@ -99,13 +100,14 @@ def _facts(run: Run) -> dict[str, Any]:
         "times": _svg(_bars({stage: m["seconds"] for stage, m in manifests.items() if "seconds" in m})),
         "where": manifests["fine-tuned-model"]["facts"].get("where", "an earlier version"),
         "configuration": json.dumps(config.model_dump(by_alias=True, mode="json"), indent=2, ensure_ascii=False),
-        "versions": [(name, _version(name)) for name in VERSIONS],
+        "versions": [(name, version(name)) for name in VERSIONS],
         "digests": [(stage, m["digest"]) for stage, m in manifests.items()],
         "command": f"raybooth run {shlex.quote(str(run.workspace.root / 'config.json'))} --storage ANOTHER-FOLDER",
     }
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """Of an installed package, for people."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -154,10 +156,5 @@ def _svg(figure: "Figure") -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def _evaluated(run: Run) -> None:
-    evaluation.evaluate(run)
-    report(run)
-
-
-ALL = {**STAGES, "evaluate": evaluation.evaluate, "report": _evaluated}
+ALL = {**STAGES, "evaluate": evaluation.evaluate, "report": report}
 """Every verb that is a function of a run."""

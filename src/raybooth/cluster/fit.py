@@ -35,7 +35,8 @@ class Group:
         """For people: how many workers, on what."""
         import torch
 
-        each = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
+        threads = torch.get_num_threads()
+        each = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{threads} CPU thread{'s' * (threads > 1)}"
         return f"{self.world} worker{'s' * (self.world > 1)} on {each}{' each' * (self.world > 1)}"
 
     def wrap(self, module: Any) -> Any:
@@ -135,12 +136,13 @@ class _Board:
         self.thread.join(timeout=10)
 
     def _listen(self) -> None:
+        from ray.exceptions import RayError
         from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list
 
         last = False
         while not last:
             last = self.over.wait(0.3)  # after the end once more: the last words count
-            with contextlib.suppress(RuntimeError):  # the head is away
+            with contextlib.suppress(RayError):  # the head is away
                 for key in sorted(_internal_kv_list("", namespace=self.name)):
                     self.heard(json.loads(_internal_kv_get(key, namespace=self.name)))
                     _internal_kv_del(key, namespace=self.name)

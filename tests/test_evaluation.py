@@ -98,7 +98,7 @@ def test_the_stage_scores_a_run_and_does_nothing_twice(tmp_path: Path, photos: P
         for name, score in scores.items():
             assert isinstance(score, Score)
             assert score.low <= score.value <= score.high, name
-        features = evaluation.features(run)
+        features = evaluation.measured(run)
         assert scores["dino"].value == pytest.approx(to_subject(features["output"]["dino"], features["instance"]["dino"]).mean(), abs=1e-6)
         assert scores["dino"].ceiling == pytest.approx(among(features["instance"]["dino"]).mean(), abs=1e-6)
         assert scores["pres"].floor == pytest.approx(to_subject(features["class-before"]["dino"], features["instance"]["dino"]).mean(), abs=1e-6)
@@ -114,11 +114,11 @@ def test_an_encoder_that_changed_in_its_folder_is_taken_anew(tmp_path: Path):
     shutil.copytree(FOLDER / "vit", encoder)
     made = config.load(None, [f"evaluate.dino={encoder}"], subject={"class": "dog"}, base={"model": "mini"}, storage=str(tmp_path / "run"))
     with Run(made) as run:
-        evaluation._prepare_encoders(run)
+        evaluation.prepare_encoders(run)
         before = run.model_digest("encoders")
         (encoder / "notes.json").write_text("{}")
-        evaluation._prepare_encoders(run)
+        evaluation.prepare_encoders(run)
         assert run.model_digest("encoders") != before
         (encoder / "model.safetensors").rename(encoder / "pytorch_model.bin")
         with pytest.raises(RayboothError, match="The encoder encoder has no model"):
-            evaluation._prepare_encoders(run)
+            evaluation.prepare_encoders(run)

@@ -10,9 +10,10 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "raybooth"
 LAYERS = [
-    {"__main__", "__init__"}, {"cli", "api", "demo", "doctor"}, {"reporting"}, {"evaluation"}, {"stages", "plan"}, {"base_model"},
-    {"session", "jobs", "tuning", "log"}, {"flops"}, {"method"}, {"cluster"},
-    {"train", "sample", "score", "encoders", "checkpoint"}, {"families", "loss", "noise", "lora", "optim", "photos", "hub"},
+    {"__main__", "__init__"}, {"cli", "api", "bench", "demo", "doctor"}, {"reporting"}, {"evaluation", "plots"}, {"stages", "plan"}, {"selection"},
+    {"features"}, {"drawing", "base_model", "naming"},
+    {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
+    {"train", "sample", "score", "encoders", "checkpoint"}, {"families", "loss", "noise", "lora", "optim", "dreambench", "photos", "hub"},
     {"config", "workspace"}, {"errors"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers"}
@@ -54,7 +55,7 @@ def test_imports_point_one_way(path: Path):
         return
     for other in ours(path) - {mine}:
         if other == "mini":
-            assert mine in ("families", "demo", "doctor")
+            assert mine in ("families", "bench", "demo", "doctor")
         elif other in {n for names in LAYERS for n in names}:
             assert layer(other) >= layer(mine), f"{mine} imports {other}"
 

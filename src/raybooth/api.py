@@ -10,8 +10,7 @@ from raybooth.session import Run
 def _verb(*names: str) -> Callable[[Config], Run]:
     def call(config: Config) -> Run:
         with Run(config) as made:
-            for name in names:
-                reporting.ALL[name](made)
+            reporting.do(made, names)
         return made
 
     call.__doc__ = f"Do {', '.join(names)} for `config`, as far as it is not done. Returns the Run, whose `images()` are PIL pictures."

@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from raybooth.train import State
 
 FOLDER = "checkpoints"
-_TENSORS = "state.safetensors"
+TENSORS = "state.safetensors"
 
 
 class Checkpoints:
     """Those of one configuration in a storage. `key` is the configuration's digest; others' checkpoints are left alone.
 
     A checkpoint is a folder `<key>-<step>` with its tensors and, written last, a manifest that names their digest.
+
+    Args:
+        recipe: how the weights were trained, kept in the manifest for who opens them.
     """
 
-    def __init__(self, workspace: Workspace, key: str, keep: int):
-        self.workspace, self.key, self.keep = workspace, key, keep
+    def __init__(self, workspace: Workspace, key: str, keep: int, recipe: dict[str, Any] | None = None):
+        self.workspace, self.key, self.keep, self.recipe = workspace, key, keep, recipe or {}
         self.folder = workspace.root / FOLDER
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
@@ -42,6 +45,12 @@ class Checkpoints:
                 return state, notes
             notes.append(f"passed over the checkpoint {path.name}: {problem}")
         return None, notes
+
+    def complete(self) -> dict[int, str]:
+        """The folder in the storage of each step that has a complete one, oldest first."""
+        self.workspace.pull(FOLDER)
+        manifests = {f"{FOLDER}/{path.name}": read_manifest(path) for path in reversed(self._own())}
+        return {m["step"]: name for name, m in manifests.items() if m and m["digest"] == self.key and "recipe" in m}
 
     def save(self, state: "State") -> None:
         """Copy `state` and write it while the steps go on; waits for the one before, and raises what went wrong with it."""
@@ -61,15 +70,15 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         with explained_if_full(self.workspace.storage):
-            save_file(tensors, partial / _TENSORS)
-            _sync(partial / _TENSORS)
-            outputs = {_TENSORS: describe(partial / _TENSORS)}
-            manifest = {"stage": FOLDER, "digest": self.key, "step": step, "scalars": scalars, "outputs": outputs}
+            save_file(tensors, partial / TENSORS)
+            _sync(partial / TENSORS)
+            outputs = {TENSORS: describe(partial / TENSORS)}
+            manifest = {"stage": FOLDER, "digest": self.key, "step": step, "scalars": scalars, "recipe": self.recipe, "outputs": outputs}
             write_atomically(partial / MANIFEST, json.dumps(manifest).encode())
         shutil.rmtree(target, ignore_errors=True)  # a torn one of that step
         os.replace(partial, target)
         _sync(self.folder)
-        for file in (_TENSORS, MANIFEST):
+        for file in (TENSORS, MANIFEST):
             self.workspace.push(f"{FOLDER}/{name}/{file}")
         for old in self._own()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
@@ -95,9 +104,9 @@ def _read(path: Path, key: str) -> "tuple[State | None, str]":
     if manifest["digest"] != key:
         return None, "it belongs to another configuration"
     try:
-        if describe(path / _TENSORS) != manifest["outputs"][_TENSORS]:
+        if describe(path / TENSORS) != manifest["outputs"][TENSORS]:
             return None, "its file is not what its manifest says, it is torn or damaged"
-        return State(manifest["step"], load_file(path / _TENSORS), manifest["scalars"]), ""
+        return State(manifest["step"], load_file(path / TENSORS), manifest["scalars"]), ""
     except (OSError, SafetensorError, KeyError) as error:
         return None, f"it cannot be read ({error})"
 

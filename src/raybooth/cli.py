@@ -40,6 +40,14 @@ def parser() -> argparse.ArgumentParser:
     plan = verbs.add_parser("plan", help="what a run will need: parameters, memory, FLOPs, disk; without a GPU and without weights")
     _settings(plan)
     plan.add_argument("--gpu", metavar="SIZE", help="memory of a GPU, such as 24GiB: does it fit?")
+    token = verbs.add_parser("token", help="rare words of a base model, to name a subject by; subject.token = 'auto' takes the first")
+    _settings(token)
+    bench = verbs.add_parser("bench", help="the DreamBooth paper's protocol: many subjects, a table of scores")
+    bench.add_argument("what", choices=["mini", "dreambench"], help="ten drawn subjects on mini, or a copy of the paper's dataset")
+    bench.add_argument("--subjects", type=Path, metavar="DIR", help="for dreambench: a folder of photographs a subject, and prompts_and_classes.txt")
+    bench.add_argument("--base", metavar="MODEL", help="for dreambench (default: CompVis/stable-diffusion-v1-4)")
+    bench.add_argument("--storage", default="raybooth-bench", help="folder of all runs (default: %(default)s)")
+    bench.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting of all runs; may be repeated")
     verbs.add_parser("doctor", help="what this machine has, and what to expect of it")
     return top
 
@@ -90,6 +98,10 @@ def main(argv: list[str] | None = None) -> int:
             demo(args.storage, args.set)
         elif args.verb == "plan":
             _plan(args)
+        elif args.verb == "token":
+            _token(args)
+        elif args.verb == "bench":
+            _bench(args)
         else:
             _run(args)
     except RayboothError as error:
@@ -114,15 +126,39 @@ def _quieten() -> None:
 
 def _run(args: argparse.Namespace) -> None:
     config = config_of(args)
-    from raybooth.reporting import ALL
+    from raybooth.reporting import do
     from raybooth.session import Run
     from raybooth.stages import STAGES
 
     with Run(config) as run:
-        for name in STAGES if args.verb == "run" else [args.verb]:
-            ALL[name](run)
+        do(run, STAGES if args.verb == "run" else [args.verb])
         if args.verb == "run":
             _tell(run.workspace.root)
+
+
+def _token(args: argparse.Namespace) -> None:
+    if not _settings_of_storage(args):
+        args.class_name = args.class_name or "subject"  # whose name is asked for
+    config = config_of(args)
+    from raybooth import naming
+    from raybooth.base_model import prepare_base
+    from raybooth.session import Run
+
+    with Run(config) as run:
+        prepare_base(run)
+        print(naming.table(naming.proposals(run)))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from raybooth import bench
+    from raybooth.dreambench import subjects_of
+
+    if args.what == "mini":
+        print(bench.bench(bench.mini_subjects(Path(args.storage)), bench.MINI_RECIPES, args.storage, args.set, "mini"))
+    elif args.subjects is None:
+        raise RayboothError("bench dreambench needs --subjects DIR: a copy of the DreamBooth dataset, with prompts_and_classes.txt.")
+    else:
+        print(bench.bench(subjects_of(args.subjects), {"raybooth": []}, args.storage, args.set, args.base))
 
 
 def _plan(args: argparse.Namespace) -> None:

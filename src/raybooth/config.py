@@ -40,7 +40,9 @@ class Subject(Section):
     """Who or what is learnt."""
 
     photos: list[str] = Field(default=[], description="folders, files, http(s) URLs, or hub datasets as hf://owner/name")
-    token: str = Field("unqtkn", min_length=1, max_length=100, description="the rare word that will name the subject")
+    token: str = Field(
+        "unqtkn", min_length=1, max_length=100, description="the rare word that will name the subject; auto: the first that 'raybooth token' proposes"
+    )
     class_name: str = Field("", alias="class", max_length=100, description="what it is an instance of, as in 'dog'")
     crops: int = Field(0, ge=0, le=100, description="random crops of each photograph to learn from, beside the centre one")
     flip: bool = Field(False, description="learn from mirror images too; not for a subject with text or a parting")
@@ -159,6 +161,9 @@ class Evaluate(Section):
 
     dino: str = Field("facebook/dino-vits16", min_length=1, description="ViT that tells subjects apart: hub repository, local folder, or 'mini'")
     clip: str = Field("openai/clip-vit-base-patch32", min_length=1, description="CLIP for pictures and prompts: hub repository, local folder, or 'mini'")
+    select: Literal["balance", "subject", "last"] = Field(
+        "last", description="which kept checkpoint becomes the model: the best balance of subject and prompt, the likest to the subject, or simply the last"
+    )
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def demo(storage: str, overrides: list[str], quiet: bool = False) -> Scores:
 
 def score(run: Run) -> Scores:
     """Of a run that was evaluated."""
-    scores, found = evaluation.read(run), evaluation.features(run)
+    scores, found = evaluation.read(run), evaluation.measured(run)
     dino, clip_t = scores["dino"], scores["clip_t"]
     distance = {when: float(1 - among(found[f"class-{when}"]["clip"]).mean()) for when in ("before", "after")}
     assert dino.floor is not None

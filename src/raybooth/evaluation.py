@@ -1,21 +1,15 @@
 """The scores of a run: what the base model draws beside what the fine-tuned one does, as features, as numbers."""
 
 import json
-import shutil
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from raybooth.base_model import local_source, stats
-from raybooth.errors import RayboothError
+from raybooth.drawing import class_rows, draw, output_rows
+from raybooth.features import features, prepare_encoders, scored_prompt
 from raybooth.photos import contact_sheet, png
 from raybooth.score import Array, Score, among, diversity, scored, to_prompt, to_subject
 from raybooth.session import Run
-from raybooth.stages import class_rows, draw, model_bytes, output_rows
-from raybooth.workspace import files_under, write_atomically
+from raybooth.workspace import write_atomically
 
 KINDS = ("instance", "before", "output", "class-before", "class-after")
 SCORES = "scores.json"
@@ -31,9 +25,9 @@ NAMES = {
 
 def evaluate(run: Run) -> None:
     """DINO, CLIP-I, CLIP-T, PRES and DIV, each with its interval, the base model's and the photographs' own."""
-    _prepare_encoders(run)  # first: what cannot be fetched shows before anything is drawn
+    prepare_encoders(run)  # first: what cannot be fetched shows before anything is drawn
     _draw_comparisons(run)
-    found = features(run)
+    found = measured(run)
     drawn = {kind: [run.outputs(stage)[n] for n in names] for kind, (stage, names) in pictures(run).items()}
     stage = run.workspace.stage("scores", {"encoders": run.model_digest("encoders"), "pictures": drawn})
     if not stage.done():
@@ -61,83 +55,9 @@ def pictures(run: Run) -> dict[str, tuple[str, list[str]]]:
     return {kind: (stage, run.facts(stage)["pictures"][: CLASS_PICTURES if "class" in kind else None]) for kind, stage in stages.items()}
 
 
-def _prepare_encoders(run: Run) -> None:
-    """Both encoders into the storage, from the hub, a folder, or mini."""
-    models = {"dino": run.config.evaluate.dino, "clip": run.config.evaluate.clip}
-    sources = {part: _mini(part) if model == "mini" else local_source(model) for part, model in models.items()}
-    files = {part: _needed(files_under(source), source) for part, source in sources.items() if source}
-    stage = run.workspace.stage("encoders", {p: stats(source, files[p]) if source else models[p] for p, source in sources.items()})
-    if stage.done():
-        return
-    facts = {}
-    for part, source in sources.items():
-        model, target = models[part], stage.partial / part
-        if source is None:
-            from raybooth import hub
-
-            facts[part] = commit = hub.resolve(model, None)
-            run.say(f"encoders: {model} at {commit}")
-            hub.fetch_model(model, commit, target, _needed)
-        else:
-            target.mkdir(parents=True, exist_ok=True)
-            for name in files[part]:
-                shutil.copyfile(source / name, target / name)
-    stage.finish(facts, only=files_under(stage.partial))
-
-
-def _mini(part: str) -> Path:
-    from raybooth.families import mini_folder
-
-    return mini_folder() / {"dino": "vit", "clip": "clip"}[part]
-
-
-def _needed(names: list[str], folder: Path) -> list[str]:
-    wanted = [n for n in names if "/" not in n and (n.endswith((".json", ".txt")) or n == "model.safetensors")]
-    if "model.safetensors" not in wanted:
-        raise RayboothError(f"The encoder {folder.name} has no model.safetensors, and pickled weights are refused: name another one in [evaluate].")
-    return wanted
-
-
-def _scored_prompt(run: Run, prompt: str) -> str:
-    """What CLIP is asked: the token means nothing to it, so the class stands in its place."""
-    subject = run.config.subject
-    return prompt.replace(subject.name, f"a {subject.class_name}").replace(subject.token, subject.class_name)
-
-
-def features(run: Run) -> dict[str, dict[str, Array]]:
-    """By kind of picture and by prompt (under "prompts"), stacked in the order of the pictures; only what is new is computed."""
-    from raybooth import jobs
-    from raybooth.cluster.rows import map_rows
-
-    rows: dict[str, dict[str, Any]] = {}
-    order: dict[str, list[str]] = {}
-    for kind, (folder, names) in pictures(run).items():
-        outputs = run.outputs(folder)
-        order[kind] = [f"{outputs[name][:32]}.safetensors" for name in names]
-        rows |= {n: {"file": run.workspace.root / folder / name} for n, name in zip(order[kind], names, strict=True)}
-    prompts = [_scored_prompt(run, r["prompt"]) for r in output_rows(run)]
-    order["prompts"] = [jobs.prompt_name(p) for p in prompts]
-    rows |= {jobs.prompt_name(p): {"prompt": p} for p in prompts}
-    stage = run.workspace.stage("features", {"encoders": run.model_digest("encoders")})
-    missing = stage.missing(rows)
-    work = [{"name": n, **({"prompt": r["prompt"]} if "prompt" in r else {"picture": r["file"].read_bytes()})} for n, r in rows.items() if n in set(missing)]
-    if work:
-        done = map_rows(
-            partial(jobs.featurizer, run.workspace.uri), work, batch=16, have=run.ray,
-            samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, "encoders"),
-        )  # fmt: skip
-        for name, data in run.progress(done, len(work), "evaluate", "picture"):
-            stage.write(name, data)
-    if work or not stage.done(rows):
-        stage.finish(only=rows)
-    return {kind: _stacked([stage.folder / n for n in names]) for kind, names in order.items()}
-
-
-def _stacked(files: list[Path]) -> dict[str, Array]:
-    from safetensors.numpy import load_file
-
-    loaded = [load_file(f) for f in files]
-    return {k: np.stack([one[k] for one in loaded]).astype(np.float32) for k in loaded[0]} if loaded else {}
+def measured(run: Run) -> dict[str, dict[str, Array]]:
+    """The features of all pictures, by kind, and of the prompts."""
+    return features(run, "features", pictures(run), [scored_prompt(run, r["prompt"]) for r in output_rows(run)])
 
 
 def _scores(run: Run, found: dict[str, dict[str, Array]]) -> dict[str, Score]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybooth.config import Sampling
-from raybooth.families import Loaded, family_of
+from raybooth.families import Family, Loaded, family_of
 from raybooth.photos import png
 from raybooth.workspace import Workspace, digest
 
@@ -35,21 +35,31 @@ def for_inference(folder: Path, parts: Iterable[str]) -> Loaded:
     return load(family_of(folder), folder, tuple(parts), torch.float16 if on_gpu else torch.float32).to("cuda" if on_gpu else "cpu")
 
 
-def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, model_digest: str) -> Callable[[list[Row]], list[bytes]]:
-    """Draws rows of (prompt, seed) as PNG files that say what they are. A stage that holds adapters is drawn with the base they belong to."""
-    from PIL import Image
-
+def opened(storage: str, model_stage: str) -> tuple[Family, Loaded]:
+    """A stage's model for drawing: a pipeline, or adapters or a checkpoint on the base that they belong to."""
+    from raybooth.checkpoint import TENSORS
     from raybooth.families.lora import WEIGHTS, load_adapters
-    from raybooth.sample import Sampler
+    from raybooth.restore import restore
 
     folder = stage_folder(storage, model_stage)
-    adapted = (folder / WEIGHTS).exists()
-    base = stage_folder(storage, "base-model") if adapted else folder
+    adapted, checkpoint = (folder / WEIGHTS).exists(), (folder / TENSORS).exists()
+    base = stage_folder(storage, "base-model") if adapted or checkpoint else folder
     family = family_of(base)
     loaded = for_inference(base, (family.denoiser, "vae", *family.encoders))
     if adapted:
         load_adapters(family, loaded, folder)
-    draw = Sampler(family, loaded, sampling, batch).draw
+    if checkpoint:
+        restore(family, loaded, folder)
+    return family, loaded
+
+
+def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, model_digest: str) -> Callable[[list[Row]], list[bytes]]:
+    """Draws rows of (prompt, seed) as PNG files that say what they are."""
+    from PIL import Image
+
+    from raybooth.sample import Sampler
+
+    draw = Sampler(*opened(storage, model_stage), sampling, batch).draw
 
     def work(rows: list[Row]) -> list[bytes]:
         pictures = draw([r["prompt"] for r in rows], [r["seed"] for r in rows])

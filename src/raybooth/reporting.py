@@ -5,21 +5,21 @@ import importlib.metadata
 import io
 import json
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
-from raybooth import evaluation
+from raybooth import evaluation, plots, selection
+from raybooth.drawing import output_prompts
 from raybooth.errors import RayboothError
+from raybooth.naming import settle_token
 from raybooth.score import Score
 from raybooth.session import Run
-from raybooth.stages import STAGES, output_prompts
+from raybooth.stages import STAGES
 from raybooth.workspace import read_manifest, write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FILE = "report.html"
 SIDE, PER_PROMPT, OF_CLASS = 192, 4, 8
@@ -85,6 +85,7 @@ def _facts(run: Run) -> dict[str, Any]:
     images = {kind: [run.workspace.root / stage / n for n in names] for kind, (stage, names) in shown.items()}
     each, prompts = config.generate.images_per_prompt, output_prompts(run)
     manifests = {stage: m for stage in MADE if (m := read_manifest(run.workspace.root / stage))}
+    trained = manifests["fine-tuned-model"]["facts"]
     return {
         "subject": config.subject,
         "base": manifests["base-model"]["facts"].get("source", config.base.model),
@@ -96,14 +97,25 @@ def _facts(run: Run) -> dict[str, Any]:
         "classes": [[_uri(p) for p in images[f"class-{when}"][:OF_CLASS]] for when in ("before", "after")],
         "class_prompt": config.class_prompt,
         "scores": [Line(q.replace("{class}", config.subject.class_name), m, scores[k]) for k, (q, m) in WORDS.items() if k in scores],
-        "losses": _svg(_losses(manifests["fine-tuned-model"]["facts"]["history"])),
-        "times": _svg(_bars({stage: m["seconds"] for stage, m in manifests.items() if "seconds" in m})),
-        "where": manifests["fine-tuned-model"]["facts"].get("where", "an earlier version"),
+        "strip": _strip(run, trained.get("selected")),
+        "losses": plots.losses(trained["history"]),
+        "times": plots.bars({stage: m["seconds"] for stage, m in manifests.items() if "seconds" in m}),
+        "where": trained.get("where", "an earlier version"),
         "configuration": json.dumps(config.model_dump(by_alias=True, mode="json"), indent=2, ensure_ascii=False),
         "versions": [(name, version(name)) for name in VERSIONS],
         "digests": [(stage, m["digest"]) for stage, m in manifests.items()],
         "command": f"raybooth run {shlex.quote(str(run.workspace.root / 'config.json'))} --storage ANOTHER-FOLDER",
     }
+
+
+def _strip(run: Run, selected: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the checkpoints drew: a column each, the base model's first, and a line a prompt."""
+    if not selected:
+        return None
+    steps = [0, *(c["step"] for c in selected["candidates"])]
+    files = {r["prompt"]: r["name"] for r in reversed(selection.rows_of(run))}  # the first picture of each prompt
+    lines = [(prompt, [_uri(run.workspace.root / selection.FOLDER / f"{step:07d}" / name) for step in steps]) for prompt, name in reversed(files.items())]
+    return {"steps": steps, "taken": selected["step"], "rule": selected["rule"], "lines": lines, "scores": selected["candidates"]}
 
 
 def version(name: str) -> str:
@@ -124,37 +136,13 @@ def _uri(path: Path) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def _figure(height: float) -> "tuple[Figure, Any]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _losses(history: list[dict[str, float]]) -> "Figure":
-    figure, axes = _figure(2.8)
-    for name, colour in (("instance", "#d2691e"), ("prior", "#3a6ea5")):
-        axes.plot([r["step"] for r in history], [r[name] for r in history], color=colour, label=name)
-    axes.set(xlabel="step", ylabel="loss")
-    axes.legend(frameon=False)
-    return figure
-
-
-def _bars(seconds: dict[str, float]) -> "Figure":
-    figure, axes = _figure(0.6 + 0.3 * len(seconds))
-    names = list(seconds)[::-1]
-    axes.bar_label(axes.barh(names, [seconds[n] for n in names], color="#3a6ea5"), fmt="%.0f s", padding=4)
-    axes.set_xlabel("seconds")
-    return figure
-
-
-def _svg(figure: "Figure") -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
 ALL = {**STAGES, "evaluate": evaluation.evaluate, "report": report}
 """Every verb that is a function of a run."""
+
+
+def do(run: Run, names: Iterable[str]) -> None:
+    """Those verbs, in order."""
+    for name in names:
+        if name != "prepare":
+            settle_token(run)
+        ALL[name](run)

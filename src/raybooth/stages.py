@@ -1,6 +1,5 @@
 """The stages, in order. Each reads what the ones before it left in the storage, and does only what is missing."""
 
-import re
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -8,30 +7,26 @@ from typing import Any
 
 from PIL import Image
 
+from raybooth import selection
 from raybooth.base_model import prepare_base
-from raybooth.config import Generate, Prior, Sampling
+from raybooth.checkpoint import Checkpoints
+from raybooth.drawing import SHEET, class_rows, draw, model_bytes, output_rows, resolution
 from raybooth.errors import RayboothError
+from raybooth.features import prepare_encoders
+from raybooth.naming import settle_token
 from raybooth.photos import SUFFIXES, Photo, contact_sheet, gather, is_remote, png, views
 from raybooth.session import Run, StepLine
 from raybooth.workspace import Stage, digest, files_under
-
-SHEET = "contact-sheet.png"
 
 
 def prepare(run: Run) -> None:
     """The base model and the instance images."""
     run.save_config()
     prepare_base(run)
+    settle_token(run)
     prepare_photos(run)
-
-
-def resolution(run: Run) -> int:
-    """Side of every picture of the run, in pixels."""
-    if run.config.base.resolution:
-        return run.config.base.resolution
-    from raybooth.families import family_of
-
-    return family_of(run.base_folder).facts(run.base_folder).resolution
+    if run.config.evaluate.select != "last":
+        prepare_encoders(run)  # what cannot be fetched shows before hours of work
 
 
 def prepare_photos(run: Run) -> None:
@@ -83,11 +78,6 @@ def class_images(run: Run) -> None:
     prior, prompt = run.config.prior, run.config.class_prompt
     if prior.drawn:
         draw(run, "class-images", "base-model", prior, class_rows(run, prior.images), {"prompt": prompt, "seed": run.config.seed})
-
-
-def class_rows(run: Run, n: int) -> list[dict[str, Any]]:
-    """The first `n` pictures of the class."""
-    return [{"name": f"{i:05d}.png", "prompt": run.config.class_prompt, "seed": _seed(run, "class", i)} for i in range(n)]
 
 
 def encode(run: Run) -> None:
@@ -163,18 +153,24 @@ def finetune(run: Run) -> None:
         "lora": config.lora.model_dump() if config.finetune.method == "lora" else None,
         "seed": config.seed,
     }
+    selects, key = config.evaluate.select != "last", digest(inputs)
+    if selects:
+        prepare_encoders(run)
+        inputs["select"] = {"rule": config.evaluate.select, "encoders": run.model_digest("encoders"), "rows": selection.rows_of(run)}
     stage = run.workspace.stage("fine-tuned-model", inputs)
     if stage.done():
         return run.say("fine-tuned-model: up to date")
     stage.clear()
     target = f"fine-tuned-model/{stage.partial.name}"
-    make = partial(tuning.finetuner, run.workspace.uri, target, stage.key, rows, prompts, config.prior, config.finetune, config.lora, config.seed)
+    make = partial(tuning.finetuner, run.workspace.uri, target, key, rows, prompts, config.prior, config.finetune, config.lora, config.seed, selects)
     with StepLine(run) as line:
         facts = run_group(
             make, workers=config.cluster.worker_range, gpus_per_worker=config.cluster.gpus_per_worker,
             retries=config.cluster.retries, have=run.ray, heard=line.heard,
         )  # fmt: skip
     run.workspace.pull("fine-tuned-model")
+    if selects:
+        facts["selected"] = selection.select(run, Checkpoints(run.workspace, key, config.finetune.checkpoints).complete(), target)
     stage.finish(facts, only=files_under(stage.partial))
     run.say(f"fine-tuned-model: {stage.folder}")
 
@@ -182,70 +178,6 @@ def finetune(run: Run) -> None:
 def generate(run: Run) -> None:
     """Pictures of every prompt by the fine-tuned model."""
     draw(run, "output-images", "fine-tuned-model", run.config.generate, output_rows(run), {"seed": run.config.seed})
-
-
-def output_prompts(run: Run) -> list[str]:
-    return [run.config.fill(p) for p in run.config.generate.prompts]
-
-
-def output_rows(run: Run) -> list[dict[str, Any]]:
-    """One row a picture: the same seeds for every prompt, so that columns compare. Names start with the prompt's words."""
-    rows = []
-    for prompt in output_prompts(run):
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48]
-        for k in range(run.config.generate.images_per_prompt):
-            name = f"{slug}-{digest(prompt)[:8]}-{k:03d}.png"
-            rows.append({"name": name, "prompt": prompt, "seed": _seed(run, "output", k)})
-    return rows
-
-
-def _seed(run: Run, purpose: str, index: int) -> int:
-    """A picture's own seed: from the run's seed, what it is for, and its number."""
-    return int(digest([run.config.seed, purpose, index])[:12], 16)
-
-
-def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: list[dict[str, Any]], inputs: dict[str, Any]) -> None:
-    """The pictures of `rows` that are missing in stage folder `name`, and its contact sheet."""
-    from raybooth import jobs
-    from raybooth.cluster.rows import map_rows
-
-    sampling = Sampling(how.steps, how.guidance, how.scheduler, resolution(run))
-    model = run.model_digest(model_stage)
-    stage = run.workspace.stage(name, {"model": model, **vars(sampling), **inputs})
-    names = [r["name"] for r in rows]
-    missing = set(stage.missing(names))
-    held = stage.held
-    if not missing and held and held["facts"]["pictures"] == names and stage.done([SHEET]):
-        return run.say(f"{name}: {len(names)} pictures, up to date")
-    work = [r for r in rows if r["name"] in missing]
-    if work:
-        batch = run.config.cluster.sample_batch
-        done = map_rows(
-            partial(jobs.sampler, run.workspace.uri, model_stage, sampling, batch, model), work, batch=batch, have=run.ray,
-            samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, model_stage),
-        )  # fmt: skip
-        for file, data in run.progress(done, len(work), name, "picture"):
-            stage.write(file, data)
-    stage.write(SHEET, png(contact_sheet(_titled(stage, rows))))
-    stage.finish({"pictures": names})
-    run.say(f"{name}: {len(names)} pictures; look at {stage.folder / SHEET}")
-
-
-def _titled(stage: Stage, rows: list[dict[str, Any]], columns: int = 8, most: int = 64) -> list[tuple[str, list[Image.Image]]]:
-    """Rows of a contact sheet: a prompt each, broken into lines of `columns`."""
-    by_prompt: dict[str, list[str]] = {}
-    for row in rows:
-        by_prompt.setdefault(row["prompt"], []).append(row["name"])
-    lines = []
-    for prompt, names in by_prompt.items():
-        for i in range(0, min(len(names), most), columns):
-            images = [Image.open(stage.path(n)).convert("RGB") for n in names[i : min(i + columns, most)]]
-            lines.append((prompt if i == 0 else "", images))
-    return lines
-
-
-def model_bytes(run: Run, stage: str) -> int:
-    return sum(o["bytes"] for o in run.workspace.manifest(stage)["outputs"].values())
 
 
 STAGES = {"prepare": prepare, "class-images": class_images, "encode": encode, "finetune": finetune, "generate": generate}

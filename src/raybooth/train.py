@@ -19,6 +19,8 @@ from raybooth.loss import prior_preserving, row_errors
 from raybooth.noise import Objective, generator, normal, reseeded
 from raybooth.optim import Average, learning_rate_factor, make_optimizer
 
+VALIDATION = 8  # draws of each kind of row
+
 
 @dataclass(frozen=True)
 class TrainingSet:
@@ -105,12 +107,14 @@ class State:
 class Step:
     """One optimizer step, done. `metrics` is there on every `log_every`-th and on the last.
 
-    `state` reads what a checkpoint holds; every worker of the group must call it, or none.
+    `state` reads what a checkpoint holds; every worker of the group must call it, or none. `validate` gives the mean losses of fixed rows at
+    fixed noise and timesteps, by kind: what training does to the loss without the noise of its draws. Any worker may call it.
     """
 
     number: int
     metrics: Metrics | None
     state: Callable[[], State]
+    validate: Callable[[], dict[str, float]]
 
 
 class RowLoss(nn.Module):
@@ -177,7 +181,7 @@ def fit(
         loop.step()
         last = loop.done == settings.steps
         metrics = loop.read() if last or loop.done % settings.log_every == 0 else None
-        yield Step(loop.done, metrics, loop.state)
+        yield Step(loop.done, metrics, loop.state, loop.validate)
     loop.finish()
 
 
@@ -200,7 +204,7 @@ class _Loop:
         self.optimizer = make_optimizer(settings.optimizer, groups, settings.weight_decay, settings.seed)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.autocast is torch.float16)
         self.average = Average(self.parameters, settings.ema) if settings.ema else None
-        self.model = parallel.wrap(module)
+        self.module, self.model = module, parallel.wrap(module)
         self.done = self.read_at = 0
         self.seen = torch.zeros(4, device=self.device)  # sums since the last reading: loss, instance, prior, gradient norm
 
@@ -263,6 +267,26 @@ class _Loop:
             )
         self.seen, self.read_at = torch.zeros_like(self.seen), self.done
         return Metrics(loss, instance, prior, norm, self.optimizer.param_groups[0]["lr"])
+
+    def validate(self) -> dict[str, float]:
+        data = self.data
+        kinds = {"instance": range(data.instances), "prior": range(data.instances, len(data.weight))}
+        self.trained.eval()
+        try:
+            return {f"validation_{kind}": self._fixed_loss([among[i % len(among)] for i in range(VALIDATION)]) for kind, among in kinds.items() if among}
+        finally:
+            self.trained.train()
+
+    @torch.no_grad()
+    def _fixed_loss(self, rows: list[int]) -> float:
+        errors = []
+        for i in range(0, len(rows), self.settings.batch):
+            places = range(i, min(i + self.settings.batch, len(rows)))
+            part = torch.tensor([rows[k] for k in places], device=self.device)
+            drawn = _noised_rows(self.data, self.objective, self.settings, -1, places, part)  # no step of the training is the one before the first
+            with torch.autocast(self.device.type, self.settings.autocast, enabled=self.settings.autocast is not None):
+                errors.append(self.module(part, self.data.prompt[part].unique(), *drawn))
+        return float(torch.cat(errors).mean())
 
     def state(self) -> State:
         """Of the present step. The sums since the last reading are those of all workers.

@@ -4,13 +4,14 @@ torch is imported where it is used, as in jobs.
 """
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybooth.config import Finetune, Lora, Prior
 from raybooth.errors import RayboothError
-from raybooth.families import family_of
+from raybooth.families import Family, family_of
 from raybooth.jobs import Row, prompt_name, stage_folder
 from raybooth.log import Log
 from raybooth.method import autocast_dtype, make_ready
@@ -24,18 +25,18 @@ if TYPE_CHECKING:
 
 def finetuner(
     storage: str, target: str, key: str, rows: dict[str, list[str]], prompts: dict[str, str],
-    prior: Prior, finetune: Finetune, lora: Lora, seed: int,
+    prior: Prior, finetune: Finetune, lora: Lora, seed: int, keep_last: bool,
 ) -> Callable[..., dict[str, Any]]:  # fmt: skip
     """The loop of one worker of the group; the first one writes checkpoints and saves the pipeline in the storage's folder `target`.
 
     Args:
         key: digest of all that the weights follow from; checkpoints under another one are not gone on from.
+        keep_last: whether the last step becomes a checkpoint too, to be compared with the others.
         rows: names of the latents in the storage, under "instance" and "class".
         prompts: text under "instance" and "class".
     """
     from raybooth.checkpoint import Checkpoints
-    from raybooth.families.lora import save_adapters
-    from raybooth.families.parts import load, save
+    from raybooth.families.parts import load
     from raybooth.flops import step_flops, without_weights
     from raybooth.train import Parallel, fit
 
@@ -47,7 +48,8 @@ def finetuner(
         make_ready(family, loaded, finetune, lora, seed)
         data = training_set(stage_folder(storage, "latents"), rows, prompts, prior, finetune.text_encoder).to(group.device)
         workspace = Workspace(storage)
-        checkpoints = Checkpoints(workspace, key, finetune.checkpoints)
+        recipe = {"finetune": finetune.model_dump(mode="json"), "lora": lora.model_dump(mode="json"), "seed": seed}
+        checkpoints = Checkpoints(workspace, key, finetune.checkpoints, recipe)
         start, notes = checkpoints.newest()
         for note in [*notes, *([f"goes on from the checkpoint of step {start.step}"] if start else [])]:
             say({"note": note})
@@ -56,27 +58,60 @@ def finetuner(
         flops = step_flops(family, without_weights(family, folder, finetune, lora), prior, finetune, side, group.world)
         log = Log(workspace, finetune.trackers if group.rank == 0 else None, start.step if start else 0, images, flops)
         parallel = Parallel(group.rank, group.world, group.wrap, group.total)
+        every, steps = finetune.checkpoint_every, finetune.steps
+        due = (start.step // every + 1) * every if start else 0
         with out_of_memory_explained():
             for step in fit(family, loaded, data, settings(finetune, trained, group.device, seed), parallel, start):
                 if step.metrics:
-                    say(log.write(step.number, vars(step.metrics)))
-                if step.number % finetune.checkpoint_every == 0 and step.number < finetune.steps:
+                    row = vars(step.metrics)
+                    if group.rank == 0 and (step.number >= due or step.number == steps):
+                        row, due = row | step.validate(), (step.number // every + 1) * every
+                    say(log.write(step.number, row))
+                if (step.number % every == 0 and step.number < steps) or (keep_last and step.number == steps):
                     state = step.state()
                     if group.rank == 0:
                         checkpoints.save(state)
         if group.rank == 0:
             checkpoints.wait()
             with explained_if_full(storage):
-                modules = {part: loaded.modules[part] for part in trained}
-                if finetune.method == "lora":
-                    save_adapters(family, modules, workspace.root / target)
-                else:
-                    save(folder, modules, workspace.root / target)
+                save_trained(family, folder, {part: loaded.modules[part] for part in trained}, finetune.method, workspace.root / target)
             workspace.push_tree(target)
         log.close()
         return {"history": log.rows, "steps_per_second": log.rate(), "where": group.where}
 
     return loop
+
+
+def save_trained(family: Family, base: Path, modules: "dict[str, Any]", method: str, target: Path) -> None:
+    """As plain diffusers opens it: a pipeline, or adapters."""
+    from raybooth.families.lora import save_adapters
+    from raybooth.families.parts import save
+
+    if method == "lora":
+        save_adapters(family, modules, target)
+    else:
+        save(base, modules, target)
+
+
+def exporter(storage: str, checkpoint: str, target: str) -> Callable[[list[Row]], list[bytes]]:
+    """Saves a checkpoint as the fine-tuned model in the storage's folder `target`, as the training would have, had it ended there."""
+    import torch
+
+    from raybooth.families.parts import load
+    from raybooth.restore import recipe_of, restore
+
+    def work(rows: list[Row]) -> list[bytes]:
+        workspace, folder, base = Workspace(storage), stage_folder(storage, checkpoint), stage_folder(storage, "base-model")
+        family, finetune = family_of(base), recipe_of(folder)
+        dtype = torch.bfloat16 if finetune.precision == "bf16-weights" else torch.float32
+        loaded = load(family, base, family.used_in_training(finetune.text_encoder), dtype)
+        shutil.rmtree(workspace.root / target, ignore_errors=True)
+        with explained_if_full(storage):
+            save_trained(family, base, restore(family, loaded, folder), finetune.method, workspace.root / target)
+        workspace.push_tree(target)
+        return [b"" for _ in rows]
+
+    return work
 
 
 def settings(finetune: Finetune, parts: tuple[str, ...], device: "torch.device", seed: int) -> "Settings":

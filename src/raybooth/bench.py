@@ -1,0 +1,132 @@
+"""The DreamBooth paper's protocol (Ruiz et al. 2023, section 4): many subjects, a row of mean scores a recipe."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from raybooth import config as configuration
+from raybooth import evaluation
+from raybooth.config import Config
+from raybooth.demo import photographs
+from raybooth.dreambench import PUBLISHED, Subject
+from raybooth.score import Score
+from raybooth.session import Run
+from raybooth.stages import STAGES
+from raybooth.workspace import write_atomically
+
+Recipes = Mapping[str, Sequence[str]]
+Results = dict[str, dict[str, dict[str, Score]]]
+"""recipe -> subject -> name of a score -> score."""
+
+MINI_RECIPES: Recipes = {
+    "raybooth": [],
+    "raybooth without prior preservation": ["prior.images=0"],
+    # Its learning rate times forty, as raybooth's own defaults for mini are forty times those for Stable Diffusion.
+    "2023 notebook": [
+        "prior.scheduler=pndm", "prior.steps=50", "prior.guidance=7.5",
+        "finetune.batch=2", "finetune.lr=2e-4", "finetune.text_encoder_lr=2e-4", "finetune.schedule=constant",
+    ],
+}  # fmt: skip
+SHARED = ("base-model", "encoders", "class-images", "class-before-images", "before-images")
+MINI_SUBJECTS = {"dog": (23, 1, 2), "cat": (1, 2, 3), "backpack": (1, 2), "car": (1, 2)}
+"""Seeds of the drawn subjects of each class."""
+
+
+def mini_subjects(folder: Path) -> list[Subject]:
+    """Ten drawn ones of four classes, their photographs written below `folder`, with prompts of all places that mini knows."""
+    from raybooth.mini.places import PLACES
+
+    subjects = []
+    for kind, seeds in MINI_SUBJECTS.items():
+        for seed in seeds:
+            photos = folder / f"{kind}-{seed}" / "photographs"
+            photographs(photos, seed, kind)
+            subjects.append(Subject(f"{kind}-{seed}", kind, photos, tuple(f"photo of {{subject}} {place}" for place in PLACES)))
+    return subjects
+
+
+def bench(subjects: Sequence[Subject], recipes: Recipes, storage: str, overrides: Sequence[str], base: str | None = None) -> str:
+    """Run and score every recipe on every subject, as far as it is not done; writes `table.md` and `scores.json` into `storage`.
+
+    Each run has a storage of its own, `<subject>/<recipe>`; what does not depend on the subject is shared within a class.
+    """
+    from raybooth.cluster.session import connected
+
+    root = Path(storage).expanduser()
+    results: Results = {recipe: {} for recipe in recipes}
+    done: dict[tuple[str, str], Path] = {}
+    with connected(_config(subjects[0], [], root, overrides, base).cluster.address):
+        for number, subject in enumerate(subjects, 1):
+            for recipe, settings in recipes.items():
+                config = _config(subject, settings, root / subject.name / recipe.replace(" ", "-"), overrides, base)
+                for other in (done.get((subject.class_name, recipe)), *done.values()):
+                    _share(other, Path(config.storage))
+                with Run(config) as run:
+                    run.say(f"\n{subject.name} ({number} of {len(subjects)}): {recipe}")
+                    for verb in (*STAGES.values(), evaluation.evaluate):
+                        verb(run)
+                    results[recipe][subject.name] = evaluation.read(run)
+                done[subject.class_name, recipe] = Path(config.storage)
+                write_atomically(root / "scores.json", json.dumps(_plain(results), indent=1).encode())
+    text = table(results, published=base != "mini")
+    write_atomically(root / "table.md", text.encode())
+    return text
+
+
+def _config(subject: Subject, settings: Sequence[str], storage: Path, overrides: Sequence[str], base: str | None) -> Config:
+    values: dict[str, Any] = {"base": {"model": base}} if base else {}
+    return configuration.load(
+        None, [*settings, *overrides], subject={"photos": [str(subject.photos)], "class": subject.class_name},
+        generate={"prompts": list(subject.prompts), "images_per_prompt": 4}, storage=str(storage), **values,
+    )  # fmt: skip
+
+
+def _share(other: Path | None, storage: Path) -> None:
+    """Links to what another run has made; whether it holds here the digests tell."""
+    for stage in SHARED if other else ():
+        assert other is not None
+        if (other / stage).is_dir() and not (storage / stage).exists():
+            shutil.copytree(other / stage, storage / stage, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    """Outputs are never written into, only replaced: a link will do where the file system has them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _plain(results: Results) -> dict[str, Any]:
+    return {recipe: {subject: {k: asdict(s) for k, s in scores.items()} for subject, scores in by.items()} for recipe, by in results.items()}
+
+
+def table(results: Results, published: bool = False) -> str:
+    """Markdown: means over the subjects, beside them the photographs' own or the base model's."""
+    lines = ["| | DINO (of the photographs' own) | CLIP-I (same) | CLIP-T (of the base's) | PRES (base's) | DIV (of the base's) |", "|---|---|---|---|---|---|"]
+    for recipe, by in results.items():
+        cells = [_cell([s[name] for s in by.values() if name in s], name) for name in ("dino", "clip_i", "clip_t", "pres", "div")]
+        lines.append(f"| {recipe} | {' | '.join(cells)} |")
+    for name, scores in PUBLISHED.items() if published else ():
+        cells = ["-" if x is None else f"{x:.3f}" for x in (*scores, None, None)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(scores: list[Score], name: str) -> str:
+    if not scores:
+        return "-"
+    value = _mean([s.value for s in scores])
+    anchors = [s.ceiling if name in ("dino", "clip_i") else s.floor for s in scores]
+    if any(a is None for a in anchors):
+        return f"{value:.3f}"
+    anchor = _mean([a for a in anchors if a is not None])
+    return f"{value:.3f} ({anchor:.3f})" if name == "pres" else f"{value:.3f} ({value / anchor:.0%})"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

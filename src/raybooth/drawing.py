@@ -1,0 +1,97 @@
+"""Pictures of a run by one of its models: which rows there are, and drawing those that are missing."""
+
+import re
+from functools import partial
+from typing import Any
+
+from PIL import Image
+
+from raybooth.config import Generate, Prior, Sampling
+from raybooth.photos import contact_sheet, png
+from raybooth.session import Run
+from raybooth.workspace import Stage, digest
+
+SHEET = "contact-sheet.png"
+
+
+def resolution(run: Run) -> int:
+    """Side of every picture of the run, in pixels."""
+    if run.config.base.resolution:
+        return run.config.base.resolution
+    from raybooth.families import family_of
+
+    return family_of(run.base_folder).facts(run.base_folder).resolution
+
+
+def class_rows(run: Run, n: int) -> list[dict[str, Any]]:
+    """The first `n` pictures of the class."""
+    return [{"name": f"{i:05d}.png", "prompt": run.config.class_prompt, "seed": _seed(run, "class", i)} for i in range(n)]
+
+
+def output_prompts(run: Run) -> list[str]:
+    return [run.config.fill(p) for p in run.config.generate.prompts]
+
+
+def output_rows(run: Run, purpose: str = "output", each: int | None = None, prompts: int | None = None) -> list[dict[str, Any]]:
+    """One row a picture: the same seeds for every prompt, so that columns compare. Names start with the prompt's words.
+
+    Args:
+        purpose: another one has other seeds.
+        each: pictures a prompt, and of how many `prompts`; default: the configuration's.
+    """
+    rows = []
+    for prompt in output_prompts(run)[:prompts]:
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48]
+        for k in range(each or run.config.generate.images_per_prompt):
+            name = f"{slug}-{digest(prompt)[:8]}-{k:03d}.png"
+            rows.append({"name": name, "prompt": prompt, "seed": _seed(run, purpose, k)})
+    return rows
+
+
+def _seed(run: Run, purpose: str, index: int) -> int:
+    """A picture's own seed: from the run's seed, what it is for, and its number."""
+    return int(digest([run.config.seed, purpose, index])[:12], 16)
+
+
+def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: list[dict[str, Any]], inputs: dict[str, Any]) -> None:
+    """The pictures of `rows` that are missing in stage folder `name`, and its contact sheet."""
+    from raybooth import jobs
+    from raybooth.cluster.rows import map_rows
+
+    sampling = Sampling(how.steps, how.guidance, how.scheduler, resolution(run))
+    model = run.model_digest(model_stage)
+    stage = run.workspace.stage(name, {"model": model, **vars(sampling), **inputs})
+    names = [r["name"] for r in rows]
+    missing = set(stage.missing(names))
+    held = stage.held
+    if not missing and held and held["facts"]["pictures"] == names and stage.done([SHEET]):
+        return run.say(f"{name}: {len(names)} pictures, up to date")
+    work = [r for r in rows if r["name"] in missing]
+    if work:
+        batch = run.config.cluster.sample_batch
+        done = map_rows(
+            partial(jobs.sampler, run.workspace.uri, model_stage, sampling, batch, model), work, batch=batch, have=run.ray,
+            samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, model_stage),
+        )  # fmt: skip
+        for file, data in run.progress(done, len(work), name, "picture"):
+            stage.write(file, data)
+    stage.write(SHEET, png(contact_sheet(_titled(stage, rows))))
+    stage.finish({"pictures": names})
+    run.say(f"{name}: {len(names)} pictures; look at {stage.folder / SHEET}")
+
+
+def _titled(stage: Stage, rows: list[dict[str, Any]], columns: int = 8, most: int = 64) -> list[tuple[str, list[Image.Image]]]:
+    """Rows of a contact sheet: a prompt each, broken into lines of `columns`."""
+    by_prompt: dict[str, list[str]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt"], []).append(row["name"])
+    lines = []
+    for prompt, names in by_prompt.items():
+        for i in range(0, min(len(names), most), columns):
+            images = [Image.open(stage.path(n)).convert("RGB") for n in names[i : min(i + columns, most)]]
+            lines.append((prompt if i == 0 else "", images))
+    return lines
+
+
+def model_bytes(run: Run, stage: str) -> int:
+    return sum(o["bytes"] for o in run.workspace.manifest(stage)["outputs"].values())

@@ -1,0 +1,60 @@
+"""The subjects and prompts of the DreamBooth paper (Ruiz et al. 2023, section 4.1 and supplement), and its scores."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from raybooth.errors import RayboothError
+from raybooth.photos import SUFFIXES
+
+LIVE_CLASSES = ("cat", "dog")
+_ANYWHERE = (
+    "in the jungle", "in the snow", "on the beach", "on a cobblestone street", "on top of pink fabric", "on top of a wooden floor",
+    "with a city in the background", "with a mountain in the background", "with a blue house in the background", "on top of a purple rug in a forest",
+)  # fmt: skip
+_OBJECTS = (
+    "with a wheat field in the background", "with a tree and autumn leaves in the background", "with the Eiffel Tower in the background",
+    "floating on top of water", "floating in an ocean of milk", "on top of green grass with sunflowers around it", "on top of a mirror",
+    "on top of the sidewalk in a crowded street", "on top of a dirt road", "on top of a white rug",
+)  # fmt: skip
+_LIVE = (
+    "wearing a red hat", "wearing a santa hat", "wearing a rainbow scarf", "wearing a black top hat and a monocle", "in a chef outfit",
+    "in a firefighter outfit", "in a police outfit", "wearing pink glasses", "wearing a yellow shirt", "in a purple wizard outfit",
+)  # fmt: skip
+_LOOKS = tuple(f"a {look} {{subject}}" for look in ("red", "purple", "shiny", "wet", "cube shaped"))
+
+OBJECT_PROMPTS = (*(f"a {{subject}} {x}" for x in (*_ANYWHERE, *_OBJECTS)), *_LOOKS)
+LIVE_PROMPTS = (*(f"a {{subject}} {x}" for x in (*_ANYWHERE, *_LIVE)), *_LOOKS)
+
+PUBLISHED = {
+    "the photographs themselves (paper)": (0.774, 0.885, None),
+    "DreamBooth, Stable Diffusion (paper)": (0.668, 0.803, 0.305),
+    "Textual Inversion, Stable Diffusion (paper)": (0.569, 0.780, 0.255),
+}
+"""DINO, CLIP-I and CLIP-T of the paper's table 1."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    name: str
+    class_name: str
+    photos: Path
+    prompts: tuple[str, ...]
+
+
+def subjects_of(folder: Path) -> list[Subject]:
+    """Of a copy of the DreamBooth dataset: a subfolder of photographs a subject, their classes in `prompts_and_classes.txt`.
+
+    Raises:
+        RayboothError: if there are none, or a subject's class is not said.
+    """
+    listing = folder / "prompts_and_classes.txt"
+    if not listing.is_file():
+        raise RayboothError(f"--subjects {folder} has no prompts_and_classes.txt: give a copy of the DreamBooth dataset, or write it: lines 'folder,class'.")
+    classes = dict(re.findall(r"^\s*([\w-]+)\s*,\s*([\w ]+?)\s*$", listing.read_text(), re.MULTILINE))
+    found = sorted(p for p in folder.iterdir() if p.is_dir() and any(f.suffix.lower() in SUFFIXES for f in p.iterdir()))
+    if not found:
+        raise RayboothError(f"--subjects {folder} has no subfolders with photographs: give a copy of the DreamBooth dataset.")
+    if absent := [p.name for p in found if p.name not in classes]:
+        raise RayboothError(f"{listing} does not say the class of {', '.join(absent)}: add a line '{absent[0]},CLASS'.")
+    return [Subject(p.name, classes[p.name], p, LIVE_PROMPTS if classes[p.name] in LIVE_CLASSES else OBJECT_PROMPTS) for p in found]

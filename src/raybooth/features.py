@@ -1,0 +1,100 @@
+"""Features of a run's pictures and prompts: the encoders in its storage, and what they make of both."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raybooth.base_model import local_source, stats
+from raybooth.drawing import model_bytes
+from raybooth.errors import RayboothError
+from raybooth.score import Array
+from raybooth.session import Run
+from raybooth.workspace import files_under
+
+
+def prepare_encoders(run: Run) -> None:
+    """Both encoders into the storage, from the hub, a folder, or mini."""
+    models = {"dino": run.config.evaluate.dino, "clip": run.config.evaluate.clip}
+    sources = {part: _mini(part) if model == "mini" else local_source(model) for part, model in models.items()}
+    files = {part: _needed(files_under(source), source) for part, source in sources.items() if source}
+    stage = run.workspace.stage("encoders", {p: stats(source, files[p]) if source else models[p] for p, source in sources.items()})
+    if stage.done():
+        return
+    facts = {}
+    for part, source in sources.items():
+        model, target = models[part], stage.partial / part
+        if source is None:
+            from raybooth import hub
+
+            facts[part] = commit = hub.resolve(model, None)
+            run.say(f"encoders: {model} at {commit}")
+            hub.fetch_model(model, commit, target, _needed)
+        else:
+            target.mkdir(parents=True, exist_ok=True)
+            for name in files[part]:
+                shutil.copyfile(source / name, target / name)
+    stage.finish(facts, only=files_under(stage.partial))
+
+
+def _mini(part: str) -> Path:
+    from raybooth.families import mini_folder
+
+    return mini_folder() / {"dino": "vit", "clip": "clip"}[part]
+
+
+def _needed(names: list[str], folder: Path) -> list[str]:
+    wanted = [n for n in names if "/" not in n and (n.endswith((".json", ".txt")) or n == "model.safetensors")]
+    if "model.safetensors" not in wanted:
+        raise RayboothError(f"The encoder {folder.name} has no model.safetensors, and pickled weights are refused: name another one in [evaluate].")
+    return wanted
+
+
+def scored_prompt(run: Run, prompt: str) -> str:
+    """What CLIP is asked: the token means nothing to it, so the class stands in its place."""
+    subject = run.config.subject
+    return prompt.replace(subject.name, f"a {subject.class_name}").replace(subject.token, subject.class_name)
+
+
+def features(run: Run, folder: str, pictures: Mapping[str, tuple[str, list[str]]], prompts: Sequence[str]) -> dict[str, dict[str, Array]]:
+    """Stacked in the order of the pictures, by kind; those of the prompts under "prompts". Only what is new is computed.
+
+    Args:
+        folder: of the storage, for the features.
+        pictures: by kind, a stage and names of its files.
+        prompts: as CLIP shall read them.
+    """
+    from raybooth import jobs
+    from raybooth.cluster.rows import map_rows
+
+    rows: dict[str, dict[str, Any]] = {}
+    order: dict[str, list[str]] = {}
+    for kind, (stage_name, names) in pictures.items():
+        outputs = run.outputs(stage_name)
+        order[kind] = [f"{outputs[name][:32]}.safetensors" for name in names]
+        rows |= {n: {"file": run.workspace.root / stage_name / name} for n, name in zip(order[kind], names, strict=True)}
+    order["prompts"] = [jobs.prompt_name(p) for p in prompts]
+    rows |= {jobs.prompt_name(p): {"prompt": p} for p in prompts}
+    stage = run.workspace.stage(folder, {"encoders": run.model_digest("encoders")})
+    missing = stage.missing(rows)
+    work = [{"name": n, **({"prompt": r["prompt"]} if "prompt" in r else {"picture": r["file"].read_bytes()})} for n, r in rows.items() if n in set(missing)]
+    if work:
+        done = map_rows(
+            partial(jobs.featurizer, run.workspace.uri), work, batch=16, have=run.ray,
+            samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, "encoders"),
+        )  # fmt: skip
+        for name, data in run.progress(done, len(work), folder, "row"):
+            stage.write(name, data)
+    if work or not stage.done(rows):
+        stage.finish(only=rows)
+    return {kind: _stacked([stage.folder / n for n in names]) for kind, names in order.items()}
+
+
+def _stacked(files: list[Path]) -> dict[str, Array]:
+    from safetensors.numpy import load_file
+
+    loaded = [load_file(f) for f in files]
+    return {k: np.stack([one[k] for one in loaded]).astype(np.float32) for k in loaded[0]} if loaded else {}

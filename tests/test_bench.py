@@ -1,0 +1,63 @@
+"""The paper's protocol: its subjects and prompts from a folder, what runs share, and the table."""
+
+from pathlib import Path
+
+import pytest
+
+from raybooth import bench
+from raybooth.dreambench import LIVE_PROMPTS, OBJECT_PROMPTS, Subject, subjects_of
+from raybooth.errors import RayboothError
+from raybooth.score import Score
+
+
+def test_the_papers_prompts():
+    assert len(set(OBJECT_PROMPTS)) == len(set(LIVE_PROMPTS)) == 25
+    assert "a {subject} in the jungle" in LIVE_PROMPTS
+    assert "a {subject} wearing a santa hat" in LIVE_PROMPTS
+    assert "a cube shaped {subject}" in OBJECT_PROMPTS
+
+
+def test_subjects_of_a_dataset(tmp_path: Path):
+    for name in ("dog6", "teapot"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "00.jpg").touch()
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(RayboothError, match=r"has no prompts_and_classes\.txt"):
+        subjects_of(tmp_path)
+    listing = tmp_path / "prompts_and_classes.txt"
+    listing.write_text("Classes\n\nsubject_name,class\ndog6,dog\nbear_plushie,stuffed animal\n\nPrompts\n'a {0} {1} in the jungle'.format(a, b),\n")
+    with pytest.raises(RayboothError, match="does not say the class of teapot"):
+        subjects_of(tmp_path)
+    listing.write_text("subject_name,class\ndog6,dog\nteapot,teapot\n")
+    dog, teapot = subjects_of(tmp_path)
+    assert (dog.name, dog.class_name, dog.prompts) == ("dog6", "dog", LIVE_PROMPTS)
+    assert (teapot.class_name, teapot.prompts) == ("teapot", OBJECT_PROMPTS)
+
+
+def test_a_row_is_the_mean_over_subjects():
+    def scores(value: float, floor: float, ceiling: float | None) -> dict[str, Score]:
+        return {"dino": Score(value, 0, 1, floor, ceiling), "clip_t": Score(value, 0, 1, floor, None), "pres": Score(value, 0, 1, floor, ceiling)}
+
+    text = bench.table({"ours": {"a": scores(0.8, 0.5, 1.0), "b": scores(0.4, 0.7, 0.5)}}, published=True)
+    assert "| ours | 0.600 (80%) | - | 0.600 (100%) | 0.600 (0.600) | - |" in text
+    assert "| DreamBooth, Stable Diffusion (paper) | 0.668 | 0.803 | 0.305 | - | - |" in text
+    assert "paper" not in bench.table({})
+
+
+def test_two_subjects_share_what_does_not_depend_on_them(tmp_path: Path):
+    from raybooth.demo import photographs
+
+    subjects = []
+    for seed in (1, 2):
+        photographs(tmp_path / f"photos{seed}", seed, "dog", 2)
+        subjects.append(Subject(f"dog-{seed}", "dog", tmp_path / f"photos{seed}", ("photo of {subject} in the snow",)))
+    small = ["prior.images=2", "prior.steps=2", "finetune.steps=2", "generate.steps=2"]
+    text = bench.bench(subjects, {"ours": []}, str(tmp_path / "bench"), small, "mini")
+    assert text.count("\n") == 3
+    assert (tmp_path / "bench" / "table.md").read_text() == text
+    roots = [tmp_path / "bench" / s.name / "ours" for s in subjects]
+    for shared in ("base-model/unet/diffusion_pytorch_model.safetensors", "class-images/00001.png"):
+        first, second = ((root / shared).stat() for root in roots)
+        assert first.st_ino == second.st_ino
+    first, second = ((root / "fine-tuned-model/unet/diffusion_pytorch_model.safetensors").read_bytes() for root in roots)
+    assert first != second

@@ -1,0 +1,93 @@
+"""Which checkpoint becomes the model: the rule, what is exported, and a run that overfits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from raybooth import config, selection
+from raybooth.demo import photographs
+from raybooth.drawing import draw, output_rows
+from raybooth.features import features, scored_prompt
+from raybooth.reporting import do
+from raybooth.score import to_prompt, to_subject
+from raybooth.selection import RULES, Candidate
+from raybooth.session import Run
+from raybooth.stages import STAGES
+
+
+def test_balance_pays_neither_a_subject_beyond_the_photographs_nor_a_prompt_beyond_the_base():
+    whole = Candidate(1, dino=0.9, clip_t=0.5, own=0.9, floor=0.5)
+    assert whole.balance == 2
+    assert Candidate(1, 0.99, 0.6, 0.9, 0.5).balance == 2
+    assert Candidate(1, 0.45, 0.6, 0.9, 0.5).balance == 1.5
+    assert RULES["subject"](Candidate(1, 0.99, 0.1, 0.9, 0.5)) > RULES["subject"](whole)
+
+
+@pytest.fixture(scope="module")
+def overfit(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Without prior preservation, up to five times mini's learning rate: it learns the dog, and then forgets all else."""
+    storage = tmp_path_factory.mktemp("overfit")
+    photographs(storage / "photographs")
+    made = config.load(
+        None,
+        ["evaluate.select=balance", "prior.images=0", "finetune.steps=80", "finetune.lr=1e-3", "finetune.warmup=80", "finetune.schedule=constant",
+         "finetune.text_encoder_lr=1e-3", "finetune.checkpoint_every=20", "finetune.checkpoints=4", "generate.images_per_prompt=2", "generate.steps=8",
+         "generate.prompts=['photo of {subject} in the snow', 'photo of {subject} on the beach', 'photo of {subject} at night']"],
+        subject={"photos": [str(storage / "photographs")], "class": "dog"}, base={"model": "mini"}, storage=str(storage),
+    )  # fmt: skip
+    with Run(made, quiet=True) as run:
+        do(run, STAGES)
+    return run
+
+
+def taken(run: Run) -> tuple[int, str]:
+    step = run.facts("fine-tuned-model")["selected"]["step"]
+    [folder] = [p.name for p in (run.workspace.root / "checkpoints").glob(f"*-{step:07d}")]
+    return step, f"checkpoints/{folder}"
+
+
+def test_an_earlier_checkpoint_is_taken_and_is_better_on_seeds_that_it_was_not_chosen_by(overfit: Run):
+    found = overfit.facts("fine-tuned-model")["selected"]["candidates"]
+    step, folder = taken(overfit)
+    assert [c["step"] for c in found] == [20, 40, 60, 80]
+    assert step < 80
+    rows = output_rows(overfit)
+    names = [r["name"] for r in rows]
+    with overfit:
+        draw(overfit, "last-images", folder.replace(f"{step:07d}", "0000080"), overfit.config.generate, rows, {"seed": 0})
+        pictures = {"photographs": ("instance-images", overfit.facts("instance-images")["pictures"]), "taken": ("output-images", names)}
+        drawn = features(overfit, "test-features", pictures | {"last": ("last-images", names)}, [scored_prompt(overfit, r["prompt"]) for r in rows])
+
+    def balance(kind: str) -> float:
+        dino = float(to_subject(drawn[kind]["dino"], drawn["photographs"]["dino"]).mean())
+        return Candidate(0, dino, float(to_prompt(drawn[kind]["clip"], drawn["prompts"]["clip"]).mean()), found[0]["own"], found[0]["floor"]).balance
+
+    assert balance("taken") > balance("last") + 0.1
+
+
+def test_what_is_taken_is_what_the_checkpoint_holds_and_draws(overfit: Run, tmp_path: Path):
+    root, (step, folder) = overfit.workspace.root, taken(overfit)
+    state = load_file(root / folder / "state.safetensors")
+    for part, file in (("unet", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors")):
+        weights = load_file(root / "fine-tuned-model" / part / file)
+        assert all(np.array_equal(v, state[f"weights.{part}.{k}"]) for k, v in weights.items())
+    row = selection.rows_of(overfit)[0]
+    with overfit:
+        draw(overfit, "again-images", "fine-tuned-model", overfit.config.generate, [row], {"seed": 0})
+    with Image.open(root / "again-images" / row["name"]) as again, Image.open(root / selection.FOLDER / f"{step:07d}" / row["name"]) as drawn:
+        assert np.array_equal(np.asarray(again), np.asarray(drawn))
+
+
+def test_another_rule_takes_another_without_training_again(overfit: Run):
+    run = Run(config.load(overfit.workspace.root / "config.json", ["evaluate.select=subject"]), quiet=True)
+    found = run.facts("fine-tuned-model")["selected"]["candidates"]
+    before = {p: p.stat().st_mtime_ns for p in (run.workspace.root / "checkpoints").rglob("*.safetensors")}
+    with run:
+        do(run, ["finetune"])
+    chosen = run.facts("fine-tuned-model")["selected"]
+    assert chosen["rule"] == "subject"
+    assert chosen["step"] == max(found, key=lambda c: c["dino"])["step"]
+    assert {p: p.stat().st_mtime_ns for p in before} == before

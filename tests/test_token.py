@@ -1,0 +1,47 @@
+"""Rare words for a subject: weak in the base model, read by its tokenizer as proposed, and taken by subject.token = "auto"."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_pipeline import call
+
+from raybooth.cli import main
+from raybooth.families import family_of, mini_folder
+from raybooth.families.parts import load
+from raybooth.families.tokens import propose
+
+
+def test_words_that_mini_knows_are_strong_and_those_that_it_proposes_are_weak():
+    folder = mini_folder()
+    family = family_of(folder)
+    loaded = load(family, folder, ("text_encoder",))
+    tokenizer, table = loaded.tokenizers["tokenizer"], loaded.modules["text_encoder"].get_input_embeddings().weight  # type: ignore[operator]
+    norms = table.norm(dim=1) / table.norm(dim=1).median()
+    known = [float(norms[tokenizer.convert_tokens_to_ids(f"{w}</w>")]) for w in ("dog", "snow", "beach", "night", "red", "collar")]
+    found = propose(family, folder, 8)
+    assert len({p.word for p in found}) == 8
+    for proposal in found:
+        assert tuple(tokenizer.tokenize(proposal.word)) == proposal.tokens
+        assert tuple(tokenizer.tokenize(f"photo of {proposal.word} dog"))[2:-1] == proposal.tokens
+        assert proposal.word.isalpha()
+        assert 3 <= len(proposal.word) <= 6
+        assert proposal.norm < min(known) / 1.3
+    assert [p.strength for p in found] == sorted(p.strength for p in found)
+
+
+def test_auto_names_the_subject_everywhere(tmp_path: Path, toy: Path, photos: Path):
+    said = call("prepare", tmp_path, toy, photos, subject__token="auto")
+    word = json.loads((tmp_path / "token" / "proposals.json").read_text())[0]["word"]
+    assert f"'{word}' names the subject" in said
+    kept = json.loads((tmp_path / "config.json").read_text())
+    assert kept["subject"]["token"] == word
+    assert "up to date" in call("prepare", tmp_path, toy, photos, subject__token="auto")
+    assert json.loads((tmp_path / "config.json").read_text()) == kept
+
+
+def test_the_verb_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["token", "--base", "mini", "--storage", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["word", "prior", "norm", "nearest", "common", "word"]
+    assert len(lines) == 11

@@ -55,7 +55,9 @@ def demo_config(storage: str, overrides: list[str]) -> Config:
         overrides,
         subject={"photos": [str(Path(storage) / "photographs")], "class": "dog"},
         base={"model": "mini"},
+        finetune={"checkpoints": 4},
         generate={"prompts": prompts},
+        evaluate={"select": "balance"},
         storage=storage,
     )
 

@@ -44,6 +44,17 @@ def test_a_row_is_the_mean_over_subjects():
     assert "paper" not in bench.table({})
 
 
+def test_a_perfect_model_reaches_what_the_photographs_score_among_themselves():
+    from raybooth.minibench import PERFECT, perfect
+
+    scores = {PERFECT: perfect()}
+    assert len(scores[PERFECT]) == 10
+    for one in scores[PERFECT].values():
+        assert one["dino"].ceiling is not None
+        assert one["dino"].value > 0.9 * one["dino"].ceiling
+        assert one["div"].value < 0.45  # of the base model, which draws another one each time, it is 0.5
+
+
 def test_two_subjects_share_what_does_not_depend_on_them(tmp_path: Path):
     from raybooth.demo import photographs
 
@@ -59,5 +70,5 @@ def test_two_subjects_share_what_does_not_depend_on_them(tmp_path: Path):
     for shared in ("base-model/unet/diffusion_pytorch_model.safetensors", "class-images/00001.png"):
         first, second = ((root / shared).stat() for root in roots)
         assert first.st_ino == second.st_ino
-    first, second = ((root / "fine-tuned-model/unet/diffusion_pytorch_model.safetensors").read_bytes() for root in roots)
-    assert first != second
+    one, other = ((root / "fine-tuned-model/unet/diffusion_pytorch_model.safetensors").read_bytes() for root in roots)
+    assert one != other

@@ -11,7 +11,6 @@ from typing import Any
 from raybooth import config as configuration
 from raybooth import evaluation
 from raybooth.config import Config
-from raybooth.demo import photographs
 from raybooth.dreambench import PUBLISHED, Subject
 from raybooth.score import Score
 from raybooth.session import Run
@@ -22,37 +21,19 @@ Recipes = Mapping[str, Sequence[str]]
 Results = dict[str, dict[str, dict[str, Score]]]
 """recipe -> subject -> name of a score -> score."""
 
-MINI_RECIPES: Recipes = {
-    "raybooth": [],
-    "raybooth without prior preservation": ["prior.images=0"],
-    # Its learning rate times forty, as raybooth's own defaults for mini are forty times those for Stable Diffusion.
-    "2023 notebook": [
-        "prior.scheduler=pndm", "prior.steps=50", "prior.guidance=7.5",
-        "finetune.batch=2", "finetune.lr=2e-4", "finetune.text_encoder_lr=2e-4", "finetune.schedule=constant",
-    ],
-}  # fmt: skip
 SHARED = ("base-model", "encoders", "class-images", "class-before-images", "before-images")
-MINI_SUBJECTS = {"dog": (23, 1, 2), "cat": (1, 2, 3), "backpack": (1, 2), "car": (1, 2)}
-"""Seeds of the drawn subjects of each class."""
 
 
-def mini_subjects(folder: Path) -> list[Subject]:
-    """Ten drawn ones of four classes, their photographs written below `folder`, with prompts of all places that mini knows."""
-    from raybooth.mini.places import PLACES
-
-    subjects = []
-    for kind, seeds in MINI_SUBJECTS.items():
-        for seed in seeds:
-            photos = folder / f"{kind}-{seed}" / "photographs"
-            photographs(photos, seed, kind)
-            subjects.append(Subject(f"{kind}-{seed}", kind, photos, tuple(f"photo of {{subject}} {place}" for place in PLACES)))
-    return subjects
-
-
-def bench(subjects: Sequence[Subject], recipes: Recipes, storage: str, overrides: Sequence[str], base: str | None = None) -> str:
+def bench(
+    subjects: Sequence[Subject], recipes: Recipes, storage: str, overrides: Sequence[str], base: str | None = None, known: Results | None = None
+) -> str:  # fmt: skip
     """Run and score every recipe on every subject, as far as it is not done; writes `table.md` and `scores.json` into `storage`.
 
     Each run has a storage of its own, `<subject>/<recipe>`; what does not depend on the subject is shared within a class.
+
+    Args:
+        base: the base model; default: the configuration's.
+        known: rows of the table that need no runs.
     """
     from raybooth.cluster.session import connected
 
@@ -72,7 +53,7 @@ def bench(subjects: Sequence[Subject], recipes: Recipes, storage: str, overrides
                     results[recipe][subject.name] = evaluation.read(run)
                 done[subject.class_name, recipe] = Path(config.storage)
                 write_atomically(root / "scores.json", json.dumps(_plain(results), indent=1).encode())
-    text = table(results, published=base != "mini")
+    text = table(results | (known or {}), published=base != "mini")
     write_atomically(root / "table.md", text.encode())
     return text
 

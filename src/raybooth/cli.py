@@ -150,15 +150,18 @@ def _token(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from raybooth import bench
+    from raybooth.bench import bench
     from raybooth.dreambench import subjects_of
 
     if args.what == "mini":
-        print(bench.bench(bench.mini_subjects(Path(args.storage)), bench.MINI_RECIPES, args.storage, args.set, "mini"))
+        from raybooth import minibench
+
+        known = {minibench.PERFECT: minibench.perfect()}
+        print(bench(minibench.subjects_in(Path(args.storage)), minibench.RECIPES, args.storage, args.set, "mini", known))
     elif args.subjects is None:
         raise RayboothError("bench dreambench needs --subjects DIR: a copy of the DreamBooth dataset, with prompts_and_classes.txt.")
     else:
-        print(bench.bench(subjects_of(args.subjects), {"raybooth": []}, args.storage, args.set, args.base))
+        print(bench(subjects_of(args.subjects), {"raybooth": []}, args.storage, args.set, args.base))
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from raybooth import evaluation, stages
-from raybooth.demo import Scores, demo, demo_config, score
+from raybooth import evaluation
+from raybooth.demo import Scores, demo, demo_config
+from raybooth.drawing import class_rows, draw
+from raybooth.features import features
+from raybooth.reporting import do
+from raybooth.score import among
 from raybooth.session import Run
 
 
@@ -42,15 +46,26 @@ def test_it_ends_in_one_picture_of_it_all(scores: Scores, storage: Path):
 
 def test_without_class_images_the_class_drifts(scores: Scores, storage: Path, tmp_path: Path):
     """The paper's finding, and that the prior does something: the same run without it loses what the run with it kept."""
-    for kept in ("base-model", "photographs", "before-images"):
-        shutil.copytree(storage / kept, tmp_path / kept)
-    with Run(demo_config(str(tmp_path), ["prior.images=0"]), quiet=True) as run:
-        for stage in stages.STAGES.values():
-            stage(run)
-        evaluation.evaluate(run)
-        without = score(run)
-    assert without.class_kept < 0.80
-    assert without.class_kept < scores.class_kept - 0.1
+    for stage in ("base-model", "photographs", "encoders"):
+        shutil.copytree(storage / stage, tmp_path / stage)
+    with Run(demo_config(str(tmp_path), ["prior.images=0", "evaluate.select=last"]), quiet=True) as run:
+        do(run, ["prepare", "encode", "finetune"])
+        rows = class_rows(run, evaluation.CLASS_PICTURES)
+        draw(run, "class-after-images", "fine-tuned-model", run.config.prior, rows, {})
+        found = features(run, "features", {"after": ("class-after-images", [r["name"] for r in rows])}, [])
+    kept = float(1 - among(found["after"]["clip"]).mean()) / scores.class_distance_before
+    assert kept < 0.80
+    assert kept < scores.class_kept - 0.1
+
+
+def test_the_report_shows_how_it_learnt(scores: Scores, storage: Path):
+    """Base and four checkpoints of four prompts, and what was taken."""
+    with Run(demo_config(str(storage), []), quiet=True) as run:
+        do(run, ["report"])
+    text = (storage / "report.html").read_text()
+    assert text.count('class="taken"') == 1
+    assert [f"step {s}" in text for s in (100, 200, 300, 400)] == [True] * 4
+    assert len(text) < 5_000_000
 
 
 def test_real_photographs_run_through_without_special_care(storage: Path, tmp_path: Path, scores: Scores):

@@ -99,7 +99,7 @@ def _scores(run: Run) -> list[str]:
 
 def _snippet(run: Run, to: str, name: str, base: str, prompt: str, repo: str | None) -> str:
     pipeline = family_of(run.base_folder).pipeline
-    here, of = repo or ".", run.config.base.model if local_source(run.config.base.model) is None else f"folder of {base}"
+    here, of = repo or ".", run.config.base.model if local_source(run.config.base.model) is None else f"path/to/{base}"
     file = f"{name}.safetensors" if to == "kohya" else "pytorch_lora_weights.safetensors"
     load = {
         "diffusers": [f'pipe = {pipeline}.from_pretrained("{here}")'],

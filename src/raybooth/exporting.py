@@ -3,6 +3,7 @@
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from raybooth.errors import RayboothError
 from raybooth.families import Family, family_of
 from raybooth.session import Run
 from raybooth.stages import resolution
-from raybooth.workspace import Stage, Workspace
+from raybooth.workspace import Stage, Workspace, files_under
 
 if TYPE_CHECKING:
     from raybooth.families.lowrank import LowRank
@@ -79,10 +80,13 @@ class Model:
         from raybooth.families.parts import load
 
         pairs, energies = {}, {}
-        names = self.family.trainable(text_encoder=True)
-        for part in self.run.progress(names, len(names), f"extract rank {rank}", "part"):
+        for part in self.family.trainable(text_encoder=True):
             base = load(self.family, self.base, (part,)).modules[part]
-            pairs[part], energies[part] = extract(part, base, self.modules(part)[part], rank)
+
+            def told(layers: list[Any], part: str = part) -> Iterator[Any]:
+                return self.run.progress(layers, len(layers), f"rank {rank} of {part}", "layer")
+
+            pairs[part], energies[part] = extract(part, base, self.modules(part)[part], rank, told)
         if not any(pairs.values()):
             raise RayboothError("The fine-tuned model does not differ from its base in any layer: there is nothing to extract.")
         changed = {part: energy for part, energy in energies.items() if energy.layers}
@@ -158,29 +162,35 @@ def export(run: Run, to: str, output: str | None = None, rank: int | None = None
     Raises:
         RayboothError: if the run is not complete, or its model cannot have that form, or the folder is somebody else's.
     """
+    from raybooth.families.parts import quietly
+
     model = Model(run, rank)
-    if to == "hub":
-        return _push(model, repo, output)
-    if repo is not None:
+    if repo is not None and to != "hub":
         raise RayboothError(f"--repo {repo} is for --to hub: nothing else is sent anywhere.")
-    stage = _stage(model, to, output)
+    with quietly():
+        return _push(model, repo, output) if to == "hub" else str(_write(model, to, output))
+
+
+def _write(model: Model, to: str, output: str | None) -> Path:
+    run, stage = model.run, _stage(model, to, output)
     made = stage.held if stage.done() else None
     if made is None:
         stage.clear()
         said = FORMS[to](model, stage.partial)
-    else:
-        said = made["facts"]["said"]
-    for line in said:
+        made = {"facts": {"said": said, "files": files_under(stage.partial)}, "outputs": {}}
+    facts = made["facts"]
+    beside = card.files(run, to, model.name, facts["said"])
+    for line in facts["said"]:
         run.say(f"{to}: {line}")
-    beside = card.files(run, to, model.name, said)
-    if made and all((stage.folder / name).exists() and (stage.folder / name).read_bytes() == data for name, data in beside.items()):
+    names = [*facts["files"], *beside]
+    if set(names) == set(made["outputs"]) and all((stage.folder / name).read_bytes() == data for name, data in beside.items()):
         run.say(f"{to}: {stage.folder}, up to date")
-    else:
-        for name, data in beside.items():
-            stage.write(name, data)
-        stage.finish({"said": said})
-        run.say(f"{to}: {stage.folder}")
-    return str(stage.folder)
+        return stage.folder
+    for name, data in beside.items():
+        stage.write(name, data)
+    stage.finish(facts, only=names)
+    run.say(f"{to}: {stage.folder}")
+    return stage.folder
 
 
 def _stage(model: Model, to: str, output: str | None) -> Stage:

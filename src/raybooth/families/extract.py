@@ -1,7 +1,8 @@
 """A LoRA out of a full fine-tuning: the best approximation of each layer's change by a matrix of low rank (Eckart and Young 1936)."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from raybooth.families.lowrank import layers_of
 
 if TYPE_CHECKING:
     from raybooth.families.lowrank import Pair
+
+Told = Callable[[list[tuple[str, Any]]], Iterable[tuple[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,22 @@ class Energy:
         return Energy(self.kept + more.kept, self.layers + more.layers, self.others + more.others)
 
     def __str__(self) -> str:
+        """Shares of the energy, as people read them."""
         share = 100 * self.others / (self.layers + self.others)
-        lost = f"; {share:.1f}% of all its change is in norms, biases and embeddings, which a LoRA cannot hold" if share >= 0.1 else ""
-        return f"{100 * self.kept / self.layers:.1f}% of the layers' change is kept{lost}"
+        lost = f"; {share:.1f}% of all change is in norms, biases and embeddings, where a LoRA cannot be" if share >= 0.1 else ""
+        return f"{100 * self.kept / self.layers:.1f}% of the layers' change kept{lost}"
 
 
-def extract(part: str, base: nn.Module, tuned: nn.Module, rank: int) -> "tuple[dict[str, Pair], Energy]":
-    """The low-rank updates from `base` to `tuned`, layer -> (down, up), of at most `rank`; and what they keep."""
+def extract(part: str, base: nn.Module, tuned: nn.Module, rank: int, told: Told) -> "tuple[dict[str, Pair], Energy]":
+    """The low-rank updates from `base` to `tuned`, layer -> (down, up), of at most `rank`; and what they keep.
+
+    Args:
+        told: passes the layers on one by one, and shows how far it is.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before = layers_of(part, base)
     pairs, energy, total = {}, Energy(), _change(base, tuned)
-    for name, layer in layers_of(part, tuned).items():
+    for name, layer in told(list(layers_of(part, tuned).items())):
         update = (layer.weight.detach().float() - before[name].weight.detach().float()).to(device)
         if not update.any():
             continue

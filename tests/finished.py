@@ -64,15 +64,15 @@ def opened(folder: Path) -> Any:
     return diffusers.DiffusionPipeline.from_pretrained(folder)
 
 
-def theirs(pipe: Any, base: Path) -> np.ndarray:
+def theirs(pipe: Any, base: Path, prompt: str = PROMPT, seed: int = 1) -> np.ndarray:
     """Plain diffusers' picture from the same latents."""
     pipe.set_progress_bar_config(disable=True)
     family = family_of(base)
     if hasattr(pipe, "unet"):
         pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(diffusers.DDIMScheduler.from_pretrained(base / "scheduler").config)
-    z = normal(family.facts(base).latent_shape(32), 1, "latents")[None]
+    z = normal(family.facts(base).latent_shape(32), seed, "latents")[None]
     z = pipe._pack_latents(z, *z.shape) if family.pipeline == "FluxPipeline" else z
-    return pipe(PROMPT, latents=z, num_inference_steps=2, guidance_scale=3.0, height=32, width=32, output_type="np").images[0]
+    return pipe(prompt, latents=z, num_inference_steps=2, guidance_scale=3.0, height=32, width=32, output_type="np").images[0]
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:

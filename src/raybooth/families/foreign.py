@@ -113,13 +113,16 @@ def _in_diffusers_names(family: Family, base: Path, tensors: "State") -> "State"
 
 
 def _in_peft_names(part: str, state: "State") -> "State":
-    """Of one part, by diffusers' converters."""
-    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+    """Of one part, by diffusers' converters, both its layouts for text encoders one after the other: its guess fails where only some layers are adapted."""
+    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+    from diffusers.utils.state_dict_utils import StateDictType
 
     own = {k.removeprefix(f"{part}."): t for k, t in state.items() if k.startswith(f"{part}.")}
     if not own or any(".lora_A." in k for k in own):
         return own
-    return convert_state_dict_to_peft(convert_state_dict_to_diffusers(own)) if part.startswith("text_encoder") else convert_unet_state_dict_to_peft(own)
+    if not part.startswith("text_encoder"):
+        return convert_unet_state_dict_to_peft(own)
+    return convert_state_dict_to_peft(convert_state_dict_to_peft(own, StateDictType.DIFFUSERS_OLD), StateDictType.DIFFUSERS)
 
 
 def _pairs(part: str, own: "State", how: dict[str, Any]) -> "dict[str, Pair]":

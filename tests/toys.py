@@ -27,10 +27,10 @@ def tokenizer() -> CLIPTokenizer:
     return networks.make_tokenizer(caption(random_scene(i)) for i in range(300))
 
 
-def clip_text(vocab: int, projected: bool = False) -> Any:
+def clip_text(vocab: int, projected: bool = False, width: int = 32, **more: Any) -> Any:
     config = CLIPTextConfig(
-        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=32, projection_dim=32, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        vocab_size=vocab, hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32, projection_dim=32, bos_token_id=0, eos_token_id=1, pad_token_id=1, **more,
     )  # fmt: skip
     return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
 
@@ -44,7 +44,7 @@ def t5(width: int) -> tuple[T5EncoderModel, T5TokenizerFast]:
 def vae(channels: int = 4, **more: Any) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16),
-        latent_channels=channels, norm_num_groups=4, sample_size=32, mid_block_add_attention=False, **more,
+        latent_channels=channels, norm_num_groups=4, sample_size=32, **{"mid_block_add_attention": False, **more},
     )  # fmt: skip
 
 
@@ -56,20 +56,21 @@ def unet(**more: Any) -> UNet2DConditionModel:
     )  # fmt: skip
 
 
-def make_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
+def make_sd(folder: Path, prediction_type: str = "epsilon", act: str = "quick_gelu") -> Path:
     """About 300,000 parameters, pictures of 32 pixels."""
     torch.manual_seed(0)
     words, scheduler = tokenizer(), networks.make_scheduler()
     scheduler.register_to_config(prediction_type=prediction_type)
     StableDiffusionPipeline(
-        vae=vae(), text_encoder=clip_text(len(words)), tokenizer=words, unet=unet(cross_attention_dim=32), scheduler=scheduler,
+        vae=vae(), text_encoder=clip_text(len(words), hidden_act=act), tokenizer=words, unet=unet(cross_attention_dim=32), scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
 def make_sd2(folder: Path) -> Path:
-    return make_sd(folder, "v_prediction")
+    """Velocity, and OpenCLIP's text encoder."""
+    return make_sd(folder, "v_prediction", "gelu")
 
 
 def make_sdxl(folder: Path) -> Path:
@@ -77,8 +78,9 @@ def make_sdxl(folder: Path) -> Path:
     words = tokenizer()
     added = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32)
     StableDiffusionXLPipeline(
-        vae=vae(), text_encoder=clip_text(len(words)), text_encoder_2=clip_text(len(words), projected=True), tokenizer=words, tokenizer_2=words,
-        unet=unet(cross_attention_dim=64, **added),
+        vae=vae(mid_block_add_attention=True), tokenizer=words, tokenizer_2=words,
+        text_encoder=clip_text(len(words)), text_encoder_2=clip_text(len(words), projected=True, width=48, hidden_act="gelu"),
+        unet=unet(cross_attention_dim=80, **added),
         scheduler=EulerDiscreteScheduler.from_config(DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").config),
         add_watermarker=False,
     ).save_pretrained(folder)  # fmt: skip

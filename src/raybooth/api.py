@@ -1,9 +1,10 @@
 """raybooth in Python: the verbs of the command line as functions of a configuration."""
 
 from collections.abc import Callable
+from pathlib import Path
 
-from raybooth import reporting, stages
-from raybooth.config import Config
+from raybooth import exporting, importing, reporting, stages
+from raybooth.config import Config, load
 from raybooth.session import Run
 
 
@@ -25,3 +26,17 @@ finetune = _verb("finetune")
 generate = _verb("generate")
 evaluate = _verb("evaluate")
 report = _verb("report")
+
+
+def export(run: Config | str | Path, to: str, output: str | None = None, rank: int | None = None, repo: str | None = None) -> str:
+    """The fine-tuned model of a configuration, or of a storage's folder, as "diffusers", "lora", "kohya", "single-file" or "hub". Returns where it lies."""
+    config = run if isinstance(run, Config) else load(Path(run) / "config.json", storage=str(run))
+    with Run(config) as made:
+        return exporting.export(made, to, output, rank, repo)
+
+
+def import_lora(file: str | Path, config: Config) -> Run:
+    """Take over a LoRA that was made elsewhere, for `config.base`: `generate(config)` then draws with it."""
+    with Run(config) as made:
+        importing.import_lora(made, Path(file))
+    return made

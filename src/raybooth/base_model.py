@@ -28,12 +28,13 @@ def prepare_base(run: Run) -> None:
         stage = run.workspace.stage("base-model", {"files": stats(source, names)})
     if stage.done():
         return run.say("base-model: up to date")
-    facts = {"source": base.model}
+    facts: dict[str, Any] = {"source": base.model}
     if source is None:
         facts = _fetch(run, stage)
     elif source.is_file():
         _unpack(run, source, stage.partial)
     else:
+        facts["license"] = _licence(source)
         for name in run.progress(names, len(names), "base-model: copying", "file"):
             target = stage.partial / plain_name(name)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +86,16 @@ def local_source(model: str) -> Path | None:
     return path if looks_local else None
 
 
+def _licence(folder: Path) -> str | None:
+    """What the model card in a folder names, if there is one."""
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
+    except (OSError, ValueError):
+        return None
+
+
 def _needed_of_folder(folder: Path) -> list[str]:
     from raybooth.families import family_of
     from raybooth.families.folder import needed_files
@@ -106,5 +117,5 @@ def _fetch(run: Run, stage: Stage) -> dict[str, Any]:
         return needed_files(names, family.weights, family.settings, base.model)
 
     run.say(f"base-model: {base.model} at {commit}")
-    hub.fetch_model(base.model, commit, stage.partial, choose)
-    return {"source": base.model, "commit": commit}
+    licence = hub.fetch_model(base.model, commit, stage.partial, choose)
+    return {"source": base.model, "commit": commit, "license": licence}

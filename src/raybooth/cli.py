@@ -48,6 +48,15 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--base", metavar="MODEL", help="for dreambench (default: CompVis/stable-diffusion-v1-4)")
     bench.add_argument("--storage", default="raybooth-bench", help="folder of all runs (default: %(default)s)")
     bench.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting of all runs; may be repeated")
+    export = verbs.add_parser("export", help="the fine-tuned model for other programs: diffusers, ComfyUI, AUTOMATIC1111, Forge, the hub")
+    _settings(export)
+    export.add_argument("--to", required=True, choices=["diffusers", "lora", "kohya", "single-file", "hub"], help="its form")
+    export.add_argument("--output", metavar="DIR", help="folder to write (default: exports/FORM in the storage)")
+    export.add_argument("--rank", type=_rank, help="of a LoRA that is extracted from a full fine-tuning (default: 32)")
+    export.add_argument("--repo", metavar="OWNER/NAME", help="repository to push to, for --to hub; a new one is private")
+    imported = verbs.add_parser("import", help="draw with a LoRA that was made elsewhere")
+    imported.add_argument("lora", type=Path, metavar="LORA", help=".safetensors file in diffusers', kohya's or PEFT's layout")
+    _settings(imported)
     verbs.add_parser("doctor", help="what this machine has, and what to expect of it")
     return top
 
@@ -102,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
             _token(args)
         elif args.verb == "bench":
             _bench(args)
+        elif args.verb in ("export", "import"):
+            _carry(args)
         else:
             _run(args)
     except RayboothError as error:
@@ -162,6 +173,26 @@ def _bench(args: argparse.Namespace) -> None:
         raise RayboothError("bench dreambench needs --subjects DIR: a copy of the DreamBooth dataset, with prompts_and_classes.txt.")
     else:
         print(bench(subjects_of(args.subjects), {"raybooth": []}, args.storage, args.set, args.base))
+
+
+def _carry(args: argparse.Namespace) -> None:
+    """The model out to other programs, or a LoRA in from them."""
+    config = config_of(args)
+    from raybooth.exporting import export
+    from raybooth.importing import import_lora
+    from raybooth.session import Run
+
+    with Run(config) as run:
+        if args.verb == "import":
+            import_lora(run, args.lora)
+        else:
+            export(run, args.to, args.output, args.rank, args.repo)
+
+
+def _rank(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a rank: give a number from 1 on, such as 32")
+    return int(text)
 
 
 def _plan(args: argparse.Namespace) -> None:

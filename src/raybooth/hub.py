@@ -25,8 +25,11 @@ def resolve(repo: str, revision: str | None) -> str:
         return str(HfApi().model_info(repo, revision=revision).sha)
 
 
-def fetch_model(repo: str, revision: str, target: Path, choose: Choose) -> None:
+def fetch_model(repo: str, revision: str, target: Path, choose: Choose) -> str | None:
     """Download the files that `choose(all names, folder with model_index.json)` names into `target`; a stop is gone on from.
+
+    Returns:
+        The licence that its card names.
 
     Raises:
         RayboothError: if the hub, the repository or the revision cannot be had, or a file's hash is not the hub's.
@@ -34,7 +37,8 @@ def fetch_model(repo: str, revision: str, target: Path, choose: Choose) -> None:
     from huggingface_hub import HfApi, hf_hub_download, hf_hub_url
 
     with _explained(repo, revision):
-        siblings = {f.rfilename: f for f in HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []}
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        siblings = {f.rfilename: f for f in info.siblings or []}
         if "model_index.json" in siblings:
             hf_hub_download(repo, "model_index.json", revision=revision, local_dir=target)
         names = choose(list(siblings), target)
@@ -45,6 +49,7 @@ def fetch_model(repo: str, revision: str, target: Path, choose: Choose) -> None:
             elif not (target / name).exists():
                 _fetch_weights(hf_hub_url(repo, name, revision=revision), target / name, lfs.size, lfs.sha256)
     _tidy(target, names)
+    return info.card_data.get("license") if info.card_data else None
 
 
 def _fetch_weights(url: str, path: Path, size: int, sha256: str) -> None:
@@ -90,6 +95,37 @@ def fetch_dataset(spec: str, target: Path, suffixes: frozenset[str]) -> Path:
         patterns = [f"*{s}" for s in suffixes] + [f"*{s.upper()}" for s in suffixes]
         snapshot_download(repo, repo_type="dataset", revision=revision or None, local_dir=target, allow_patterns=patterns)
     return target
+
+
+def check_may_write() -> None:
+    """
+    Raises:
+        RayboothError: if there is no token to write to the hub with.
+    """
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise RayboothError("Pushing to the hub needs a token that may write: set HF_TOKEN, or run 'hf auth login'.")
+
+
+def push(repo: str, folder: Path) -> str:
+    """`folder` as the model repository `repo`, made private if it is new. Returns its address.
+
+    Raises:
+        RayboothError: if the hub cannot be reached or does not let the token's owner write there.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with _explained(repo, None):
+        try:
+            address = HfApi().create_repo(repo, private=True, exist_ok=True)
+            HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="raybooth export")
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (401, 403):
+                raise
+            raise RayboothError(f"The hub does not let this token write to {repo}: check the name, and that HF_TOKEN may write there.") from None
+    return str(address)
 
 
 @contextlib.contextmanager

@@ -136,9 +136,11 @@ class Stage:
         old = self.manifest
         for name in set(old["outputs"]) - set(target["outputs"]) if old else ():
             (self.folder / name).unlink(missing_ok=True)
+        readable = (self.partial / MANIFEST).stat().st_mode & 0o777  # safetensors makes its files for their owner alone
         for name in files_under(self.partial):
             if name in target["outputs"]:
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (self.partial / name).chmod(readable)
                 os.replace(self.partial / name, self.folder / name)
         os.replace(self.partial / MANIFEST, self.folder / MANIFEST)
         for folder in self.folder.glob(".partial-*"):  # of other inputs too: they were on the way to something not wanted now

@@ -9,6 +9,7 @@ from torch import nn
 
 from raybooth.config import Lora
 from raybooth.families.base import Family, Loaded
+from raybooth.families.parts import load
 from raybooth.noise import reseeded
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -80,3 +81,16 @@ def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:
         for layer in module.modules():
             if isinstance(layer, BaseTunerLayer):
                 layer.merge()
+
+
+def merged(family: Family, base: Path, folder: Path, parts: Iterable[str]) -> Loaded:
+    """`parts` of the base with the adapters of `folder` in their weights, as if there had never been any."""
+    from diffusers.utils import recurse_remove_peft_layers
+
+    loaded = load(family, base, tuple(parts))
+    load_adapters(family, loaded, folder)
+    for module in loaded.modules.values():
+        recurse_remove_peft_layers(module)
+        module.__dict__.pop("peft_config", None)
+        module.__dict__.pop("_hf_peft_config_loaded", None)  # with it transformers would save the adapters alone
+    return loaded

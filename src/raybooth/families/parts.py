@@ -1,9 +1,10 @@
 """What the families share: loading a folder's parts, latents of a KL autoencoder, saving a pipeline."""
 
+import contextlib
 import importlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,20 @@ def load(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.dtype
         modules[part] = module.eval().requires_grad_(False)
     tokenizers = {name: _kind(index, name).from_pretrained(folder / name) for name in index if name.startswith("tokenizer") and index[name][0]}
     return Loaded(folder, family.facts(folder), family.objective(folder), modules, tokenizers)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without a bar of transformers for every file read and written."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def unloaded(family: Family, folder: Path, parts: Sequence[str]) -> Loaded:

@@ -1,0 +1,229 @@
+"""The fine-tuned model for other programs: a diffusers folder, a LoRA in two layouts, one checkpoint file, a repository of the hub."""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raybooth import card
+from raybooth.drawing import resolution
+from raybooth.errors import RayboothError
+from raybooth.families import Family, family_of
+from raybooth.session import Run
+from raybooth.workspace import Stage, Workspace, files_under
+
+if TYPE_CHECKING:
+    from raybooth.families.lowrank import LowRank
+
+RANK = 32
+"""Of a LoRA that is extracted from a full fine-tuning: on mini the subject is still itself."""
+
+
+@dataclass
+class Model:
+    """The fine-tuned model of a run: a pipeline folder, or adapters for the base's."""
+
+    run: Run
+    rank: int | None
+
+    @cached_property
+    def base(self) -> Path:
+        self.run.outputs("base-model")
+        return self.run.base_folder
+
+    @cached_property
+    def folder(self) -> Path:
+        self.run.outputs("fine-tuned-model")
+        return self.run.model_folder
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.base)
+
+    @property
+    def adapted(self) -> bool:
+        from raybooth.families.lora import WEIGHTS
+
+        return (self.folder / WEIGHTS).exists()
+
+    @property
+    def name(self) -> str:
+        """What its files are called, as "unqtkn-dog"."""
+        return re.sub(r"[^a-z0-9]+", "-", self.run.config.subject.name.lower()).strip("-") or "model"
+
+    def modules(self, *parts: str) -> dict[str, Any]:
+        """Parts of it with all that was learnt in their weights."""
+        from raybooth.families.lora import merged
+        from raybooth.families.parts import load
+
+        loaded = merged(self.family, self.base, self.folder, parts) if self.adapted else load(self.family, self.folder, parts)
+        return dict(loaded.modules)
+
+    def low_rank(self) -> "tuple[LowRank, list[str]]":
+        """Its adapters; of a model that has none, or whose adapters are no plain LoRA, what can be extracted. And what is to be said about that."""
+        from raybooth.families.foreign import is_dora, read
+        from raybooth.families.lora import WEIGHTS
+
+        if self.adapted and not is_dora(self.folder / WEIGHTS):
+            if self.rank is not None:
+                raise RayboothError("This run is a LoRA already and keeps its rank: leave --rank out.")
+            return read(self.family, self.base, self.folder / WEIGHTS), []
+        return self._extracted(self.rank or RANK)
+
+    def _extracted(self, rank: int) -> "tuple[LowRank, list[str]]":
+        from raybooth.families.extract import Energy, extract
+        from raybooth.families.lowrank import even
+        from raybooth.families.parts import load
+
+        pairs, energies = {}, {}
+        for part in self.family.trainable(text_encoder=True):
+            base = load(self.family, self.base, (part,)).modules[part]
+
+            def told(layers: list[Any], part: str = part) -> Iterator[Any]:
+                return self.run.progress(layers, len(layers), f"rank {rank} of {part}", "layer")
+
+            pairs[part], energies[part] = extract(part, base, self.modules(part)[part], rank, told)
+        if not any(pairs.values()):
+            raise RayboothError("The fine-tuned model does not differ from its base in any layer: there is nothing to extract.")
+        changed = {part: energy for part, energy in energies.items() if energy.layers}
+        lines = [f"rank {rank}, {part}: {energy}" for part, energy in changed.items()]
+        return even(pairs), [*lines, f"rank {rank}, all: {sum(changed.values(), Energy())}"] if len(lines) > 1 else lines
+
+
+def _diffusers(model: Model, target: Path) -> list[str]:
+    from raybooth.families.parts import save
+
+    if model.adapted:
+        save(model.base, model.modules(*model.family.trainable(text_encoder=True)), target)
+    else:
+        for name in model.run.outputs("fine-tuned-model"):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(model.folder / name, target / name)
+    return []
+
+
+def _lora(model: Model, target: Path) -> list[str]:
+    from raybooth.families.foreign import is_dora, write
+    from raybooth.families.lora import WEIGHTS
+
+    if model.adapted and is_dora(model.folder / WEIGHTS):
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(model.folder / WEIGHTS, target / WEIGHTS)
+        return []
+    low, said = model.low_rank()
+    write(model.family, low, target)
+    return said
+
+
+def _kohya(model: Model, target: Path) -> list[str]:
+    from safetensors.torch import save_file
+
+    from raybooth.families.kohya import header, to_kohya
+    from raybooth.families.original import lineage
+
+    line = lineage(model.family, model.base, "A LoRA in kohya's layout")
+    low, said = model.low_rank()
+    metadata = header(line, low, model.name) | line.header(model.name, model.run.config.subject.name, resolution(model.run), lora=True)
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(to_kohya(model.family, low), target / f"{model.name}.safetensors", metadata=metadata)
+    return said
+
+
+def _single_file(model: Model, target: Path) -> list[str]:
+    from safetensors.torch import save_file
+
+    from raybooth.families.original import lineage, to_original
+
+    line = lineage(model.family, model.base, "A single checkpoint file")
+    tensors = to_original(model.family, model.modules(*model.family.weights))
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(
+        tensors, target / f"{model.name}.safetensors", metadata={"format": "pt"} | line.header(model.name, model.run.config.subject.name, resolution(model.run))
+    )
+    return []
+
+
+FORMS = {"diffusers": _diffusers, "lora": _lora, "kohya": _kohya, "single-file": _single_file}
+
+
+def export(run: Run, to: str, output: str | None = None, rank: int | None = None, repo: str | None = None) -> str:
+    """Write the fine-tuned model as one of FORMS into folder `output` (default: `exports/<to>` of the storage), or push it to the hub as `repo`.
+
+    Args:
+        rank: of a LoRA that is extracted from a full fine-tuning; default RANK.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        RayboothError: if the run is not complete, or its model cannot have that form, or the folder is somebody else's.
+    """
+    from raybooth.families.parts import quietly
+
+    model = Model(run, rank)
+    if repo is not None and to != "hub":
+        raise RayboothError(f"--repo {repo} is for --to hub: nothing else is sent anywhere.")
+    with quietly():
+        return _push(model, repo, output) if to == "hub" else str(_write(model, to, output))
+
+
+def _write(model: Model, to: str, output: str | None) -> Path:
+    run, stage = model.run, _stage(model, to, output)
+    made = stage.held if stage.done() else None
+    if made is None:
+        stage.clear()
+        said = FORMS[to](model, stage.partial)
+        made = {"facts": {"said": said, "files": files_under(stage.partial)}, "outputs": {}}
+    facts = made["facts"]
+    beside = card.files(run, to, model.name, facts["said"])
+    for line in facts["said"]:
+        run.say(f"{to}: {line}")
+    names = [*facts["files"], *beside]
+    if set(names) == set(made["outputs"]) and all((stage.folder / name).read_bytes() == data for name, data in beside.items()):
+        run.say(f"{to}: {stage.folder}, up to date")
+        return stage.folder
+    for name, data in beside.items():
+        stage.write(name, data)
+    stage.finish(facts, only=names)
+    run.say(f"{to}: {stage.folder}")
+    return stage.folder
+
+
+def _stage(model: Model, to: str, output: str | None) -> Stage:
+    """The folder as a stage of the run's storage, or of the folder it lies in: written as a whole, and never over what is not its own."""
+    run = model.run
+    inputs = {"export": to, "model": run.model_digest("fine-tuned-model"), "base": run.model_digest("base-model"), "rank": model.rank, "name": model.name}
+    if output is None:
+        return run.workspace.stage(f"exports/{to}", inputs)
+    place = Path(output).expanduser().absolute()
+    if "://" in output or place.is_file():
+        raise RayboothError(f"--output {output} is not a folder: give the path of one, it need not exist.")
+    stage = Workspace(str(place.parent)).stage(place.name, inputs)
+    theirs = "export" not in (stage.manifest or {}).get("inputs", {}) and any(not p.name.startswith(".partial-") for p in place.glob("*"))
+    if theirs:
+        raise RayboothError(f"--output {output} holds what raybooth export did not make: give another folder, so that nothing there is replaced.")
+    return stage
+
+
+def _push(model: Model, repo: str | None, output: str | None) -> str:
+    """What the run is, a pipeline or a LoRA, with its card, as a repository that is private until its owner opens it."""
+    from raybooth import hub
+
+    if repo is None:
+        raise RayboothError("--to hub needs --repo owner/name: the repository to push to.")
+    if output is not None:
+        raise RayboothError("--output is not for --to hub, which leaves nothing on this machine: use --to diffusers or --to lora for a folder.")
+    hub.check_may_write()  # before minutes of work, not after
+    to = "lora" if model.adapted else "diffusers"
+    with tempfile.TemporaryDirectory(dir=model.run.workspace.root, prefix=".pushing-") as scratch:
+        folder = Path(scratch)
+        said = FORMS[to](model, folder)
+        for name, data in card.files(model.run, to, model.name, said, repo).items():
+            (folder / name).write_bytes(data)
+        address = hub.push(repo, folder)
+    model.run.say(f"hub: {address}")
+    return address

@@ -1,0 +1,40 @@
+"""A LoRA made elsewhere as the fine-tuned model of a storage, which then draws with it."""
+
+from pathlib import Path
+
+from raybooth.base_model import prepare_base
+from raybooth.errors import RayboothError
+from raybooth.families import family_of
+from raybooth.session import Run
+from raybooth.workspace import file_digest, files_under, read_manifest
+
+
+def import_lora(run: Run, file: Path) -> Path:
+    """Fetch the base model and take over `file`, in any layout that diffusers reads, for it. What `generate` needs is then there.
+
+    Raises:
+        RayboothError: if the file is not a plain LoRA or does not fit the base, or the storage holds a model of its own.
+    """
+    from raybooth.families.foreign import read, write
+
+    file = file.expanduser()
+    if not file.is_file():
+        raise RayboothError(f"There is no LoRA file {file}: give the path of a .safetensors file.")
+    run.workspace.pull("fine-tuned-model")
+    held = read_manifest(run.workspace.root / "fine-tuned-model")
+    if held and "imported" not in held["inputs"]:
+        raise RayboothError(f"The storage {run.config.storage} holds a model that was fine-tuned there: give another --storage.")
+    prepare_base(run)
+    stage = run.workspace.stage("fine-tuned-model", {"imported": file_digest(file), "model": run.model_digest("base-model")})
+    if stage.done():
+        run.say("fine-tuned-model: up to date")
+        return stage.folder
+    stage.clear()
+    family = family_of(run.base_folder)
+    low = read(family, run.base_folder, file)
+    write(family, low, stage.partial)
+    layers = {part: len(pairs) for part, pairs in low.parts.items()}
+    stage.finish({"imported": file.name, "rank": low.rank, "layers": layers, "history": []}, only=files_under(stage.partial))
+    run.save_config()
+    run.say(f"fine-tuned-model: a LoRA of rank {low.rank} on {' and '.join(f'{n} layers of {part}' for part, n in layers.items())}, from {file.name}")
+    return stage.folder

@@ -1,0 +1,289 @@
+"""Every export opens in what reads it, and draws there what raybooth draws."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import pytest
+import torch
+from finished import CLOSE, apart, fine_tuned, opened, ours, run_of, theirs
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from toys import MAKERS
+
+import raybooth
+from raybooth.base_model import prepare_base
+from raybooth.cli import main
+from raybooth.config import Lora
+from raybooth.errors import RayboothError
+from raybooth.families import family_of
+from raybooth.families.extract import extract
+from raybooth.families.lora import WEIGHTS
+from raybooth.families.parts import load
+from raybooth.photos import png
+from raybooth.score import Score
+from raybooth.stages import output_rows
+
+FILE = "unqtkn-dog.safetensors"
+UNETS = ["sd1", "sd2", "sdxl"]
+LORA, DORA = Lora(rank=4, alpha=2.0), Lora(rank=2, dora=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run of a family, made once."""
+    made: dict[str, Path] = {}
+
+    def get(name: str, how: Lora | None = None) -> Path:
+        key = f"{name} {how}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[key] = fine_tuned(folder / "run", MAKERS[name](folder / "base"), how)
+        return made[key]
+
+    return get
+
+
+def exported(storage: Path, to: str, output: Path, **how: Any) -> Path:
+    return Path(raybooth.export(storage, to, str(output), **how))
+
+
+@pytest.mark.parametrize(("name", "how"), [*((n, None) for n in MAKERS), *((n, LORA) for n in MAKERS), ("sd1", DORA)])
+def test_a_diffusers_folder_opens_and_draws_the_same(runs: Callable[..., Path], tmp_path: Path, name: str, how: Lora | None):
+    """Of a LoRA run the adapters are in the weights; and the LoRA by itself draws the same on the base."""
+    storage = runs(name, how)
+    base, drawn = storage / "base-model", ours(storage)
+    assert apart(drawn, theirs(opened(exported(storage, "diffusers", tmp_path / "out")), base)) <= CLOSE
+    pipe = opened(base)
+    assert apart(drawn, theirs(pipe, base)) > 5 * CLOSE  # it learnt something
+    if how:
+        pipe.load_lora_weights(exported(storage, "lora", tmp_path / "lora"))
+        assert apart(drawn, theirs(pipe, base)) <= CLOSE
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_a_lora_opens_in_kohyas_layout(runs: Callable[..., Path], tmp_path: Path, name: str):
+    storage = runs(name, LORA)
+    pipe = opened(storage / "base-model")
+    pipe.load_lora_weights(exported(storage, "kohya", tmp_path / "out"), weight_name=FILE)
+    assert apart(ours(storage), theirs(pipe, storage / "base-model")) <= CLOSE
+
+
+def by_sd_scripts(folder: Path) -> set[str]:
+    """The names that sd-scripts gives to all it can adapt: blocks by their classes, dots to underscores; text encoders as transformers 4 called them."""
+    pipe, names = opened(folder), set()
+    two = hasattr(pipe, "text_encoder_2")
+    wanted = {
+        "lora_unet": (pipe.unet, ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D")),
+        "lora_te1" if two else "lora_te": (pipe.text_encoder, ("CLIPAttention", "CLIPMLP")),
+        **({"lora_te2": (pipe.text_encoder_2, ("CLIPAttention", "CLIPMLP"))} if two else {}),
+    }
+    for prefix, (module, classes) in wanted.items():
+        for name, block in module.named_modules():
+            if type(block).__name__ in classes:
+                name = name if prefix == "lora_unet" or name.startswith("text_model.") else f"text_model.{name}"
+                inner = (n for n, m in block.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
+                names |= {f"{prefix}.{name}.{n}".replace(".", "_") for n in inner}
+    return names
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_an_extracted_lora_in_kohyas_layout_has_the_names_of_sd_scripts_and_draws_as_the_other(runs: Callable[..., Path], tmp_path: Path, name: str):
+    storage = runs(name)
+    plain, kohya = (exported(storage, to, tmp_path / to, rank=6) for to in ("lora", "kohya"))
+    file = kohya / FILE
+    tensors = load_file(file)
+    layers = {k.partition(".")[0] for k in tensors}
+    known = by_sd_scripts(storage / "base-model")
+    assert known <= layers
+    outer = {"conv_in", "conv_out", "time_embedding_linear_1", "time_embedding_linear_2", "label_emb_0_0", "label_emb_0_2"}
+    assert {k.removeprefix("lora_unet_") for k in layers - known} <= outer | {"lora_te2_text_projection"}
+    for layer in layers:
+        down, up, alpha = (tensors[f"{layer}.{k}"] for k in ("lora_down.weight", "lora_up.weight", "alpha"))
+        assert down.shape[0] == up.shape[1] == 6
+        assert alpha.shape == ()
+        assert float(alpha) == 6.0
+        assert up.shape[2:] == (1,) * (down.ndim - 2)
+    with safe_open(file, "pt") as held:
+        header = held.metadata()
+    version = {"sd1": "sd_v1", "sd2": "sd_v2_v", "sdxl": "sdxl_base_v1-0"}[name]
+    assert (header["ss_network_dim"], header["ss_network_alpha"], header["ss_base_model_version"]) == ("6", "6.0", version)
+    assert header["modelspec.trigger_phrase"] == "unqtkn dog"
+    pictures = []
+    for folder, weights in ((plain, WEIGHTS), (kohya, file.name)):
+        pipe = opened(storage / "base-model")
+        pipe.load_lora_weights(folder, weight_name=weights)
+        pictures.append(theirs(pipe, storage / "base-model"))
+    assert apart(*pictures) <= 1e-4
+
+
+@pytest.mark.parametrize("how", [None, DORA], ids=["full", "dora"])
+@pytest.mark.parametrize("name", UNETS)
+def test_one_file_holds_the_weights_to_the_bit(runs: Callable[..., Path], tmp_path: Path, name: str, how: Lora | None):
+    storage = runs(name, how)
+    base = storage / "base-model"
+    folder, whole = exported(storage, "single-file", tmp_path / "one"), exported(storage, "diffusers", tmp_path / "folder")
+    kind = getattr(diffusers, family_of(base).pipeline)
+    pipe, wanted = kind.from_single_file(str(folder / FILE), config=str(base), local_files_only=True), opened(whole)
+    for part in family_of(base).weights:
+        read, meant = (getattr(p, part).state_dict() for p in (pipe, wanted))
+        assert read.keys() == meant.keys()
+        assert all(torch.equal(read[k], meant[k]) for k in meant)
+    assert apart(ours(storage), theirs(pipe, base)) <= CLOSE
+
+
+def test_the_original_names_are_those_of_the_published_code(runs: Callable[..., Path], tmp_path: Path):
+    """As another hand has written them down, for the same toy: test_single's tables."""
+    from test_single import in_one_file
+
+    storage = runs("sd1")
+    written = load_file(exported(storage, "single-file", tmp_path / "one") / FILE)
+    wanted = load_file(in_one_file(storage / "fine-tuned-model", tmp_path / "wanted.safetensors"))
+    assert written.keys() == wanted.keys()
+    assert all(torch.equal(written[k], wanted[k]) for k in wanted)
+
+
+def test_mini_goes_everywhere(tmp_path: Path):
+    storage = fine_tuned(tmp_path / "run", "mini", only="attn2.to_v")
+    base, drawn = storage / "base-model", ours(storage)
+    one = exported(storage, "single-file", tmp_path / "one") / FILE
+    pipes = {
+        "diffusers": opened(exported(storage, "diffusers", tmp_path / "folder")),
+        "single-file": diffusers.StableDiffusionPipeline.from_single_file(str(one), config=str(base), local_files_only=True),
+    }
+    for form, weights in (("lora", WEIGHTS), ("kohya", FILE)):
+        pipes[form] = opened(base)  # at full rank the LoRA is the whole difference
+        pipes[form].load_lora_weights(exported(storage, form, tmp_path / form, rank=192), weight_name=weights)
+    assert apart(drawn, theirs(opened(base), base)) > 5 * CLOSE
+    assert {form: d for form, pipe in pipes.items() if (d := apart(drawn, theirs(pipe, base))) > CLOSE} == {}
+
+
+def test_of_what_fine_tuning_changed_a_lora_keeps_more_the_higher_its_rank(runs: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """And all at full rank, convolutions too; norms, biases and embeddings are accounted for."""
+    storage = runs("sd1")
+    family, base = family_of(storage / "base-model"), load(family_of(storage / "base-model"), storage / "base-model", ("unet",)).modules["unet"]
+    tuned = load(family, storage / "fine-tuned-model", ("unet",)).modules["unet"]
+    kept = []
+    for rank in (1, 2, 8, 1000):
+        pairs, energy = extract("unet", base, tuned, rank, lambda layers: layers)
+        kept.append(energy.kept / energy.layers)
+    assert kept == sorted(kept)
+    assert kept[0] < 0.7
+    assert kept[-1] == pytest.approx(1, abs=1e-5)
+    before, after = base.state_dict(), tuned.state_dict()
+    for layer, (down, up) in pairs.items():
+        update = (up.flatten(1) @ down.flatten(1)).reshape(before[f"{layer}.weight"].shape)
+        assert torch.allclose(before[f"{layer}.weight"] + update, after[f"{layer}.weight"], atol=1e-5)
+    everything = sum(float((after[k] - before[k]).square().sum()) for k in before)
+    assert energy.layers + energy.others == pytest.approx(everything, rel=1e-4)
+    assert energy.others > 0
+    exported(storage, "lora", tmp_path / "out", rank=2)
+    said = capsys.readouterr().err
+    assert f"rank 2, unet: {100 * kept[1]:.1f}% of the layers' change kept" in said
+    assert "rank 2, all: " in said
+    assert "where a LoRA cannot be" in said
+
+
+def test_again_it_does_nothing_and_what_is_not_its_own_is_safe(runs: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    storage = runs("sd1", LORA)
+    assert Path(raybooth.export(storage, "lora")) == storage / "exports" / "lora"
+    before = {p: p.stat().st_mtime_ns for p in (storage / "exports").rglob("*")}
+    raybooth.export(storage, "lora")
+    assert "up to date" in capsys.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in (storage / "exports").rglob("*")}
+    assert all(p.stat().st_mode & 0o044 == 0o044 for p in (storage / "exports").rglob("*"))  # whoever reads it may be another user
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    for folder in (tmp_path / "mine", storage / "fine-tuned-model"):
+        with pytest.raises(RayboothError, match="did not make"):
+            exported(storage, "lora", folder)
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+    assert ours(storage) is not None  # still whole
+
+
+def test_the_card_says_what_it_is(tmp_path: Path):
+    storage = fine_tuned(tmp_path / "run", "mini", only="attn2.to_q")
+    with run_of(storage, "mini") as run:
+        rows, model = output_rows(run), run.model_digest("fine-tuned-model")
+        stage = run.workspace.stage("output-images", {"model": model})
+        for row in rows:
+            stage.write(row["name"], png(Image.new("RGB", (64, 64))))
+        stage.finish({"pictures": [r["name"] for r in rows]})
+        drawn = list(run.outputs("output-images").values())
+        stage = run.workspace.stage("scores", {"pictures": {"output": drawn}})
+        stage.write("scores.json", json.dumps({"dino": asdict(Score(0.7, 0.6, 0.8, 0.1, 0.9))}).encode())
+        stage.finish()
+    folder = exported(storage, "kohya", tmp_path / "out", rank=2)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "apache-2.0"  # of mini's own card
+    assert card.data.instance_prompt == "photo of unqtkn dog"
+    assert "lora" in (card.data.tags or [])
+    assert [p.name for p in sorted(folder.glob("*.png"))] == ["picture-0.png", "picture-1.png", "picture-2.png"]
+    digest = json.loads((storage / "fine-tuned-model" / "manifest.json").read_text())["digest"]
+    assert all(text in card.text for text in ("mini", "`unqtkn`", "`dog`", digest, "in the snow", "0.700", "rank 2, unet:", "picture-2.png", FILE))
+    (storage / "output-images" / "manifest.json").unlink()  # pictures of nobody knows what
+    exported(storage, "kohya", tmp_path / "out", rank=2)
+    assert not list(folder.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "named"),
+    [
+        ("sd1", ["--to", "hub"], "needs --repo owner/name"),
+        ("sd1", ["--to", "lora", "--repo", "me/dog"], "nothing else is sent"),
+        ("sd1", ["--to", "lora", "--rank", "4"], "leave --rank out"),
+        ("sd3", ["--to", "kohya"], "is not written for Stable Diffusion 3"),
+        ("flux", ["--to", "single-file"], "is not written for FLUX.1"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(runs: Callable[..., Path], capsys: pytest.CaptureFixture[str], name: str, arguments: list[str], named: str):
+    assert main(["export", "--storage", str(runs(name, LORA)), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert named in said
+    assert "Traceback" not in said
+
+
+def test_a_run_that_is_not_complete_has_nothing_to_export(tmp_path: Path, toy: Path):
+    with run_of(tmp_path / "run", toy) as run:
+        prepare_base(run)
+        run.save_config()
+    with pytest.raises(RayboothError, match="no complete fine-tuned-model"):
+        raybooth.export(tmp_path / "run", "lora")
+
+
+class Api:
+    """huggingface_hub's, as far as a push goes."""
+
+    repos: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def create_repo(self, repo: str, private: bool, exist_ok: bool) -> str:
+        self.repos.setdefault(repo, {"private": private})
+        return f"https://hub.example/{repo}"
+
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        self.repos[repo_id]["files"] = {p.relative_to(folder_path).as_posix(): p.read_bytes() for p in Path(folder_path).rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("how", [None, LORA], ids=["full", "lora"])
+def test_a_push_is_private_and_holds_the_model_with_its_card(runs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, how: Lora | None):
+    storage = runs("sd1", how)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(RayboothError, match="HF_TOKEN"):
+        raybooth.export(storage, "hub", repo="me/dog")
+    assert not Api.repos
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_test")
+    assert raybooth.export(storage, "hub", repo="me/dog") == "https://hub.example/me/dog"
+    pushed = Api.repos.pop("me/dog")
+    assert pushed["private"]
+    assert '"me/dog"' in pushed["files"]["README.md"].decode()
+    wanted = {WEIGHTS} if how else {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"}
+    assert wanted <= pushed["files"].keys()
+    assert "manifest.json" not in pushed["files"]
+    assert not list(storage.glob(".pushing-*"))

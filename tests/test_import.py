@@ -1,0 +1,206 @@
+"""A LoRA from elsewhere is drawn with as its file says, whatever its layout; what does not fit is refused."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from finished import CLOSE, SAMPLING, apart, fine_tuned, opened, ours, run_of, theirs
+from PIL import Image
+from safetensors.torch import save_file
+from toys import MAKERS
+
+import raybooth
+from raybooth.cli import main
+from raybooth.config import Lora, load
+from raybooth.errors import RayboothError
+from raybooth.families import family_of
+from raybooth.families.foreign import read
+from raybooth.jobs import sampler
+from raybooth.session import Run
+from raybooth.stages import output_rows
+
+Tensors = dict[str, torch.Tensor]
+TE = "encoder.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The base model of a family, made once."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = MAKERS[name](tmp_path_factory.mktemp(name) / "base")
+        return made[name]
+
+    return get
+
+
+def imported(storage: Path, base: Path, file: Path) -> Run:
+    return raybooth.import_lora(file, run_of(storage, base).config)
+
+
+@pytest.mark.parametrize(("name", "to"), [*((n, "lora") for n in MAKERS), *((n, "kohya") for n in ("sd1", "sd2", "sdxl"))])
+def test_what_was_exported_comes_back(bases: Callable[[str], Path], tmp_path: Path, name: str, to: str):
+    storage = fine_tuned(tmp_path / "run", bases(name), Lora(rank=4, alpha=2.0))
+    file = next(Path(raybooth.export(storage, to)).glob("*.safetensors"))
+    run = imported(tmp_path / "back", bases(name), file)
+    assert apart(ours(storage), ours(tmp_path / "back")) <= CLOSE
+    facts = run.facts("fine-tuned-model")
+    assert (facts["imported"], facts["rank"]) == (file.name, 4)
+
+
+def update(weight: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(down, up) for a weight."""
+    g = torch.Generator().manual_seed(seed)
+    ones = (1,) * (weight.ndim - 2)
+    return torch.randn(rank, *weight.shape[1:], generator=g), torch.randn(weight.shape[0], rank, *ones, generator=g) * 0.2
+
+
+LAYERS = {
+    "unet": ["down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", "mid_block.attentions.0.proj_in", "up_blocks.1.resnets.0.conv1", "conv_out"],
+    "text_encoder": [TE],
+}
+
+
+def by_hand(base: Path, ranks: list[int], alphas: list[float]) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], Any]:
+    """Updates of LAYERS, each of its own rank and alpha; and the pipeline with them added to its weights."""
+    pipe, made = opened(base), {}
+    names = [(part, layer) for part, layers in LAYERS.items() for layer in layers]
+    for i, (part, layer) in enumerate(names):
+        weight = getattr(pipe, part).get_submodule(layer).weight
+        down, up = update(weight, ranks[i], i)
+        weight.data += (alphas[i] / ranks[i] * up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+        made[f"{part}.{layer}"] = down, up, alphas[i]
+    return made, pipe
+
+
+def kohya(made: dict[str, tuple[torch.Tensor, torch.Tensor, float]]) -> Tensors:
+    tensors = {}
+    for name, (down, up, alpha) in made.items():
+        key = name.replace("text_encoder.", "lora_te_text_model_").replace("unet.", "lora_unet_").replace(".", "_")
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(alpha)}
+    return tensors
+
+
+def test_kohyas_layout_with_ranks_and_alphas_of_each_layer(bases: Callable[[str], Path], tmp_path: Path):
+    made, pipe = by_hand(bases("sd1"), [4, 2, 3, 1, 4], [4.0, 1.0, 6.0, 0.5, 8.0])
+    save_file(kohya(made), tmp_path / "theirs.safetensors")
+    imported(tmp_path / "run", bases("sd1"), tmp_path / "theirs.safetensors")
+    wanted = theirs(pipe, bases("sd1"))
+    assert apart(ours(tmp_path / "run"), wanted) <= CLOSE
+    assert apart(wanted, theirs(opened(bases("sd1")), bases("sd1"))) > 5 * CLOSE
+
+
+def test_diffusers_old_layout(bases: Callable[[str], Path], tmp_path: Path):
+    made, pipe = by_hand(bases("sd1"), [3] * 5, [3.0] * 5)  # it knows no alpha
+    tensors = {}
+    for name, (down, up, _) in made.items():
+        if "to_k" in name:
+            key = name.replace(".to_k", ".processor.to_k_lora")
+        elif name.endswith("q_proj"):
+            key = name.replace("text_encoder.", "text_encoder.text_model.").replace("q_proj", "to_q_lora")
+        else:
+            key = f"{name}.lora"
+        tensors |= {f"{key}.down.weight": down, f"{key}.up.weight": up}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    imported(tmp_path / "run", bases("sd1"), tmp_path / "theirs.safetensors")
+    assert apart(ours(tmp_path / "run"), theirs(pipe, bases("sd1"))) <= CLOSE
+
+
+def test_pefts_layout_says_its_alpha_beside_itself(bases: Callable[[str], Path], tmp_path: Path):
+    made, _ = by_hand(bases("sd1"), [2] * 5, [4.0] * 5)
+    tensors = {f"base_model.model.{TE}.lora_{k}.weight": t for k, t in zip("AB", made[f"text_encoder.{TE}"], strict=False)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
+    low = read(family_of(bases("sd1")), bases("sd1"), tmp_path / "adapter_model.safetensors")
+    assert list(low.parts) == ["text_encoder"]
+    down, up = low.parts["text_encoder"][f"text_model.{TE}"]
+    assert torch.equal(down, made[f"text_encoder.{TE}"][0])
+    assert torch.equal(up, 2 * made[f"text_encoder.{TE}"][1])
+
+
+def test_sdxl_in_the_names_of_its_first_code(bases: Callable[[str], Path], tmp_path: Path):
+    """As sd-scripts trains SDXL: input_blocks_4_1 there is down_blocks_1_attentions_0 here (one layer a block in the toy)."""
+    base = bases("sdxl")
+    layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    pipe = opened(base)
+    weight = pipe.unet.get_submodule(layer).weight
+    down, up = update(weight, 2, 0)
+    key = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn2_to_k"
+    save_file({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(2.0)}, tmp_path / "theirs.safetensors")
+    weight.data += up @ down
+    imported(tmp_path / "run", base, tmp_path / "theirs.safetensors")
+    assert apart(ours(tmp_path / "run"), theirs(pipe, base)) <= CLOSE
+
+
+def spoilt(how: str, tensors: Tensors) -> Tensors:
+    first = next(iter(tensors)).partition(".")[0]
+    if how == "shape":
+        tensors[f"{first}.lora_down.weight"] = torch.zeros(4, 7)
+    elif how == "layer":
+        return {k.replace("attentions_0_transformer", "attentions_9_transformer"): t for k, t in tensors.items()}
+    elif how == "dora":
+        tensors[f"{first}.dora_scale"] = torch.ones(16, 1)
+    elif how == "lokr":
+        tensors[f"{first}.lokr_w1"] = torch.ones(2, 2)
+    elif how == "none":
+        return {"unet.something.weight": torch.ones(2, 2)}
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("shape", r"is for a weight of \(32, 7\), the model\'s is \(32, 32\)"),
+        ("layer", "which the model does not have"),
+        ("dora", "is a DoRA"),
+        ("lokr", "of no layout that diffusers knows"),
+        ("none", "no low-rank updates"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_no_model(bases: Callable[[str], Path], tmp_path: Path, how: str, named: str):
+    made, _ = by_hand(bases("sd1"), [4] * 5, [4.0] * 5)
+    save_file(spoilt(how, kohya(made)), tmp_path / "theirs.safetensors")
+    with pytest.raises(RayboothError, match=named):
+        imported(tmp_path / "run", bases("sd1"), tmp_path / "theirs.safetensors")
+    assert not (tmp_path / "run" / "fine-tuned-model" / "manifest.json").exists()
+
+
+def test_another_base_a_damaged_file_and_a_storage_with_a_model_of_its_own(bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    made, _ = by_hand(bases("sd1"), [4] * 5, [4.0] * 5)
+    file = tmp_path / "theirs.safetensors"
+    save_file(kohya(made), file)
+    for other in ("sdxl", "sd3"):
+        with pytest.raises(RayboothError, match=r"does not fit the model|of no layout"):
+            imported(tmp_path / other, bases(other), file)
+    own = fine_tuned(tmp_path / "own", bases("sd1"))
+    before = {p: p.read_bytes() for p in own.rglob("*") if p.is_file() and p.name != ".lock"}
+    with pytest.raises(RayboothError, match="was fine-tuned there"):
+        imported(own, bases("sd1"), file)
+    assert before == {p: p.read_bytes() for p in own.rglob("*") if p.is_file() and p.name != ".lock"}
+    file.write_bytes(file.read_bytes()[:-100])
+    for path, named in ((file, "not readable as safetensors"), (tmp_path / "nowhere.safetensors", "There is no LoRA file")):
+        assert main(["import", str(path), "--base", str(bases("sd1")), "--class", "dog", "--storage", str(tmp_path / "run")]) == 2
+        assert named in capsys.readouterr().err
+
+
+def test_the_storage_says_how_to_generate_and_a_sampler_of_it_draws(bases: Callable[[str], Path], tmp_path: Path):
+    base = bases("sd1")
+    made, pipe = by_hand(base, [4] * 5, [2.0] * 5)
+    file, storage = tmp_path / "theirs.safetensors", tmp_path / "run"
+    save_file(kohya(made), file)
+    assert main(["import", str(file), "--base", str(base), "--class", "dog", "--token", "xyz", "--storage", str(storage)]) == 0
+    config = load(storage / "config.json")
+    with Run(config, quiet=True) as run:
+        row = output_rows(run)[0]
+        draw = sampler(str(storage), "fine-tuned-model", SAMPLING, 1, run.model_digest("fine-tuned-model"))
+    assert row["prompt"] == "photo of xyz dog"
+    with Image.open(io.BytesIO(draw([row])[0])) as image:
+        drawn = np.asarray(image) / 255.0
+    assert apart(drawn, theirs(pipe, base, row["prompt"], row["seed"])) <= CLOSE

@@ -45,6 +45,11 @@ class Drawn:
     partial: int | None = None
     batch: int = 1
 
+    @property
+    def identity(self) -> tuple[int, int | None]:
+        """Which of a job's pictures it is."""
+        return self.row, self.partial
+
 
 class Abandoned(Exception):
     """Nobody waits for this batch any more."""

@@ -5,7 +5,7 @@ import ipaddress
 import re
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -103,24 +103,23 @@ def desk(paths: Sequence[str], base: Subject, rank: int, safety: Path | None) ->
 
 
 def slot_rank(subjects: Subjects) -> int:
-    """Of the adapters that are there, rounded up to a power of two: it decides over last bits, so it should seldom change. Larger ones that come later
-    are served as models of their own."""
+    """Of the largest adapters, rounded up to a power of two: last bits depend on it, so it should seldom change. Larger ones that come later go alone."""
     most = max((s.rank for s in subjects.found().values()), default=0)
     return max(16, 1 << (most - 1).bit_length()) if most else 16
 
 
 def drawing(drawers: "Served") -> "Draw":
     """The replicas as the API wants them."""
-    from raybooth.cluster.serving import Lost
-    from raybooth.serving.generations import Unavailable
+    from raybooth.cluster.serving import LostError
+    from raybooth.serving.generations import UnavailableError
 
-    async def draw(job: "Job") -> "AsyncIterator[Drawn]":
+    async def draw(job: "Job") -> "AsyncGenerator[Drawn, None]":
         try:
             async with contextlib.aclosing(drawers.draw(job)) as results:
                 async for drawn in results:
                     yield drawn
-        except Lost as error:
-            raise Unavailable(str(error)) from error
+        except LostError as error:
+            raise UnavailableError(str(error)) from error
 
     return draw
 

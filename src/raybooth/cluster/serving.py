@@ -52,13 +52,16 @@ def replica_range(have: Resources, model_bytes: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def served(make: Callable[[], Draws], *, have: Resources, model_bytes: int, replicas: tuple[int, int], batch: int, queue: int) -> Iterator["Served"]:
+def served(
+    make: Callable[[], Draws], *, have: Resources, model_bytes: int, replicas: tuple[int, int], batch: int, queue: int, joined: bool
+) -> Iterator["Served"]:
     """Replicas of `make()`, which must be picklable, for as long as it lasts.
 
     Args:
         replicas: fewest and most.
         batch: jobs that one replica can do together.
         queue: jobs that may wait for a replica.
+        joined: whether the cluster outlives this.
     """
     from ray import serve
 
@@ -83,7 +86,8 @@ def served(make: Callable[[], Draws], *, have: Resources, model_bytes: int, repl
         handle = serve.run(deployment.bind(pickle.dumps(make), threads_of(have, model_bytes)), name=NAME, route_prefix=None)
         yield Served(handle)
     finally:
-        serve.shutdown()
+        if joined:
+            serve.shutdown()
 
 
 class Served:

@@ -13,8 +13,8 @@ from starlette.staticfiles import StaticFiles
 
 from raybooth import __version__
 from raybooth.serving import errors
-from raybooth.serving.errors import ErrorAnswer, ApiError
-from raybooth.serving.generations import Draw, ClientGoneError, Office, job_of
+from raybooth.serving.errors import ApiError, ErrorAnswer
+from raybooth.serving.generations import ClientGoneError, Draw, Office, job_of
 from raybooth.serving.guard import Guard
 from raybooth.serving.metrics import Measured, Metrics
 from raybooth.serving.schemas import DEFAULTS, Health, ImageAnswer, ImageRequest, Limits, Model, Models, bounded

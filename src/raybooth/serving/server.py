@@ -2,6 +2,7 @@
 
 import contextlib
 import ipaddress
+import os
 import re
 import socket
 import sys
@@ -72,10 +73,11 @@ def serve(options: Options) -> None:
     from raybooth.serving.api import create_app
     from raybooth.serving.schemas import Limits
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers give way to everything else; people wait for these
     limits, size = Limits(), sum((base.weights / n).stat().st_size for n in files_under(base.weights))
     with connected(options.address) as have:
         fewest, most = fixed or replica_range(have, size)
-        with served(make, have=have, model_bytes=size, replicas=(fewest, most), batch=base.batch, queue=limits.queue) as drawers:
+        with served(make, have=have, model_bytes=size, replicas=(fewest, most), batch=base.batch, queue=limits.queue, joined=options.address is not None) as drawers:
             app = create_app(subjects, drawing(drawers), limits, keys, LOOPBACK if local else None, drawers.healthy)
             names = ", ".join(subjects.found())
             port = listening.getsockname()[1]

@@ -77,7 +77,9 @@ def serve(options: Options) -> None:
     limits, size = Limits(), sum((base.weights / n).stat().st_size for n in files_under(base.weights))
     with connected(options.address) as have:
         fewest, most = fixed or replica_range(have, size)
-        with served(make, have=have, model_bytes=size, replicas=(fewest, most), batch=base.batch, queue=limits.queue, joined=options.address is not None) as drawers:
+        with served(
+            make, have=have, model_bytes=size, replicas=(fewest, most), batch=base.batch, queue=limits.queue, joined=options.address is not None
+        ) as drawers:
             app = create_app(subjects, drawing(drawers), limits, keys, LOOPBACK if local else None, drawers.healthy)
             names = ", ".join(subjects.found())
             port = listening.getsockname()[1]

@@ -20,6 +20,7 @@ import raybooth
 from raybooth.base_model import prepare_base
 from raybooth.cli import main
 from raybooth.config import Lora
+from raybooth.drawing import output_rows
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.families.extract import extract
@@ -27,7 +28,6 @@ from raybooth.families.lora import WEIGHTS
 from raybooth.families.parts import load
 from raybooth.photos import png
 from raybooth.score import Score
-from raybooth.stages import output_rows
 
 FILE = "unqtkn-dog.safetensors"
 UNETS = ["sd1", "sd2", "sdxl"]

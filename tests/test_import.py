@@ -17,12 +17,12 @@ from toys import MAKERS
 import raybooth
 from raybooth.cli import main
 from raybooth.config import Lora, load
+from raybooth.drawing import output_rows
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.families.foreign import read
 from raybooth.jobs import sampler
 from raybooth.session import Run
-from raybooth.stages import output_rows
 
 Tensors = dict[str, torch.Tensor]
 TE = "encoder.layers.0.self_attn.q_proj"

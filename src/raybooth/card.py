@@ -5,9 +5,9 @@ from typing import Any
 
 from raybooth import evaluation
 from raybooth.base_model import local_source
+from raybooth.drawing import output_prompts
 from raybooth.families import family_of
 from raybooth.session import Run
-from raybooth.stages import output_prompts
 from raybooth.workspace import read_manifest
 
 FILE = "README.md"

@@ -1,0 +1,1 @@
+"""Subjects over HTTP: the API, the page, and runs started from it."""

@@ -1,0 +1,131 @@
+// Pictures on the page: those that are being drawn, and those that were, a group for each request.
+
+import { $, el, tell } from "./dom.js";
+import * as gallery from "./gallery.js";
+
+let again = () => {};
+
+export async function setUp(whenAgain) {
+  again = whenAgain;
+  $("clear").onclick = async () => {
+    if (!confirm("Delete all pictures from this browser?")) return;
+    await gallery.forgetAll();
+    $("gallery").replaceChildren();
+    counted();
+  };
+  try {
+    for (const pictures of await gallery.groups()) {
+      const [{ title, of, seed, steps, time, group }] = pictures;
+      const place = groupOf({ prompt: title, model: of, seed, steps, time, group }, pictures.some((p) => p.base));
+      $("gallery").append(place.element);
+      for (const picture of pictures) finished(place.tile(), picture);
+    }
+  } catch {
+    unkept();
+  }
+  counted();
+}
+
+// A group at the top, with a tile for each request. A tile's methods say how its picture comes along.
+export function add(group, requests) {
+  const compared = requests.some((r) => r.model !== group.model);
+  const place = groupOf({ ...group, seed: requests[0].seed }, compared);
+  $("gallery").prepend(place.element);
+  counted();
+  return requests.map((request) => {
+    const tile = place.tile();
+    const image = el("img", { alt: "", className: "partial" });
+    const bar = el("progress", { max: 1, "aria-label": `Picture with seed ${request.seed}` });
+    const note = el("figcaption", {}, caption(request, group.model));
+    tile.append(el("div", { className: "frame" }, image), bar, note);
+    return {
+      partial(base64, share) {
+        image.src = `data:image/png;base64,${base64}`;
+        bar.value = share;
+      },
+      waiting: (seconds) => (note.textContent = `the server is busy, again in ${seconds} s`),
+      failed(message) {
+        bar.remove();
+        note.textContent = message;
+        note.className = "error";
+      },
+      async done(picture) {
+        try {
+          picture.id = await gallery.keep(picture);
+        } catch {
+          unkept();
+        }
+        finished(tile, picture);
+        counted();
+      },
+    };
+  });
+}
+
+function groupOf({ prompt, model, seed, steps, time }, compared) {
+  const tiles = el("div", { className: compared ? "tiles compared" : "tiles" });
+  const reuse = el("button", { type: "button", onclick: () => again({ title: prompt, of: model, seed, steps }) }, "Use again");
+  const remove = el("button", { type: "button", onclick: () => forget(element) }, "Delete");
+  const when = new Date(time).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+  const about = [model === "base" ? "base model" : model, steps && `${steps} steps`, when].filter(Boolean).join(" · ");
+  const element = el("article", {}, el("header", {}, el("h3", {}, prompt), el("p", { className: "soft" }, about), el("div", { className: "actions" }, reuse, remove)), tiles);
+  return {
+    element,
+    tile() {
+      const tile = el("figure");
+      tiles.append(tile);
+      return tile;
+    },
+  };
+}
+
+function caption({ model, seed }, of) {
+  return `${model === of ? "" : "base · "}seed ${seed}`;
+}
+
+function finished(tile, picture) {
+  const url = URL.createObjectURL(new Blob([picture.bytes], { type: "image/png" }));
+  const text = caption(picture, picture.of);
+  const open = el("button", { type: "button", className: "frame", onclick: () => enlarge(url, picture) }, el("img", { src: url, alt: `${picture.prompt}, ${text}` }));
+  const remove = () => forgetOne(tile, url, picture);
+  const tools = el("span", { className: "tools" },
+    el("a", { href: url, download: file(picture), title: "Download", "aria-label": `Download, ${text}` }, "↓"),
+    el("button", { type: "button", title: "Delete", "aria-label": `Delete, ${text}`, onclick: remove }, "×"));
+  tile.dataset.id = picture.id ?? "";
+  tile.replaceChildren(open, el("figcaption", {}, el("span", {}, text), tools));
+}
+
+function enlarge(url, picture) {
+  const dialog = $("large");
+  Object.assign(dialog.querySelector("img"), { src: url, alt: picture.prompt });
+  dialog.querySelector("figcaption").textContent = `${picture.prompt} · ${picture.model} · seed ${picture.seed}`;
+  Object.assign(dialog.querySelector("a"), { href: url, download: file(picture) });
+  dialog.showModal();
+}
+
+function file({ prompt, model, seed }) {
+  return `${`${model}-${prompt}`.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 60)}-${seed}.png`;
+}
+
+async function forgetOne(tile, url, { id }) {
+  if (id) await gallery.forget(id);
+  const article = tile.closest("article");
+  tile.remove();
+  URL.revokeObjectURL(url);
+  if (!article.querySelector("figure")) article.remove();
+  counted();
+}
+
+async function forget(article) {
+  for (const tile of article.querySelectorAll("figure")) if (tile.dataset.id) await gallery.forget(Number(tile.dataset.id));
+  article.remove();
+  counted();
+}
+
+function unkept() {
+  tell($("gallery-hint"), "This browser keeps nothing for this page: download what you want to have.");
+}
+
+function counted() {
+  $("clear").hidden = !$("gallery").children.length;
+}

@@ -1,0 +1,136 @@
+"""How far a run has come, read from what lies in its storage: manifests, work in progress, readings, its log. Nothing is kept beside it."""
+
+import fcntl
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from raybooth.config import Config, load
+from raybooth.stages import SHEET
+from raybooth.workspace import read_manifest
+
+LOG = "run.log"
+"""What a run that was started here says; a storage without one was made elsewhere."""
+MOST_READINGS = 400  # of the losses: more than a line on a page can show
+SHOWN = {"class-images": 8, "checkpoint-images/*": 4, "output-images": 24}
+"""Folders whose pictures are shown while a run goes on, and how many of each."""
+OUTPUTS = {"instance-images": ".png", "class-images": ".png", "latents": ".safetensors", "output-images": ".png"}
+"""What the stages make, to be counted."""
+
+
+def progress(storage: Path, state: str | None = None) -> dict[str, Any]:
+    """All that is to be known of the run in `storage`.
+
+    Args:
+        state: "queued" or "running", where whoever started it knows.
+    """
+    config, error = load(storage / "config.json"), None
+    if state is None:
+        state, error = _state(storage)
+    readings = _readings(storage)
+    stages = _stages(storage, config, readings[-1][0] if readings else 0)
+    current = next((s["name"] for s in stages if s["done"] < s["total"]), None)
+    return {
+        "id": storage.name,
+        "class": config.subject.class_name,
+        "token": config.subject.token,
+        "state": state,
+        "error": error,
+        "stage": current if state in ("queued", "running") else None,
+        "stages": stages,
+        "step": readings[-1][0] if readings else 0,
+        "steps": config.finetune.steps,
+        "losses": readings[:: len(readings) // MOST_READINGS + 1],
+        "seconds": _seconds(storage, state),
+        "pictures": [f"/api/runs/{storage.name}/pictures/{name}" for name in pictures(storage)],
+    }
+
+
+def held(storage: Path) -> bool:
+    """Whether a run, whoever started it, is at work in the storage."""
+    try:
+        with (storage / ".lock").open() as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def pictures(storage: Path) -> list[str]:
+    """Names of the pictures there are to look at, relative to the storage: `checkpoint-images/0000100/photo-of-...png`."""
+    names = []
+    for pattern, most in SHOWN.items():
+        for folder in sorted(storage.glob(pattern)):
+            names += [f"{folder.relative_to(storage)}/{name}" for name in sorted(_files(folder, ".png"))[:most]]
+    return names
+
+
+def picture(storage: Path, name: str) -> Path | None:
+    """Where a picture lies now, if `pictures` names it."""
+    if name not in pictures(storage):
+        return None
+    folder, _, file = name.rpartition("/")
+    return _files(storage / folder, ".png").get(file)
+
+
+def _files(folder: Path, suffix: str) -> dict[str, Path]:
+    """Outputs of a stage, complete or in progress, by name."""
+    found = [*folder.glob(f".partial-*/[!.]*{suffix}"), *folder.glob(f"[!.]*{suffix}")]
+    return {p.name: p for p in found if p.name != SHEET}
+
+
+def _stages(storage: Path, config: Config, step: int) -> list[dict[str, Any]]:
+    subject, generate = config.subject, config.generate
+    photographs = sum(1 for _ in (storage / "photographs").glob("*"))
+    instances = photographs * (1 + subject.crops) * (1 + subject.flip)
+    prompts = 0 if config.finetune.text_encoder else 2
+    made = {name: len(_files(storage / name, suffix)) for name, suffix in OUTPUTS.items()}
+    rows = [
+        ("prepare", "instance-images", made["instance-images"], instances),
+        ("class-images", "class-images", made["class-images"], config.prior.drawn),
+        ("encode", "latents", made["latents"], instances + config.prior.drawn + prompts),
+        ("finetune", "fine-tuned-model", step, config.finetune.steps),
+        ("generate", "output-images", made["output-images"], len(generate.prompts) * generate.images_per_prompt),
+    ]
+    # Work in progress may be complete before it has moved in; what is finished, is whole whatever was expected.
+    return [
+        {"name": name, "done": total if read_manifest(storage / folder) else min(done, total - 1), "total": total}
+        for name, folder, done, total in rows if total
+    ]  # fmt: skip
+
+
+def _state(storage: Path) -> tuple[str, str | None]:
+    """Of a run that nobody here has started: (state, what went wrong)."""
+    if held(storage):
+        return "running", None
+    if read_manifest(storage / "output-images"):
+        return "done", None
+    text = (storage / LOG).read_text(errors="replace")
+    last = next((line.strip() for line in reversed(re.split(r"[\r\n]", text)) if line.strip()), "")
+    if last.startswith("raybooth: stopped"):
+        return "stopped", None
+    if last.startswith("raybooth: "):
+        return "failed", last.removeprefix("raybooth: ")
+    return ("failed", last) if "Traceback (most recent call last)" in text else ("stopped", None)
+
+
+def _readings(storage: Path) -> list[tuple[int, float]]:
+    try:
+        rows = [json.loads(line) for line in (storage / "metrics.jsonl").read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def _seconds(storage: Path, state: str) -> float:
+    """Since the run was last begun, till now or till its last word."""
+    try:
+        began = (storage / ".lock").stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+    end = time.time() if state == "running" else (storage / LOG).stat().st_mtime
+    return round(max(0.0, end - began), 1)

@@ -1,5 +1,6 @@
 """How far a run has come, read from what lies in its storage: manifests, work in progress, readings, its log. Nothing is kept beside it."""
 
+import contextlib
 import fcntl
 import json
 import re
@@ -79,8 +80,11 @@ def picture(storage: Path, name: str) -> Path | None:
 
 def _files(folder: Path, suffix: str) -> dict[str, Path]:
     """Outputs of a stage, complete or in progress, by name."""
-    found = [*folder.glob(f".partial-*/[!.]*{suffix}"), *folder.glob(f"[!.]*{suffix}")]
-    return {p.name: p for p in found if p.name != SHEET}
+    found: dict[str, Path] = {}
+    for place in [*folder.glob(".partial-*"), folder]:
+        with contextlib.suppress(FileNotFoundError):  # it has just moved in
+            found |= {p.name: p for p in place.iterdir() if p.suffix == suffix and not p.name.startswith(".") and p.name != SHEET}
+    return found
 
 
 def _stages(storage: Path, config: Config, step: int) -> list[dict[str, Any]]:

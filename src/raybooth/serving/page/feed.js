@@ -18,7 +18,7 @@ export async function setUp(whenAgain) {
       const [{ title, of, seed, steps, time, group }] = pictures;
       const place = groupOf({ prompt: title, model: of, seed, steps, time, group }, pictures.some((p) => p.base));
       $("gallery").append(place.element);
-      for (const picture of pictures) finished(place.tile(), picture);
+      for (const picture of pictures) finished(place.tile(picture.seed), picture);
     }
   } catch {
     unkept();
@@ -33,7 +33,7 @@ export function add(group, requests) {
   $("gallery").prepend(place.element);
   counted();
   return requests.map((request) => {
-    const tile = place.tile();
+    const tile = place.tile(request.seed);
     const image = el("img", { alt: "", className: "partial" });
     const bar = el("progress", { max: 1, "aria-label": `Picture with seed ${request.seed}` });
     const note = el("figcaption", {}, caption(request, group.model));
@@ -71,26 +71,31 @@ function groupOf({ prompt, model, seed, steps, time }, compared) {
   const element = el("article", {}, el("header", {}, el("h3", {}, prompt), el("p", { className: "soft" }, about), el("div", { className: "actions" }, reuse, remove)), tiles);
   return {
     element,
-    tile() {
+    // Compared, those of one seed stand together.
+    tile(seed) {
       const tile = el("figure");
-      tiles.append(tile);
+      const last = tiles.lastElementChild;
+      if (!compared) tiles.append(tile);
+      else if (last?.dataset.seed === String(seed)) last.append(tile);
+      else tiles.append(el("div", { className: "twins", "data-seed": seed }, tile));
       return tile;
     },
   };
 }
 
 function caption({ model, seed }, of) {
-  return `${model === of ? "" : "base · "}seed ${seed}`;
+  return model === of ? `seed ${seed}` : "base model";
 }
 
 function finished(tile, picture) {
   const url = URL.createObjectURL(new Blob([picture.bytes], { type: "image/png" }));
   const text = caption(picture, picture.of);
-  const open = el("button", { type: "button", className: "frame", onclick: () => enlarge(url, picture) }, el("img", { src: url, alt: `${picture.prompt}, ${text}` }));
+  const full = picture.base ? `base model, seed ${picture.seed}` : text;
+  const open = el("button", { type: "button", className: "frame", onclick: () => enlarge(url, picture) }, el("img", { src: url, alt: `${picture.prompt}, ${full}` }));
   const remove = () => forgetOne(tile, url, picture);
   const tools = el("span", { className: "tools" },
-    el("a", { href: url, download: file(picture), title: "Download", "aria-label": `Download, ${text}` }, "↓"),
-    el("button", { type: "button", title: "Delete", "aria-label": `Delete, ${text}`, onclick: remove }, "×"));
+    el("a", { href: url, download: file(picture), title: "Download", "aria-label": `Download, ${full}` }, "↓"),
+    el("button", { type: "button", title: "Delete", "aria-label": `Delete, ${full}`, onclick: remove }, "×"));
   tile.dataset.id = picture.id ?? "";
   tile.replaceChildren(open, el("figcaption", {}, el("span", {}, text), tools));
 }
@@ -108,7 +113,7 @@ function file({ prompt, model, seed }) {
 }
 
 async function forgetOne(tile, url, { id }) {
-  if (id) await gallery.forget(id);
+  if (id) await gallery.forget([id]);
   const article = tile.closest("article");
   tile.remove();
   URL.revokeObjectURL(url);
@@ -117,7 +122,7 @@ async function forgetOne(tile, url, { id }) {
 }
 
 async function forget(article) {
-  for (const tile of article.querySelectorAll("figure")) if (tile.dataset.id) await gallery.forget(Number(tile.dataset.id));
+  await gallery.forget([...article.querySelectorAll("figure")].map((tile) => Number(tile.dataset.id)).filter(Boolean));
   article.remove();
   counted();
 }

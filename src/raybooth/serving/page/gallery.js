@@ -30,11 +30,11 @@ async function within(mode, work) {
 export async function keep(picture) {
   const id = await within("readwrite", (store) => store.add(picture));
   const ids = await within("readonly", (store) => store.getAllKeys());
-  for (const old of ids.slice(0, Math.max(0, ids.length - MOST))) await forget(old);
+  await forget(ids.slice(0, Math.max(0, ids.length - MOST)));
   return id;
 }
 
-export const forget = (id) => within("readwrite", (store) => store.delete(id));
+export const forget = (ids) => within("readwrite", (store) => ids.forEach((id) => store.delete(id)));
 export const forgetAll = () => within("readwrite", (store) => store.clear());
 
 // The newest group first; within a group by seed, the subject's picture before the base model's.

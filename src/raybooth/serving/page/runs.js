@@ -38,7 +38,6 @@ export function setUp(finished) {
 }
 
 function showAll(runs, finished, refresh) {
-  $("runs").hidden = !runs.length;
   const shown = new Set(runs.map((r) => r.id));
   const first = cards.size === 0;
   for (const [id, card] of cards) if (!shown.has(id)) card.element.remove();
@@ -48,7 +47,8 @@ function showAll(runs, finished, refresh) {
     cards.set(run.id, card);
     if (!known) {
       card.element.open = run.state !== "done";
-      if (first) $("runs").append(card.element);
+      if (run.state === "done") $("earlier").append(card.element);
+      else if (first) $("runs").append(card.element);
       else $("runs").prepend(card.element);
     }
     if (known && known.state !== run.state) {
@@ -58,6 +58,7 @@ function showAll(runs, finished, refresh) {
     card.update(run);
     card.state = run.state;
   }
+  $("earlier").hidden = $("earlier").children.length === 1; // its title
 }
 
 function made(run, refresh) {

@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "raybooth"
 LAYERS = [
-    {"__main__", "__init__"}, {"cli", "api", "demo", "doctor"}, {"reporting", "serving"}, {"evaluation"}, {"stages", "plan"}, {"base_model"},
+    {"__main__", "__init__"}, {"cli", "api", "demo", "doctor"}, {"reporting", "serving"}, {"evaluation"}, {"stages", "plan"}, {"base_model"}, {"loading"},
     {"session", "jobs", "tuning", "log"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "checkpoint"}, {"families", "loss", "noise", "lora", "optim", "photos", "hub"},
     {"config", "workspace"}, {"errors"},

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from raybooth.api import class_images, encode, evaluate, finetune, generate, prepare, report, run
     from raybooth.config import Config
     from raybooth.errors import RayboothError
+    from raybooth.loading import load
     from raybooth.session import Run
 
 __version__ = "0.1.0"
-__all__ = ["Config", "RayboothError", "Run", "class_images", "encode", "evaluate", "finetune", "generate", "prepare", "report", "run"]
+__all__ = ["Config", "RayboothError", "Run", "class_images", "encode", "evaluate", "finetune", "generate", "load", "prepare", "report", "run"]
 
-_HOMES = {"Config": "raybooth.config", "RayboothError": "raybooth.errors", "Run": "raybooth.session"}
+_HOMES = {"Config": "raybooth.config", "RayboothError": "raybooth.errors", "load": "raybooth.loading", "Run": "raybooth.session"}
 
 
 def __getattr__(name: str) -> Any:

@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     plan = verbs.add_parser("plan", help="what a run will need: parameters, memory, FLOPs, disk; without a GPU and without weights")
     _settings(plan)
     plan.add_argument("--gpu", metavar="SIZE", help="memory of a GPU, such as 24GiB: does it fit?")
+    serve = verbs.add_parser("serve", help="draw over HTTP, in the shape of OpenAI's images API: many subjects, one base model")
+    _serve_options(serve)
     verbs.add_parser("doctor", help="what this machine has, and what to expect of it")
     return top
 
@@ -52,6 +54,18 @@ def _settings(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--base", metavar="MODEL", help="hub repository, local folder, or mini (default: CompVis/stable-diffusion-v1-4)")
     verb.add_argument("--storage", metavar="DIR", help="folder or URI of the run (default: raybooth-run)")
     verb.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting; may be repeated")
+
+
+def _serve_options(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("paths", nargs="+", metavar="PATH", help="storage of a run, .safetensors file of a LoRA, or a folder of either")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
+    serve.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys of which requests must carry one, one a line")
+    serve.add_argument("--insecure", action="store_true", help="listen beyond this machine without keys")
+    serve.add_argument("--safety", choices=("on", "off"), default="on", help="the safety checker of the base, if it has one (default: %(default)s)")
+    serve.add_argument("--replicas", metavar="N", help="how many draw at once, as 2 or 1-4 (default: up to one a GPU, or one a core for small models)")
+    serve.add_argument("--base", metavar="MODEL", help="local folder or mini, where no run tells (default: the first run's)")
+    serve.add_argument("--address", help="of a Ray cluster, 'auto' for the one this machine is in (default: start Ray here)")
 
 
 def config_of(args: argparse.Namespace) -> "Config":
@@ -90,6 +104,11 @@ def main(argv: list[str] | None = None) -> int:
             demo(args.storage, args.set)
         elif args.verb == "plan":
             _plan(args)
+        elif args.verb == "serve":
+            from raybooth.serving.server import Options, serve
+
+            given = {k: v for k, v in vars(args).items() if k not in ("verb", "safety")}
+            serve(Options(**given, safety=args.safety == "on"))
         else:
             _run(args)
     except RayboothError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybooth.config import Sampling
-from raybooth.families import Loaded, family_of
+from raybooth.families import Family, Loaded, family_of
 from raybooth.photos import png
 from raybooth.workspace import Workspace, digest
 
@@ -35,12 +35,9 @@ def for_inference(folder: Path, parts: Iterable[str]) -> Loaded:
     return load(family_of(folder), folder, tuple(parts), torch.float16 if on_gpu else torch.float32).to("cuda" if on_gpu else "cpu")
 
 
-def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, model_digest: str) -> Callable[[list[Row]], list[bytes]]:
-    """Draws rows of (prompt, seed) as PNG files that say what they are. A stage that holds adapters is drawn with the base they belong to."""
-    from PIL import Image
-
+def to_draw_with(storage: str, model_stage: str) -> tuple[Family, Loaded]:
+    """The model of a stage. One that holds adapters is loaded with the base they belong to."""
     from raybooth.families.lora import WEIGHTS, load_adapters
-    from raybooth.sample import Sampler
 
     folder = stage_folder(storage, model_stage)
     adapted = (folder / WEIGHTS).exists()
@@ -49,7 +46,16 @@ def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, mode
     loaded = for_inference(base, (family.denoiser, "vae", *family.encoders))
     if adapted:
         load_adapters(family, loaded, folder)
-    draw = Sampler(family, loaded, sampling, batch).draw
+    return family, loaded
+
+
+def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, model_digest: str) -> Callable[[list[Row]], list[bytes]]:
+    """Draws rows of (prompt, seed) as PNG files that say what they are."""
+    from PIL import Image
+
+    from raybooth.sample import Sampler
+
+    draw = Sampler(*to_draw_with(storage, model_stage), sampling, batch).draw
 
     def work(rows: list[Row]) -> list[bytes]:
         pictures = draw([r["prompt"] for r in rows], [r["seed"] for r in rows])

@@ -83,6 +83,13 @@ class Diffusion:
         signal, sigma = self._coefficients(t)
         return signal * noise - sigma * x0
 
+    def clean(self, xt: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
+        """The clean latents that follow from x_t and what the network says of it; timesteps need not be whole."""
+        signal, sigma = self._coefficients(t.round().long())
+        if self.prediction == "epsilon":
+            return (xt - sigma * predicted) / signal
+        return signal * xt - sigma * predicted
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -116,6 +123,10 @@ class Flow:
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The velocity, the same all along the line."""
         return noise - x0
+
+    def clean(self, zt: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
+        """The clean latents at the end of the line from z_t along the predicted velocity."""
+        return zt - (t / 1000).view(-1, 1, 1, 1) * predicted
 
 
 Objective = Diffusion | Flow

@@ -4,7 +4,8 @@ Pictures are drawn in batches of one fixed shape, the last one padded: the same 
 so a picture's bits depend on its prompt, its seed and the settings alone, not on its neighbours or its worker.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,57 +16,82 @@ from raybooth.families import Family, Loaded
 from raybooth.families.parts import decode
 from raybooth.noise import normal
 
+Switch = Callable[[Sequence[str]], None]
+"""Puts the named adapters in place, one for each row of the forward pass that follows; "" is none."""
+Watch = Callable[[int, Tensor], None]
+"""Hears, after each step, how many are done and which clean latents (batch, c, h, w) the model expects. What it raises ends the drawing."""
+KEPT = 64  # encoded prompts
+
 
 class Sampler:
     """Draws with one loaded model.
 
     Args:
         batch: pictures in one forward pass (twice as many rows with guidance).
+        switch: where rows have adapters of their own.
     """
 
-    def __init__(self, family: Family, loaded: Loaded, sampling: Sampling, batch: int):
+    def __init__(self, family: Family, loaded: Loaded, sampling: Sampling, batch: int, switch: Switch | None = None):
         self.family, self.loaded, self.sampling, self.batch = family, loaded, sampling, batch
+        self.switch: Switch = switch or (lambda adapters: None)
         self.parameter = next(loaded.modules[family.denoiser].parameters())
-        self._texts: dict[str, dict[str, Tensor]] = {}
+        self._texts: OrderedDict[tuple[str, str], dict[str, Tensor]] = OrderedDict()
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[np.ndarray]:
         """One (h, w, 3) uint8 picture for each pair of prompt and seed, in order."""
         for start in range(0, len(seeds), self.batch):
-            rows = list(zip(prompts, seeds, strict=True))[start : start + self.batch]
-            padded = rows + [rows[-1]] * (self.batch - len(rows))
-            yield from self._draw_batch([p for p, _ in padded], [s for _, s in padded])[: len(rows)]
+            rows = slice(start, start + self.batch)
+            yield from self.draw_batch(prompts[rows], seeds[rows])
+
+    def draw_batch(
+        self, prompts: Sequence[str], seeds: Sequence[int], adapters: Sequence[str] = (), sampling: Sampling | None = None, watch: Watch | None = None
+    ) -> np.ndarray:
+        """(n, h, w, 3) uint8 pictures, at most a batch of them, in one forward pass a step. `sampling` stands for this batch in place of the sampler's."""
+        texts = list(zip(adapters or [""] * len(seeds), prompts, strict=True))
+        spare = self.batch - len(seeds)
+        return self._draw(texts + texts[-1:] * spare, [*seeds, *seeds[-1:] * spare], sampling or self.sampling, watch)[: len(seeds)]
 
     @torch.inference_mode()
-    def _draw_batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        facts, sampling = self.loaded.facts, self.sampling
+    def _draw(self, texts: Sequence[tuple[str, str]], seeds: Sequence[int], sampling: Sampling, watch: Watch | None) -> np.ndarray:
+        facts = self.loaded.facts
         shape = facts.latent_shape(sampling.resolution)
         scheduler = self.family.scheduler(self.loaded.folder, sampling.scheduler, sampling.steps, shape, self.parameter.device)
         # Schedulers of flows neither scale the first noise nor what the denoiser sees, and have no names for it.
         scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)
         z = torch.stack([normal(shape, s, "latents") for s in seeds]).to(self.parameter) * getattr(scheduler, "init_noise_sigma", 1.0)
         guided = sampling.guidance > 1 and not facts.embeds_guidance
-        text = self._conditioning([""] * len(prompts) + list(prompts) if guided else prompts)
-        for t in scheduler.timesteps:
-            x = scaled(torch.cat([z, z]) if guided else z, t)
-            out = self.family.predict(self.loaded, x, t.expand(len(x)), text)
+        rows = [(adapter, "") for adapter, _ in texts] + list(texts) if guided else list(texts)
+        conditioning = self._conditioning(rows, sampling)
+        self.switch([adapter for adapter, _ in rows])
+        for done, t in enumerate(scheduler.timesteps, 1):
+            x = scaled(z, t)
+            double = torch.cat([x, x]) if guided else x
+            out = self.family.predict(self.loaded, double, t.expand(len(double)), conditioning)
             if guided:
                 empty, full = out.chunk(2)
                 out = empty + sampling.guidance * (full - empty)
+            if watch:
+                watch(done, self.loaded.objective.clean(x, out, t.expand(len(x))))
             z = scheduler.step(out, t, z, return_dict=False)[0]
-        return self._decoded(z)
+        return self.decoded(z)
 
-    def _conditioning(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Of the prompts, each encoded once and by itself."""
-        for prompt in set(prompts) - self._texts.keys():
-            self._texts[prompt] = {k: v[0] for k, v in self.family.encode_text(self.loaded, [prompt]).items()}
-        stacked = {k: torch.stack([self._texts[p][k] for p in prompts]) for k in self._texts[prompts[0]]}
+    def _conditioning(self, rows: Sequence[tuple[str, str]], sampling: Sampling) -> dict[str, Tensor]:
+        """Of (adapter, prompt) pairs, each encoded once and by itself."""
+        for adapter, prompt in dict.fromkeys(rows):
+            if (adapter, prompt) not in self._texts:
+                self.switch([adapter])
+                self._texts[adapter, prompt] = {k: v[0] for k, v in self.family.encode_text(self.loaded, [prompt]).items()}
+            self._texts.move_to_end((adapter, prompt))
+        stacked = {k: torch.stack([self._texts[row][k] for row in rows]) for k in self._texts[rows[0]]}
+        while len(self._texts) > KEPT:
+            self._texts.popitem(last=False)
         if self.loaded.facts.embeds_guidance:
-            stacked["guidance"] = torch.full((len(prompts),), self.sampling.guidance, device=self.parameter.device)
+            stacked["guidance"] = torch.full((len(rows),), sampling.guidance, device=self.parameter.device)
         return stacked
 
-    def _decoded(self, z: Tensor) -> np.ndarray:
-        # A large picture's decoding needs more memory than all of its denoising: one at a time.
-        rows = len(z) if self.sampling.resolution <= 128 else 1
-        pixels = torch.cat([decode(self.loaded, part) for part in z.split(rows)])
+    def decoded(self, z: Tensor) -> np.ndarray:
+        """(n, h, w, 3) uint8 of latents. A large picture's decoding needs more memory than all of its denoising: one at a time."""
+        small = z.shape[-1] * self.loaded.facts.downscale <= 128
+        pixels = torch.cat([decode(self.loaded, part) for part in z.split(len(z) if small else 1)])
         levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255)
         return levels.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raybooth.config import Config
-from raybooth.workspace import Workspace, digest, write_atomically
+from raybooth.workspace import Workspace, model_digest, write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,7 +78,7 @@ class Run:
         return {name: o["sha256"] for name, o in self.workspace.manifest(stage)["outputs"].items()}
 
     def model_digest(self, stage: str) -> str:
-        return digest(self.outputs(stage))
+        return model_digest(self.workspace.manifest(stage))
 
     def facts(self, stage: str) -> dict[str, Any]:
         return self.workspace.manifest(stage)["facts"]

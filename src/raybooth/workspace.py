@@ -183,6 +183,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None  # none, torn, or not ours: the stage is not done
 
 
+def model_digest(manifest: dict[str, Any]) -> str:
+    """Of a model stage's outputs: what pictures say they are drawn by."""
+    return digest({name: o["sha256"] for name, o in manifest["outputs"].items()})
+
+
 class Workspace:
     """One storage. A URI is mirrored in a folder of this machine: read from there, written through.
 

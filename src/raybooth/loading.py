@@ -1,0 +1,108 @@
+"""`raybooth.load`: the model of a run, to draw with, here and now, without Ray."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raybooth import config as configuration
+from raybooth.cluster.rows import threads_of
+from raybooth.cluster.session import Resources
+from raybooth.config import Sampling
+from raybooth.errors import RayboothError
+from raybooth.photos import contact_sheet, png
+from raybooth.workspace import Workspace, model_digest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Pictures(list["Image"]):
+    """PIL images, which a notebook shows side by side."""
+
+    def _repr_png_(self) -> bytes | None:
+        side = max((image.width for image in self), default=0)
+        return png(contact_sheet([("", list(self[i : i + 8])) for i in range(0, len(self), 8)], max(64, side))) if self else None
+
+
+class Model:
+    """A fine-tuned model in memory.
+
+    Attributes:
+        config: of the run.
+        digest: of the weights, as pictures carry it.
+    """
+
+    def __init__(self, storage: str | Path):
+        from raybooth.jobs import stage_folder, to_draw_with
+        from raybooth.sample import Sampler
+
+        storage = str(storage)
+        if "://" not in storage and not Path(storage).expanduser().is_dir():
+            raise RayboothError(f"There is no storage {storage}: give the folder or URI of a finished run.")
+        workspace = Workspace(storage)
+        workspace.pull("config.json")
+        manifest = workspace.manifest("fine-tuned-model")
+        self.config, self.digest = configuration.load(workspace.root / "config.json"), model_digest(manifest)
+        self._threads = threads_of(Resources(os.cpu_count() or 1, 0, 1), sum(o["bytes"] for o in manifest["outputs"].values()))
+        family, loaded = to_draw_with(storage, "fine-tuned-model")
+        how = self.config.generate
+        resolution = self.config.base.resolution or family.facts(stage_folder(storage, "base-model")).resolution
+        self._sampler = Sampler(family, loaded, Sampling(how.steps, how.guidance, how.scheduler, resolution), self.config.cluster.sample_batch)
+
+    def draw(self, prompt: str, n: int = 4, seed: int = 0, steps: int | None = None, guidance: float | None = None) -> Pictures:
+        """`n` pictures of a prompt, in which {subject}, {token} and {class} are filled in; `info` of each holds prompt, seed and model.
+
+        Picture k has the seed `seed` + k. Drawn with the same settings it is, to the bit, the picture that `raybooth generate` draws from that seed.
+
+        Args:
+            steps, guidance: default: the run's.
+        """
+        from PIL import Image
+
+        for name, value, most in (("n", n, 10_000), ("steps", steps or self.config.generate.steps, 1000)):
+            if not 1 <= value <= most:
+                raise RayboothError(f"{name} = {value} is not possible: it is a number from 1 to {most}.")
+        sampler, seeds = self._sampler, range(seed, seed + n)
+        given = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
+        sampling, text = replace(sampler.sampling, **given), _filled(self.config, prompt)
+        pictures = Pictures()
+        with _threads(self._threads):
+            for start in range(0, n, sampler.batch):
+                part: Sequence[int] = seeds[start : start + sampler.batch]
+                for picture, own in zip(sampler.draw_batch([text] * len(part), part, sampling=sampling), part, strict=True):
+                    image = Image.fromarray(picture)
+                    image.info |= {"prompt": text, "seed": str(own), "model": self.digest}
+                    pictures.append(image)
+        return pictures
+
+
+def _filled(config: configuration.Config, prompt: str) -> str:
+    try:
+        return config.fill(prompt)
+    except ValueError as error:
+        raise RayboothError(f"{error}.") from None
+
+
+@contextlib.contextmanager
+def _threads(n: int) -> Iterator[None]:
+    """As many as `raybooth generate` draws a picture with: its last bits depend on them."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def load(storage: str | Path) -> Model:
+    """The fine-tuned model of a run, from its storage: `raybooth.load("my-run").draw("photo of {subject} in the snow", n=4, seed=0)`.
+
+    Raises:
+        RayboothError: if the storage holds no finished run.
+    """
+    return Model(storage)

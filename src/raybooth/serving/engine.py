@@ -1,0 +1,140 @@
+"""Draws any of the subjects: those with adapters on the one base in a common batch, the others each as a model of its own. No Ray, no HTTP."""
+
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from raybooth.config import Sampling
+from raybooth.errors import RayboothError
+from raybooth.families import Loaded, family_of
+from raybooth.families.folder import INDEX
+from raybooth.families.lora import load_adapters, read_adapters
+from raybooth.families.parts import unloaded
+from raybooth.jobs import for_inference
+from raybooth.sample import Sampler
+from raybooth.serving.adapters import Adapters
+from raybooth.serving.subjects import Subject
+from raybooth.workspace import file_digest, model_digest, read_manifest
+
+Look = Callable[[Sequence[int]], np.ndarray]
+"""Indices of rows -> (n, h, w, 3) uint8: what they will be, as far as one can see by now."""
+HASHED = 1 << 26  # bytes: of larger files the size must do
+Watch = Callable[[int, Look], None]
+"""Hears after each step how many are done, and may look. What it raises ends the drawing."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture that is wanted."""
+
+    subject: Subject
+    prompt: str
+    seed: int
+
+
+class Engine:
+    """One base model in memory, with the adapters of up to `slots` subjects, and up to `whole` models that cannot share it.
+
+    Args:
+        rank: of the largest adapters that share the base; larger ones count as models of their own.
+    """
+
+    def __init__(self, base: Subject, rank: int, slots: int = 32, whole: int = 2):
+        self.base, self.rank, self.batch, self.whole = base, rank, base.batch, whole
+        folder = base.weights
+        self.family = family = family_of(folder)
+        loaded = _without_its_folder(for_inference(folder, (family.denoiser, "vae", *family.encoders)))
+        with torch.device("meta"):
+            self._hollow = unloaded(family, folder, family.trainable(True)).modules
+        self.adapters = Adapters(loaded.modules, max(slots, self.batch), rank)
+        self.sampler = Sampler(family, loaded, base.sampling, self.batch, self.adapters.use)
+        self._models: OrderedDict[str, Sampler] = OrderedDict()
+
+    def shared(self, subject: Subject) -> bool:
+        """Whether it is drawn on the common base."""
+        return subject.base == self.base.base and (subject.kind == "base" or 0 < subject.rank <= self.rank)
+
+    def group(self, row: Row) -> tuple[str, int]:
+        """Rows of one group and of equal settings may be drawn together; and how many of them."""
+        return ("", self.batch) if self.shared(row.subject) else (row.subject.model, row.subject.batch)
+
+    def draw(self, rows: Sequence[Row], sampling: Sampling, watch: Watch | None = None) -> np.ndarray:
+        """(n, h, w, 3) uint8 pictures of rows of one group, at most a batch.
+
+        Raises:
+            RayboothError: if a subject's weights are gone or damaged.
+        """
+        adapters = []
+        for row in rows:
+            self.ready(row.subject)
+            adapters.append(row.subject.model if self.shared(row.subject) and row.subject.kind == "lora" else "")
+        sampler = self.sampler if self.shared(rows[0].subject) else self._models[rows[0].subject.model]
+
+        def look(step: int, clean: torch.Tensor) -> None:
+            if watch:
+                watch(step, lambda rows: sampler.decoded(clean[list(rows)]))
+
+        return sampler.draw_batch([r.prompt for r in rows], [r.seed for r in rows], adapters, sampling, look if watch else None)
+
+    def ready(self, subject: Subject) -> None:
+        """Have its weights in memory.
+
+        Raises:
+            RayboothError: if they are gone or damaged.
+        """
+        try:
+            if not self.shared(subject):
+                self._load_whole(subject)
+            elif subject.kind == "lora" and subject.model in self.adapters:
+                self.adapters.held.move_to_end(subject.model)  # not to go for one of its own batch
+            elif subject.kind == "lora":
+                matrices = read_adapters(self.family, self._hollow, subject.weights)
+                _check(subject)
+                self.adapters.put(subject.model, matrices)
+        except (OSError, KeyError, ValueError, AttributeError) as error:  # whatever libraries make of files that go or change under them
+            raise RayboothError(f"The model '{subject.id}' cannot be loaded: {error}") from error
+
+    def _load_whole(self, subject: Subject) -> None:
+        if subject.model not in self._models:
+            while len(self._models) >= self.whole:
+                self._models.popitem(last=False)
+            folder = subject.base_folder if subject.kind == "lora" else subject.weights
+            assert folder is not None
+            family = family_of(folder)
+            loaded = _without_its_folder(for_inference(folder, (family.denoiser, "vae", *family.encoders)))
+            if subject.kind == "lora":
+                load_adapters(family, loaded, subject.weights)
+            _check(subject)
+            self._models[subject.model] = Sampler(family, loaded, subject.sampling, subject.batch)
+        self._models.move_to_end(subject.model)
+
+
+def _check(subject: Subject) -> None:
+    """Whether what was read is what was found: a run that is made anew replaces its files one by one."""
+    if subject.weights.is_file():
+        return
+    manifest = read_manifest(subject.weights)
+    same = manifest is not None and model_digest(manifest) == subject.model
+    for name, described in (manifest or {"outputs": {}})["outputs"].items():
+        path = subject.weights / name
+        same &= path.stat().st_size == described["bytes"]
+        same &= described["bytes"] > HASHED or file_digest(path) == described["sha256"]
+    if not same:
+        raise RayboothError(f"The model '{subject.id}' is just being replaced: try again in a moment.")
+
+
+def _without_its_folder(loaded: Loaded) -> Loaded:
+    """With its few settings in a folder of its own: the storage that it came from may go."""
+    scratch: Any = tempfile.TemporaryDirectory(prefix="raybooth-")
+    loaded.kept["scratch"] = scratch  # goes with the model
+    shutil.copyfile(loaded.folder / INDEX, Path(scratch.name) / INDEX)
+    shutil.copytree(loaded.folder / "scheduler", Path(scratch.name) / "scheduler")
+    loaded.folder = Path(scratch.name)
+    return loaded

@@ -1,0 +1,192 @@
+"""`raybooth serve`: finds the subjects, puts up replicas that draw, and answers until it is stopped."""
+
+import contextlib
+import ipaddress
+import re
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raybooth.base_model import local_source
+from raybooth.errors import RayboothError
+from raybooth.serving.subjects import Subject, Subjects
+from raybooth.workspace import files_under
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from raybooth.cluster.serving import Served
+    from raybooth.serving.desk import Desk, Drawn, Job
+    from raybooth.serving.generations import Draw
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says.
+
+    Attributes:
+        replicas: as "2", or "1-4" for fewest and most; None: as many as there are GPUs, or cores for small models.
+    """
+
+    paths: Sequence[str]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: Path | None = None
+    insecure: bool = False
+    safety: bool = True
+    replicas: str | None = None
+    base: str | None = None
+    address: str | None = None
+
+
+def serve(options: Options) -> None:
+    """Until Ctrl-C.
+
+    Raises:
+        RayboothError: if it may not or cannot start.
+    """
+    from raybooth.serving.guard import LOOPBACK, read_keys
+
+    _need_the_extra()
+    keys = read_keys(options.api_key_file) if options.api_key_file else []
+    local = _is_loopback(options.host)
+    if not (local or keys or options.insecure):
+        raise RayboothError(
+            f"--host {options.host} can be reached from other machines, and there are no API keys: give --api-key-file FILE (one key a line), "
+            "or --insecure if whoever reaches it may use it."
+        )
+    listening = _bound(options.host, options.port)  # before the seconds that the rest takes
+    fixed = _range(options.replicas)
+    subjects = Subjects(options.paths, _base_folder(options.base), say=_say)
+    base = subjects.base
+    safety = _safety_folder(base, options.safety)
+    rank = slot_rank(subjects)
+    make = partial(desk, options.paths, base, rank, safety)
+
+    from raybooth.cluster.serving import replica_range, served
+    from raybooth.cluster.session import connected
+    from raybooth.serving.api import create_app
+    from raybooth.serving.schemas import Limits
+
+    limits, size = Limits(), sum((base.weights / n).stat().st_size for n in files_under(base.weights))
+    with connected(options.address) as have:
+        fewest, most = fixed or replica_range(have, size)
+        with served(make, have=have, model_bytes=size, replicas=(fewest, most), batch=base.batch, queue=limits.queue) as drawers:
+            app = create_app(subjects, drawing(drawers), limits, keys, LOOPBACK if local else None, drawers.healthy)
+            names = ", ".join(subjects.found())
+            port = listening.getsockname()[1]
+            host = f"[{options.host}]" if ":" in options.host else options.host
+            _say(f"serve: {names}\nserve: http://{host}:{port}/v1 (described at /docs), {fewest} to {most} replicas; Ctrl-C stops it")
+            _run(app, listening)
+
+
+def desk(paths: Sequence[str], base: Subject, rank: int, safety: Path | None) -> "Desk":
+    """What a replica is made of. The base model is the same whichever run's folder it is read from: its own may have gone meanwhile."""
+    import torch
+
+    from raybooth.families.safety import checker
+    from raybooth.serving.desk import Desk
+    from raybooth.serving.engine import Engine
+
+    if not base.weights.is_dir():
+        left = Subjects([p for p in paths if "://" in p or Path(p).expanduser().exists()]).found().values()
+        folder = next((s.base_folder for s in left if s.base == base.base and s.base_folder), None)
+        if folder is None:
+            raise RayboothError(f"The base model {base.weights} has gone, and no run that is left has it.")
+        base = replace(base, weights=folder, base_folder=folder)
+    unsafe = checker(safety, "cuda" if torch.cuda.is_available() else "cpu") if safety else None
+    return Desk(Engine(base, rank), unsafe)
+
+
+def slot_rank(subjects: Subjects) -> int:
+    """Of the adapters that are there, rounded up to a power of two: it decides over last bits, so it should seldom change. Larger ones that come later
+    are served as models of their own."""
+    most = max((s.rank for s in subjects.found().values()), default=0)
+    return max(16, 1 << (most - 1).bit_length()) if most else 16
+
+
+def drawing(drawers: "Served") -> "Draw":
+    """The replicas as the API wants them."""
+    from raybooth.cluster.serving import Lost
+    from raybooth.serving.generations import Unavailable
+
+    async def draw(job: "Job") -> "AsyncIterator[Drawn]":
+        try:
+            async with contextlib.aclosing(drawers.draw(job)) as results:
+                async for drawn in results:
+                    yield drawn
+        except Lost as error:
+            raise Unavailable(str(error)) from error
+
+    return draw
+
+
+def _run(app: "FastAPI", listening: socket.socket) -> None:
+    import uvicorn
+
+    how = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="none", limit_concurrency=1000, timeout_graceful_shutdown=5)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(how).run(sockets=[listening])
+    _say("serve: stopped")
+
+
+def _need_the_extra() -> None:
+    import importlib.util
+
+    if not all(importlib.util.find_spec(name) for name in ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client")):
+        raise RayboothError("Serving needs packages that are not installed: pip install 'raybooth[serve]'.")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, proto, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, proto)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(where)
+    except (OSError, OverflowError) as error:
+        raise RayboothError(f"--host {host} --port {port} cannot be listened at ({error}): choose another --port, or 0 for any that is free.") from None
+    return made
+
+
+def _base_folder(name: str | None) -> Path | None:
+    if name is None:
+        return None
+    folder = local_source(name)
+    if folder is None or not folder.is_dir():
+        raise RayboothError(f"--base {name} is not a model folder on this machine: give a diffusers folder, or mini.")
+    return folder
+
+
+def _safety_folder(base: Subject, wanted: bool) -> Path | None:
+    from raybooth.serving.safety import checker_folder
+
+    if not wanted:
+        _say("serve: the safety checker is off, as asked for by --safety off")
+        return None
+    folder = checker_folder(base.weights)
+    _say(f"serve: pictures are looked at by the safety checker in {folder}" if folder else "serve: the base model has no safety checker")
+    return folder
+
+
+def _range(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,2})(?:-([1-9]\d{0,2}))?", text)
+    if not found or int(found[2] or found[1]) < int(found[1]):
+        raise RayboothError(f"--replicas {text} is not a number or a range: write it as 2, or as 1-4.")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

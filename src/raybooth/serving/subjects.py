@@ -1,0 +1,237 @@
+"""The subjects that there are to draw: runs in their storages and files of adapters, found by looking, known by an id.
+
+An id is only ever looked up among those that were found, so that no name becomes a path.
+"""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from raybooth import config as configuration
+from raybooth.config import Config, Sampling
+from raybooth.errors import RayboothError
+from raybooth.families import family_of
+from raybooth.families.folder import needed_files, plain_name
+from raybooth.families.lora import WEIGHTS, plain_rank
+from raybooth.workspace import MANIFEST, Workspace, digest, file_digest, files_under, model_digest, read_manifest
+
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+BASE = "base"
+"""The id of the base model itself, which is a model too."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Who or what can be drawn.
+
+    Attributes:
+        weights: the folder of the model, or the folder or file of the adapters.
+        base_folder: what adapters belong to; None of a file that does not say.
+        base, model: digests of the base model and of the weights.
+        rank: the largest of its adapters; 0 where it cannot share a pass with others (a whole model, DoRA).
+        batch: pictures in one forward pass, of which its bits depend.
+        photographs: files of the instance images.
+        created: when its weights were made, in seconds since 1970.
+    """
+
+    id: str
+    kind: Literal["base", "lora", "full"]
+    weights: Path
+    base_folder: Path | None
+    base: str
+    model: str
+    sampling: Sampling
+    batch: int
+    created: int
+    rank: int = 0
+    token: str | None = None
+    class_name: str | None = None
+    photographs: tuple[Path, ...] = ()
+
+    @property
+    def prompt(self) -> str | None:
+        return f"photo of {self.token} {self.class_name}" if self.token else None
+
+    def fill(self, prompt: str) -> str:
+        """`prompt` with {subject}, {token} and {class} filled in. Nothing else in braces means anything: prompts come from anybody.
+
+        Raises:
+            RayboothError: if it asks for what this model does not have.
+        """
+        words = {"{subject}": f"{self.token} {self.class_name}", "{token}": self.token or "", "{class}": self.class_name or ""}
+        if self.token is None and any(w in prompt for w in words):
+            raise RayboothError(f"The model '{self.id}' has no subject of its own: write the prompt without {{subject}}, {{token}} and {{class}}.")
+        for word, text in words.items():
+            prompt = prompt.replace(word, text)
+        return prompt
+
+
+def of_base(folder: Path, config: Config | None = None, base: str | None = None) -> Subject:
+    """A base model, with the settings of a run that was made on it, or the defaults."""
+    if base is None:
+        family = family_of(folder)
+        names = needed_files(files_under(folder), family.weights, family.settings, str(folder))
+        base = digest({plain_name(n): file_digest(folder / n) for n in names})  # as the manifest of a run's base-model has it
+    if config is None:
+        from raybooth.families import mini_folder
+
+        config = configuration.load(subject={"class": "thing"}, base={"model": "mini" if folder == mini_folder() else str(folder)})
+    return Subject(BASE, "base", folder, folder, base, base, _sampling(config, folder), config.cluster.sample_batch, int(folder.stat().st_mtime))
+
+
+def of_run(root: Path, name: str) -> Subject | None:
+    """The subject of a run's storage; None as long as its model is not complete.
+
+    Raises:
+        RayboothError: if what belongs to it is missing or damaged.
+    """
+    weights, base_folder = root / "fine-tuned-model", root / "base-model"
+    manifest, base = read_manifest(weights), read_manifest(base_folder)
+    if manifest is None:
+        return None
+    if base is None:
+        raise RayboothError(f"The run {root} has no complete base-model.")
+    adapters = weights / WEIGHTS if WEIGHTS in manifest["outputs"] else None
+    config = configuration.load(root / "config.json")
+    photographs = (read_manifest(root / "instance-images") or {"facts": {}})["facts"].get("pictures", [])
+    return Subject(
+        id=name,
+        kind="lora" if adapters else "full",
+        weights=weights,
+        base_folder=base_folder,
+        base=model_digest(base),
+        model=model_digest(manifest),
+        sampling=_sampling(config, base_folder),
+        batch=config.cluster.sample_batch,
+        created=int((weights / MANIFEST).stat().st_mtime),
+        rank=plain_rank(adapters) if adapters else 0,
+        token=config.subject.token,
+        class_name=config.subject.class_name,
+        photographs=tuple(root / "instance-images" / Path(name).name for name in photographs),
+    )
+
+
+def _sampling(config: Config, base_folder: Path) -> Sampling:
+    resolution = config.base.resolution or family_of(base_folder).facts(base_folder).resolution
+    return Sampling(config.generate.steps, config.generate.guidance, config.generate.scheduler, resolution)
+
+
+def of_file(file: Path, base: Subject) -> Subject:
+    """Adapters alone, taken to belong to `base`."""
+    name = file.parent.name if file.name == WEIGHTS else file.stem
+    sha = digest({WEIGHTS: file_digest(file)})
+    return Subject(name, "lora", file, base.base_folder, base.base, sha, base.sampling, base.batch, int(file.stat().st_mtime), plain_rank(file))
+
+
+class Subjects:
+    """What is to be found under `paths`: each a run's storage, a file of adapters, or a folder of either.
+
+    Args:
+        base: the base model to serve, a folder; default: that of the first run found.
+        say: hears, once, why something that is there is passed over.
+    """
+
+    def __init__(self, paths: Sequence[str], base: Path | None = None, every: float = 1.0, say: Callable[[str], None] = lambda text: None):
+        self.every, self.say = every, say
+        self._paths = {path: name for path, name in map(_local, paths)}
+        self._base = of_base(base) if base else None
+        self._known: dict[Path, tuple[tuple[int, ...], Subject | str | None]] = {}
+        self._found: dict[str, Subject] = {}
+        self._said: set[str] = set()
+        self._looked, self._lock = 0.0, threading.Lock()
+
+    @property
+    def base(self) -> Subject:
+        """The base model that is served, the same from the first time that one is found.
+
+        Raises:
+            RayboothError: if there is none yet.
+        """
+        self.found()
+        if self._base is None:
+            where = ", ".join(map(str, self._paths))
+            raise RayboothError(f"There is no finished run in {where}: give the storage of one, or name the base model with --base (a local folder, or mini).")
+        return self._base
+
+    def found(self) -> dict[str, Subject]:
+        """Id -> subject, the base first. Looks again after `every` seconds."""
+        with self._lock:
+            if not self._looked or time.monotonic() - self._looked >= self.every:
+                self._found = self._look()
+                self._looked = time.monotonic()
+            return self._found
+
+    def _look(self) -> dict[str, Subject]:
+        candidates = list(dict.fromkeys(c for path in self._paths for c in _candidates(path)))
+        self._known = {c: self._known.get(c, ((), None)) for c in candidates}
+        runs = [s for c in candidates if c.suffix != ".safetensors" and (s := self._read(c))]
+        if self._base is None and runs:
+            first = runs[0]
+            assert first.base_folder is not None
+            self._base = of_base(first.base_folder, configuration.load(first.base_folder.parent / "config.json"), first.base)
+        files = [s for c in candidates if c.suffix == ".safetensors" and self._base and (s := self._read(c))]
+        found = {BASE: self._base} if self._base else {}
+        for subject in [*runs, *files]:
+            if not ID.fullmatch(subject.id):
+                self._note(f"{subject.weights} is passed over: its name '{subject.id}' is not one of letters, digits, dots, dashes and underscores.")
+            elif found.setdefault(subject.id, subject) is not subject:
+                self._note(f"{subject.weights} is passed over: there is another model named '{subject.id}'.")
+        return found
+
+    def _read(self, path: Path) -> Subject | None:
+        """Anew only where its files have changed."""
+        before = _state(path)
+        held, subject = self._known[path]
+        if held != before or subject is None:
+            try:
+                subject = of_file(path, self._base) if self._base and path.suffix == ".safetensors" else of_run(path, self._paths.get(path, path.name))
+            except (RayboothError, OSError, ValueError, KeyError, TypeError) as error:  # whatever lies there, the others are served
+                subject = f"{path} is passed over: {error}"
+                self._note(subject)
+            self._known[path] = before, subject
+        return subject if isinstance(subject, Subject) else None
+
+    def _note(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
+
+
+def _local(path: str) -> tuple[Path, str]:
+    """Where it lies on this machine, and its name. What is behind a URI is mirrored once, as the server starts."""
+    if "://" not in path:
+        folder = Path(path).expanduser().absolute()
+        if not folder.exists():
+            raise RayboothError(f"There is no {path} to serve: give the storage of a run, a folder of them, or a .safetensors file of adapters.")
+        return folder, folder.name
+    workspace = Workspace(path)
+    for stage in ("config.json", "base-model", "instance-images", "fine-tuned-model"):
+        workspace.pull(stage)
+    return workspace.root, path.rstrip("/").rpartition("/")[2]
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    """Storages of runs and files of adapters, in the order of their names."""
+    if path.suffix == ".safetensors" or (path / "fine-tuned-model").is_dir():
+        yield path
+    elif (path / WEIGHTS).is_file():
+        yield path / WEIGHTS
+    elif path.is_dir():
+        for child in sorted(p for p in path.iterdir() if not p.name.startswith(".")):
+            if (child / "fine-tuned-model").is_dir() or (child.suffix == ".safetensors" and child.is_file()):
+                yield child
+            elif (child / WEIGHTS).is_file():
+                yield child / WEIGHTS
+
+
+_PARTS = ("fine-tuned-model/manifest.json", "base-model/manifest.json", "instance-images/manifest.json", "config.json")
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Times of the files that a subject is read from; those of a folder itself change too often."""
+    files = [path] if path.suffix == ".safetensors" else [path / p for p in _PARTS]
+    return tuple(f.stat().st_mtime_ns if f.exists() else 0 for f in files)

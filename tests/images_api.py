@@ -1,87 +1,74 @@
-"""Stands in for the images API in tests of the page: coloured squares, streamed, for every subject under a folder."""
+"""The images API with something in place of its models: coloured squares, for every run under a folder that is done."""
 
 import asyncio
-import base64
-import json
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from fastapi.staticfiles import StaticFiles
+from fastapi import APIRouter, FastAPI
 from PIL import Image
 
-from raybooth.config import load
+from raybooth.config import Sampling, load
 from raybooth.photos import png
+from raybooth.serving.api import create_app
+from raybooth.serving.desk import Drawn, Job
+from raybooth.serving.engine import Row
+from raybooth.serving.generations import Unavailable
+from raybooth.serving.static import PAGE
+from raybooth.serving.subjects import Subject
 from raybooth.workspace import digest, read_manifest
 
-CSP = "default-src 'self'; img-src 'self' data: blob:"
-PAGE = Path(__file__).parents[1] / "src" / "raybooth" / "serving" / "page"
+SAMPLING = Sampling(20, 3.0, "ddim", 16)
 
 
-def images_app(root: Path, runs: APIRouter, key: str | None = None) -> FastAPI:
-    """`app.state`: `asked`, the requests for pictures; `busy`, how many of the next are refused; `slow`, seconds a partial picture."""
-    app = FastAPI()
-    app.state.asked, app.state.busy, app.state.slow = [], 0, 0.0
+@dataclass
+class Found:
+    """In place of Subjects, whose models must be models."""
 
-    @app.middleware("http")
-    async def guarded(request: Request, call_next: Any) -> Response:
-        private = request.url.path.startswith(("/v1/", "/api/"))
-        if private and key and request.headers.get("authorization") != f"Bearer {key}":
-            return JSONResponse({"error": {"message": "The key is missing or wrong."}}, 401)
-        response = await call_next(request)
-        response.headers["Content-Security-Policy"] = CSP
-        return response
+    root: Path
 
-    def photographs(name: str) -> list[Path]:
-        return sorted((root / name / "photographs").glob("*"))
+    def found(self) -> dict[str, Subject]:
+        base = Subject("base", "base", self.root, self.root, "base", "base", SAMPLING, 4, 0)
+        done = [s for s in sorted(self.root.iterdir()) if read_manifest(s / "fine-tuned-model")]
+        return {"base": base} | {s.name: self._of(s, i) for i, s in enumerate(done)}
 
-    @app.get("/v1/models")
-    def models() -> dict[str, Any]:
-        data: list[dict[str, Any]] = [{"id": "base", "class": "", "token": "", "prompt": "photo of a dog", "kind": "base", "photographs": []}]
-        for folder in sorted(root.iterdir()):
-            if read_manifest(folder / "fine-tuned-model"):
-                subject = load(folder / "config.json").subject
-                urls = [f"/v1/models/{folder.name}/photographs/{i}" for i in range(len(photographs(folder.name)))]
-                about = {"class": subject.class_name, "token": subject.token, "prompt": subject.prompt, "kind": "adapters", "photographs": urls}
-                data.append({"id": folder.name, **about})
-        return {"object": "list", "data": [{"object": "model", "created": i, "owned_by": "raybooth", **m} for i, m in enumerate(data)]}
-
-    @app.get("/v1/models/{name}/photographs/{i}")
-    def photograph(name: str, i: int) -> Response:
-        return FileResponse(photographs(name)[i])
-
-    @app.post("/v1/images/generations")
-    async def draw(request: Request) -> Response:
-        asked = await request.json()
-        if app.state.busy:
-            app.state.busy -= 1
-            return JSONResponse({"error": {"message": "Too many requests."}}, 429, {"Retry-After": "1"})
-        app.state.asked.append(asked)
-        if "nothing" in asked["prompt"]:
-            return JSONResponse({"error": {"message": "The prompt asks for nothing."}}, 400)
-        return StreamingResponse(_events(asked, app.state.slow), media_type="text/event-stream")
-
-    app.include_router(runs)
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
-    return app
+    def _of(self, storage: Path, created: int) -> Subject:
+        subject = load(storage / "config.json").subject
+        photographs = tuple(sorted((storage / "photographs").iterdir()))
+        about = {"token": subject.token, "class_name": subject.class_name, "photographs": photographs}
+        return Subject(storage.name, "lora", storage, self.root, "base", storage.name, SAMPLING, 4, created, 16, **about)  # type: ignore[arg-type]
 
 
-async def _events(asked: dict[str, Any], slow: float) -> AsyncIterator[str]:
-    def event(kind: str, colour: str, **more: Any) -> str:
-        data = {"type": f"image_generation.{kind}", "b64_json": base64.b64encode(square(colour)).decode(), "created_at": int(time.time()), **more}
-        return f"event: {data['type']}\ndata: {json.dumps(data)}\n\n"
+class Easel:
+    """Draws. `asked` holds the jobs; the next `busy` are refused; each picture in progress takes `slow` seconds."""
 
-    for i in range(asked["partial_images"]):
-        yield event("partial_image", "#888", partial_image_index=i)
-        await asyncio.sleep(slow)
-    yield event("completed", colour_of(asked))
+    def __init__(self) -> None:
+        self.asked: list[Job] = []
+        self.busy, self.slow = 0, 0.0
+
+    @property
+    def rows(self) -> list[Row]:
+        return sorted((row for job in self.asked for row in job.rows), key=lambda r: (r.seed, r.subject.id == "base"))
+
+    async def draw(self, job: Job) -> AsyncIterator[Drawn]:
+        if self.busy:
+            self.busy -= 1
+            raise Unavailable("Nobody draws just now.")
+        self.asked.append(job)
+        for k in range(job.partials):
+            for i in range(len(job.rows)):
+                yield Drawn(i, square("#888"), k)
+            await asyncio.sleep(self.slow)
+        for i, row in enumerate(job.rows):
+            yield Drawn(i, square(colour_of(row)))
 
 
-def colour_of(asked: dict[str, Any]) -> str:
-    return f"#{digest([asked['model'], asked['prompt'], asked['seed']])[:6]}"
+def app(root: Path, easel: Easel, runs: APIRouter, keys: Sequence[str] = ()) -> FastAPI:
+    return create_app(Found(root), easel.draw, keys=keys, routers=[runs], page=PAGE)  # type: ignore[arg-type]
+
+
+def colour_of(row: Row) -> str:
+    return f"#{digest([row.subject.id, row.prompt, row.seed])[:6]}"
 
 
 def square(colour: str) -> bytes:

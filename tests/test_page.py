@@ -1,4 +1,4 @@
-"""The page in headless Chromium: from upload to picture, on the real API of runs and a stand-in for the one of images."""
+"""The page in headless Chromium: from upload to picture, on the real API, with something in place of its models."""
 
 import io
 import json
@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import stand_in
 import uvicorn
-from fastapi import FastAPI
-from images_api import colour_of, images_app
+from images_api import Easel, app, colour_of
 from PIL import Image
 from test_runs import PHOTOS, SETTINGS, command
 
@@ -44,9 +43,9 @@ class Served:
     """An app on a port of loopback."""
 
     def __init__(self, root: Path, key: str | None = None):
-        self.root = root
-        self.app: FastAPI = images_app(root, runs_router(root, "mini", SETTINGS, Queue(command, grace=1)), key)
-        self.server = uvicorn.Server(uvicorn.Config(self.app, port=0, log_level="error"))
+        self.root, self.easel = root, Easel()
+        made = app(root, self.easel, runs_router(root, "mini", SETTINGS, Queue(command, grace=1)), [key] if key else [])
+        self.server = uvicorn.Server(uvicorn.Config(made, port=0, log_level="error"))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         while not self.server.started:
@@ -56,10 +55,6 @@ class Served:
     def close(self) -> None:
         self.server.should_exit = True
         self.thread.join()
-
-    @property
-    def asked(self) -> list[dict[str, Any]]:
-        return self.app.state.asked
 
 
 @pytest.fixture
@@ -166,11 +161,10 @@ def test_from_upload_to_picture(page: Page, served: Served):
     draw(page, n=2)
     shots = page.locator("#gallery figure button.frame img")
     expect(shots).to_have_count(4)
-    asked = sorted(served.asked, key=lambda r: (r["seed"], r["model"] == "base"))
-    assert [(r["model"], r["prompt"]) for r in asked] == [("my-dog", "photo of unqtkn dog at night"), ("base", "photo of dog at night")] * 2
-    seed = asked[0]["seed"]
-    assert [r["seed"] for r in asked] == [seed, seed, seed + 1, seed + 1]
-    assert all(r["stream"] and r["response_format"] == "b64_json" and "steps" not in r for r in asked)
+    asked = served.easel.rows
+    assert [(r.subject.id, r.prompt) for r in asked] == [("my-dog", "photo of unqtkn dog at night"), ("base", "photo of dog at night")] * 2
+    seed = asked[0].seed
+    assert [r.seed for r in asked] == [seed, seed, seed + 1, seed + 1]
     assert [colour(page, i) for i in range(4)] == [rgb(colour_of(r)) for r in asked]
     expect(page.locator("#said")).to_have_text("4 of 4 pictures drawn.")
 
@@ -193,7 +187,7 @@ def test_from_upload_to_picture(page: Page, served: Served):
 
 
 def test_pictures_arrive_step_by_step_and_can_be_cancelled(page: Page, served: Served):
-    served.app.state.slow = 0.4
+    served.easel.slow = 0.4
     draw(page, "photo of a dog", n=2)
     tile = page.locator("#gallery figure").first
     expect(tile.locator("img.partial")).to_have_js_property("naturalWidth", 16)
@@ -205,15 +199,15 @@ def test_pictures_arrive_step_by_step_and_can_be_cancelled(page: Page, served: S
 
 
 def test_a_busy_server_is_waited_for(page: Page, served: Served):
-    served.app.state.busy = 1
+    served.easel.busy = 1
     draw(page, "photo of a dog")
-    expect(page.locator("#gallery figure")).to_contain_text("busy")
+    expect(page.locator("#gallery figure")).to_contain_text("waiting: Nobody draws just now.")
     expect(page.locator("#gallery figure button.frame img")).to_have_count(1)
 
 
 def test_what_goes_wrong_is_said(page: Page, served: Served, complaints: list[str]):
-    draw(page, "photo of nothing")
-    expect(page.locator("#trouble")).to_have_text("The prompt asks for nothing.")
+    draw(page, "photo of {subject}")
+    expect(page.locator("#trouble")).to_contain_text("has no subject of its own")
     page.get_by_role("button", name="New subject").click()
     page.get_by_label("It is a").fill("dog")
     page.get_by_role("button", name="Start", exact=True).click()
@@ -293,13 +287,19 @@ def test_scripts_that_are_not_the_servers_do_not_run(page: Page, complaints: lis
 
 @pytest.mark.usefixtures("subject")
 def test_nothing_reaches_over_the_edge_of_a_phone(page: Page, served: Served):
+    for name in ("grandmothers-old-coffee-mug", "x" * 64):
+        shutil.copytree(served.root / "my-dog", served.root / name)
+    page.reload()
+    page.get_by_role("radio", name="my-dog").check(force=True)
     page.set_viewport_size({"width": 390, "height": 844})
     assert sideways(page) == 0
     page.get_by_label("beside the base model").check()
     draw(page, "photo of unqtkn dog " + "x" * 300, n=2)
     expect(page.locator("#gallery figure button.frame img")).to_have_count(4)
     page.get_by_text("As code").click()
-    page.locator(".run summary").click()
+    page.get_by_text("Earlier runs").click()
+    for run in page.locator(".run summary").all():
+        run.click()
     assert sideways(page) == 0
     page.locator("#gallery figure button.frame").first.click()
     assert sideways(page) == 0
@@ -339,7 +339,7 @@ def test_the_request_as_code(page: Page):
 def test_by_keyboard_and_by_ear(page: Page, served: Served):
     page.get_by_label("Prompt", exact=True).press("Enter")
     expect(page.locator("#gallery figure button.frame img")).to_have_count(4)
-    assert len(served.asked) == 4
+    assert len(served.easel.rows) == 4
     nameless = page.evaluate("""() => [...document.querySelectorAll("button, input, textarea, summary, a, progress, [role=group]")]
       .filter((e) => !(e.textContent.trim() || e.labels?.length || e.getAttribute("aria-label") || e.querySelector("img")?.alt)).map((e) => e.outerHTML)""")
     assert nameless == []

@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from raybooth.config import load
 from raybooth.mini.world import render, subject_scenes
 from raybooth.photos import png
-from raybooth.serving import uploads
+from raybooth.serving import errors, uploads
 from raybooth.serving.queue import Queue
 from raybooth.serving.queue import command as real_command
 from raybooth.serving.runs import runs_router
@@ -32,6 +32,7 @@ def command(storage: Path) -> list[str]:
 
 def serve(root: Path, **queue: Any) -> TestClient:
     app = FastAPI()
+    errors.install(app)
     app.include_router(runs_router(root, "mini", SETTINGS, Queue(command, **{"grace": 1, **queue})))
     return TestClient(app)
 
@@ -88,10 +89,10 @@ def test_the_command_makes_what_the_settings_say(tmp_path: Path):
     assert config_of(parser().parse_args(real_command(tmp_path / "rex")[3:])) == config
 
 
-@pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "../up", "a b", "x" * 65, "é", "a\nb", "%2e%2e"])
+@pytest.mark.parametrize("name", ["", ".hidden", "..", "-x", "a/b", "../up", "a b", "x" * 65, "é", "a\nb", "%2e%2e"])
 def test_names_that_are_no_names(client: TestClient, tmp_path: Path, name: str):
     refused = upload(client, name)
-    assert refused.status_code == 422
+    assert refused.status_code == 400
     assert "letters, digits" in message(refused)
     assert not list(tmp_path.iterdir())
 
@@ -119,7 +120,7 @@ def test_a_name_is_taken_once(client: TestClient, tmp_path: Path):
 )
 def test_what_cannot_be_learnt_is_refused_at_once(client: TestClient, tmp_path: Path, change: dict[str, Any], sentence: str):
     refused = upload(client, **change)
-    assert refused.status_code == 422, refused.text
+    assert refused.status_code == 400, refused.text
     assert sentence in message(refused)
     assert str(tmp_path) not in message(refused)
     assert not list(tmp_path.iterdir())
@@ -131,18 +132,9 @@ def test_the_names_of_files_go_nowhere(client: TestClient, tmp_path: Path):
     assert not list(tmp_path.parent.glob("evil*"))
 
 
-def test_too_much_is_not_taken(client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_too_much_is_not_taken(client: TestClient, tmp_path: Path):
     assert "Too many files" in message(upload(client, photos=PHOTOS[:1] * 51))
-    monkeypatch.setattr(uploads, "MOST_BYTES", 10_000)
-    refused = upload(client)
-    assert refused.status_code == 413
-    assert client.post("/api/runs", json={"name": "rex"}).status_code == 415
-    assert not list(tmp_path.iterdir())
-
-
-def test_other_sites_start_nothing(client: TestClient, tmp_path: Path):
-    client.headers["sec-fetch-site"] = "cross-site"
-    assert upload(client).status_code == 403
+    assert client.post("/api/runs", json={"name": "rex"}).status_code == 400
     assert not list(tmp_path.iterdir())
 
 

@@ -6,12 +6,15 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from pydantic import BaseModel, Field
 
 from raybooth.config import Config, load
 from raybooth.stages import SHEET
 from raybooth.workspace import read_manifest
 
+State = Literal["queued", "running", "done", "failed", "stopped"]
 LOG = "run.log"
 """What a run that was started here says; a storage without one was made elsewhere."""
 MOST_READINGS = 400  # of the losses: more than a line on a page can show
@@ -21,32 +24,69 @@ OUTPUTS = {"instance-images": ".png", "class-images": ".png", "latents": ".safet
 """What the stages make, to be counted."""
 
 
-def progress(storage: Path, state: str | None = None) -> dict[str, Any]:
+class Step(BaseModel):
+    """One stage of a run, and how much of its work is done."""
+
+    name: str
+    done: int
+    total: int
+
+
+class Progress(BaseModel):
+    """A run."""
+
+    id: str
+    class_: str = Field(serialization_alias="class")
+    token: str
+    state: State
+    error: str | None = Field(description="what went wrong, and what to do")
+    stage: str | None = Field(description="the one that is being worked on")
+    stages: list[Step]
+    step: int = Field(description="optimizer steps done, of `steps`")
+    steps: int
+    losses: list[tuple[int, float]] = Field(description="(step, loss), each a mean since the one before")
+    seconds: float = Field(description="since it was last begun, till now or till its end")
+    pictures: list[str] = Field(description="where to fetch the pictures there are by now")
+
+
+def progress(storage: Path, state: State | None = None) -> Progress:
     """All that is to be known of the run in `storage`.
 
     Args:
         state: "queued" or "running", where whoever started it knows.
+
+    Raises:
+        RayboothError: if its configuration cannot be read.
     """
     config, error = load(storage / "config.json"), None
     if state is None:
         state, error = _state(storage)
     readings = _readings(storage)
-    stages = _stages(storage, config, readings[-1][0] if readings else 0)
-    current = next((s["name"] for s in stages if s["done"] < s["total"]), None)
-    return {
-        "id": storage.name,
-        "class": config.subject.class_name,
-        "token": config.subject.token,
-        "state": state,
-        "error": error,
-        "stage": current if state in ("queued", "running") else None,
-        "stages": stages,
-        "step": readings[-1][0] if readings else 0,
-        "steps": config.finetune.steps,
-        "losses": readings[:: len(readings) // MOST_READINGS + 1],
-        "seconds": _seconds(storage, state),
-        "pictures": [f"/api/runs/{storage.name}/pictures/{name}" for name in pictures(storage)],
-    }
+    step = readings[-1][0] if readings else 0
+    stages = _stages(storage, config, step)
+    current = next((s.name for s in stages if s.done < s.total), None)
+    return Progress(
+        id=storage.name,
+        class_=config.subject.class_name,
+        token=config.subject.token,
+        state=state,
+        error=error,
+        stage=current if state in ("queued", "running") else None,
+        stages=stages,
+        step=step,
+        steps=config.finetune.steps,
+        losses=readings[:: len(readings) // MOST_READINGS + 1],
+        seconds=_seconds(storage, state),
+        pictures=[f"/api/runs/{storage.name}/pictures/{name}" for name in _pictures(storage)],
+    )
+
+
+def picture(storage: Path, name: str) -> Path | None:
+    """Where the picture of one of Progress's addresses lies now; None of anything else."""
+    if name not in _pictures(storage):
+        return None
+    folder, _, file = name.rpartition("/")
+    return _files(storage / folder, ".png").get(file)
 
 
 def held(storage: Path) -> bool:
@@ -61,21 +101,13 @@ def held(storage: Path) -> bool:
     return False
 
 
-def pictures(storage: Path) -> list[str]:
-    """Names of the pictures there are to look at, relative to the storage: `checkpoint-images/0000100/photo-of-...png`."""
+def _pictures(storage: Path) -> list[str]:
+    """Relative to the storage: `checkpoint-images/0000100/photo-of-...png`."""
     names = []
     for pattern, most in SHOWN.items():
         for folder in sorted(storage.glob(pattern)):
             names += [f"{folder.relative_to(storage)}/{name}" for name in sorted(_files(folder, ".png"))[:most]]
     return names
-
-
-def picture(storage: Path, name: str) -> Path | None:
-    """Where a picture lies now, if `pictures` names it."""
-    if name not in pictures(storage):
-        return None
-    folder, _, file = name.rpartition("/")
-    return _files(storage / folder, ".png").get(file)
 
 
 def _files(folder: Path, suffix: str) -> dict[str, Path]:
@@ -87,7 +119,7 @@ def _files(folder: Path, suffix: str) -> dict[str, Path]:
     return found
 
 
-def _stages(storage: Path, config: Config, step: int) -> list[dict[str, Any]]:
+def _stages(storage: Path, config: Config, step: int) -> list[Step]:
     subject, generate = config.subject, config.generate
     photographs = sum(1 for _ in (storage / "photographs").glob("*"))
     instances = photographs * (1 + subject.crops) * (1 + subject.flip)
@@ -100,15 +132,15 @@ def _stages(storage: Path, config: Config, step: int) -> list[dict[str, Any]]:
         ("finetune", "fine-tuned-model", step, config.finetune.steps),
         ("generate", "output-images", made["output-images"], len(generate.prompts) * generate.images_per_prompt),
     ]
-    # Work in progress may be complete before it has moved in; what is finished, is whole whatever was expected.
+    # Work in progress may be complete before it has moved in; what is finished is whole, whatever was expected.
     return [
-        {"name": name, "done": total if read_manifest(storage / folder) else min(done, total - 1), "total": total}
+        Step(name=name, done=total if read_manifest(storage / folder) else min(done, total - 1), total=total)
         for name, folder, done, total in rows if total
     ]  # fmt: skip
 
 
-def _state(storage: Path) -> tuple[str, str | None]:
-    """Of a run that nobody here has started: (state, what went wrong)."""
+def _state(storage: Path) -> tuple[State, str | None]:
+    """Of a run that nobody here has started, and what went wrong with it."""
     if held(storage):
         return "running", None
     if read_manifest(storage / "output-images"):
@@ -130,8 +162,7 @@ def _readings(storage: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows]
 
 
-def _seconds(storage: Path, state: str) -> float:
-    """Since the run was last begun, till now or till its last word."""
+def _seconds(storage: Path, state: State) -> float:
     try:
         began = (storage / ".lock").stat().st_mtime
     except FileNotFoundError:

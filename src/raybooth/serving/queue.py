@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from raybooth.serving.progress import LOG, held
+from raybooth.serving.progress import LOG, State, held
 
 Command = Callable[[Path], list[str]]
 
@@ -51,7 +51,7 @@ class Queue:
             self._begin()
         return True
 
-    def state(self, storage: Path) -> str | None:
+    def state(self, storage: Path) -> State | None:
         if storage in self._live:
             return "running"
         return "queued" if storage in self._waiting else None

@@ -1,57 +1,29 @@
-"""Upload and run: photographs over HTTP become a storage under the served folder, and `raybooth run` goes to work on it.
-
-POST   /api/runs                 multipart: photos (1 to 50), name, class, and a token if the default is not wanted -> 202
-GET    /api/runs                 all that were started here, the newest first
-GET    /api/runs/ID              state, stages, step, losses, pictures
-GET    /api/runs/ID/pictures/... one of those pictures
-POST   /api/runs/ID/resume       what was stopped or failed goes on -> 202
-DELETE /api/runs/ID              stops it; what is complete is kept -> 202
-
-Refusals are {"error": {"message": one sentence}}.
-"""
+"""Upload and run: photographs over HTTP become a storage under the served folder, and `raybooth run` goes to work on it."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
-from fastapi.routing import APIRoute
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from raybooth.errors import RayboothError
 from raybooth.serving import uploads
-from raybooth.serving.progress import LOG, picture, progress
+from raybooth.serving.errors import ErrorAnswer, Problem
+from raybooth.serving.progress import LOG, Progress, picture, progress
 from raybooth.serving.queue import Queue
-from raybooth.serving.uploads import Refused
+from raybooth.serving.subjects import ID
+
+ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorAnswer} for code in (400, 401, 404, 409, 413, 429)}
 
 
-FULL = Refused(429, "As many runs wait as may: try again when one of them is done.", {"Retry-After": "60"})
+class Runs(BaseModel):
+    """All runs that were started here."""
 
-
-class _Explained(APIRoute):
-    """Refusals as the API's errors."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-
-        async def explained(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except RayboothError as error:
-                refused = Refused(422, str(error))
-            except Refused as error:
-                refused = error
-            return JSONResponse({"error": {"message": str(refused), "type": "invalid_request_error"}}, refused.status, refused.headers)
-
-        return explained
-
-
-def refuse_other_sites(request: Request) -> None:
-    """A form on somebody's web page may post to a server on loopback; browsers say from where."""
-    if request.method != "GET" and request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        raise Refused(403, "Runs are not started from other sites' pages.")
+    runs: list[Progress]
 
 
 def runs_router(root: Path, base: str, overrides: Iterable[str] = (), queue: Queue | None = None) -> APIRouter:
@@ -67,67 +39,85 @@ def runs_router(root: Path, base: str, overrides: Iterable[str] = (), queue: Que
         yield
         await run_in_threadpool(queue.close)
 
-    router = APIRouter(prefix="/api/runs", route_class=_Explained, lifespan=lifespan, dependencies=[Depends(refuse_other_sites)])
+    router = APIRouter(prefix="/api/runs", tags=["runs"], lifespan=lifespan, responses=ERRORS)
 
-    def known(name: str) -> Path:
-        storage = root / name
-        if not uploads.NAME.fullmatch(name) or not (storage / LOG).exists():
-            raise Refused(404, f"There is no run {name} that was started here.")
+    def known(run: str) -> Path:
+        storage = root / run
+        if not ID.fullmatch(run) or not (storage / LOG).exists():
+            raise Problem(404, f"There is no run {run} that was started here.", "not_found")
         return storage
 
-    def told(storage: Path) -> dict[str, Any]:
-        return progress(storage, queue.state(storage))
+    def told(storage: Path) -> Progress:
+        with _explained():
+            return progress(storage, queue.state(storage))
 
-    def begun(storage: Path) -> JSONResponse:
+    def begun(storage: Path) -> Progress:
         if not queue.put(storage):
-            raise FULL
-        return JSONResponse(told(storage), 202)
+            raise _full()
+        return told(storage)
 
-    @router.post("")
-    async def start(request: Request) -> Response:
+    @router.post("", status_code=202, openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": uploads.FORM}}}})
+    async def start(request: Request) -> Progress:
+        """Learn a subject from photographs. It runs at once, or when those before it are done."""
         if queue.full:  # before the photographs have travelled
-            raise FULL
+            raise _full()
         fields, photos = await uploads.read(request)
         name = fields.get("name", "")
         uploads.check_name(name)
-        storage = root / name
-        if storage.exists():
-            raise Refused(409, f"There is a subject {name} already: choose another name.")
-        config = uploads.settings(storage, base, fields, overrides)
-        await run_in_threadpool(uploads.store, storage, config, photos)
-        return begun(storage)
+        uploads.refuse_taken(root / name)
+        with _explained():
+            config = uploads.settings(root / name, base, fields, overrides)
+            await run_in_threadpool(uploads.store, root / name, config, photos)
+        return await run_in_threadpool(begun, root / name)
 
     @router.get("")
-    def every() -> dict[str, Any]:
+    def every() -> Runs:
+        """All runs that were started here, those with news first."""
         runs = []
         for storage in sorted((log.parent for log in root.glob(f"*/{LOG}")), key=lambda s: (s / LOG).stat().st_mtime, reverse=True):
-            with contextlib.suppress(RayboothError):  # one whose settings another version wrote; asked for by its name it says so
+            with contextlib.suppress(Problem):  # one whose settings another version wrote; asked for by its name it says so
                 runs.append(told(storage))
-        return {"runs": runs}
+        return Runs(runs=runs)
 
-    @router.get("/{name}")
-    def one(name: str) -> dict[str, Any]:
-        return told(known(name))
+    @router.get("/{run}")
+    def one(run: str) -> Progress:
+        """How far it has come."""
+        return told(known(run))
 
-    @router.get("/{name}/pictures/{file:path}")
-    def shown(name: str, file: str) -> Response:
-        path = picture(known(name), file)
+    @router.get("/{run}/pictures/{file:path}", response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
+    def shown(run: str, file: str) -> Response:
+        """One of its pictures."""
+        path = picture(known(run), file)
         if path is None:
-            raise Refused(404, f"The run {name} has no picture {file}.")
+            raise Problem(404, f"The run {run} has no picture {file}.", "not_found")
         return FileResponse(path, media_type="image/png")
 
-    @router.post("/{name}/resume")
-    def resume(name: str) -> Response:
-        storage = known(name)
-        state = told(storage)["state"]
+    @router.post("/{run}/resume", status_code=202)
+    def resume(run: str) -> Progress:
+        """Go on with one that was stopped or has failed, from what is complete."""
+        storage = known(run)
+        state = told(storage).state
         if state not in ("stopped", "failed"):
-            raise Refused(409, f"The run {name} is {state}: there is nothing to resume.")
+            raise Problem(409, f"The run {run} is {state}: there is nothing to resume.", "not_stopped")
         return begun(storage)
 
-    @router.delete("/{name}")
-    def stop(name: str) -> Response:
-        storage = known(name)
+    @router.delete("/{run}", status_code=202)
+    def stop(run: str) -> Progress:
+        """Stop it, or take it out of the queue. What is complete is kept."""
+        storage = known(run)
         queue.stop(storage)
-        return JSONResponse(told(storage), 202)
+        return told(storage)
 
     return router
+
+
+def _full() -> Problem:
+    return Problem(429, "As many runs wait as may: try again when one of them is done.", "queue_full", retry_after=60)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RayboothError as error:
+        raise Problem(400, str(error), "invalid_value") from None

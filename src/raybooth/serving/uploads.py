@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -12,66 +11,58 @@ from typing import Any
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.types import Message
 
 from raybooth import config as configuration
 from raybooth.config import Config, merged
 from raybooth.errors import RayboothError
 from raybooth.photos import SUFFIXES, Photo, refuse_duplicates, square
+from raybooth.serving.errors import Problem
 from raybooth.serving.progress import LOG
+from raybooth.serving.subjects import BASE, ID
 from raybooth.workspace import write_atomically
 
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
-RESERVED = {"base"}  # what the base model itself is served as
 MOST_PHOTOGRAPHS = 50
-MOST_BYTES = 256 << 20  # of an upload, all its photographs together
-
+FORM = {
+    "type": "object",
+    "required": ["photos", "name", "class"],
+    "properties": {
+        "photos": {"type": "array", "maxItems": MOST_PHOTOGRAPHS, "items": {"type": "string", "format": "binary"}},
+        "name": {"type": "string", "pattern": f"^{ID.pattern}$", "description": "what it will be served as"},
+        "class": {"type": "string", "description": "what it is an instance of, such as dog"},
+        "token": {"type": "string", "description": "the rare word that will name it; default: unqtkn"},
+    },
+}
 ADAPTERS: dict[str, Any] = {"finetune": {"method": "lora", "lr": 1e-4}}
 """Adapters, because those of many subjects are drawn with in one batch."""
 ADAPTERS_ON_MINI: dict[str, Any] = {"finetune": {"method": "lora", "lr": 1e-3, "steps": 400}}
-
-
-class Refused(Exception):
-    """What cannot be done, with its HTTP status."""
-
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
-        super().__init__(message)
-        self.status, self.headers = status, headers
 
 
 async def read(request: Request) -> tuple[dict[str, str], list[Photo]]:
     """The fields and photographs of a multipart request.
 
     Raises:
-        Refused: if it is none, or too much.
+        Problem: if it is none, or too much.
     """
-    taken = 0
-
-    async def receive() -> Message:
-        nonlocal taken
-        message = await request.receive()
-        taken += len(message.get("body", b""))
-        if taken > MOST_BYTES:
-            raise Refused(413, f"The photographs are more than {MOST_BYTES >> 20} MiB together: send fewer, or smaller copies.")
-        return message
-
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise Refused(415, "Send the photographs as multipart/form-data, with the fields photos, name and class.")
+        raise Problem(400, "Send the photographs as multipart/form-data, with the fields photos, name and class.", "invalid_content_type")
     try:
-        async with Request(request.scope, receive).form(max_files=MOST_PHOTOGRAPHS, max_fields=8, max_part_size=4096) as form:
+        async with request.form(max_files=MOST_PHOTOGRAPHS, max_fields=8, max_part_size=4096) as form:
             files = [f for f in form.getlist("photos") if isinstance(f, UploadFile)]
             photos = [Photo(f.filename or f"photograph {i}", await f.read()) for i, f in enumerate(files, 1)]
             return {k: v.strip() for k, v in form.items() if isinstance(v, str)}, photos
-    except HTTPException as error:  # what starlette makes of a broken form, or too long a one
-        raise Refused(400, f"The upload cannot be read ({error.detail.rstrip('.')}): send 1 to {MOST_PHOTOGRAPHS} photographs.") from None
+    except HTTPException as error:  # what starlette makes of a broken form, or one that is too long
+        if error.status_code != 400:
+            raise
+        raise Problem(400, f"The upload cannot be read ({error.detail.rstrip('.')}): send 1 to {MOST_PHOTOGRAPHS} photographs.", "invalid_value") from None
 
 
 def check_name(name: str) -> None:
-    """Raises: Refused, if it is not one that a folder and a model may have."""
-    if not NAME.fullmatch(name):
-        raise Refused(422, f"The name {name!r} is not possible: use letters, digits, dots, dashes and underscores, at most 64, not a dot at the start.")
-    if name.lower() in RESERVED:
-        raise Refused(409, f"The name {name} is taken by the base model: choose another one.")
+    """Raises: Problem, if it is not one that a folder and a model may have."""
+    if not ID.fullmatch(name):
+        message = f"The name {name!r} is not possible: use letters, digits, dots, dashes and underscores, at most 64, a letter or digit first."
+        raise Problem(400, message, "invalid_value", "name")
+    if name.lower() == BASE:
+        raise _taken(name)
 
 
 def settings(storage: Path, base: str, fields: dict[str, str], overrides: Iterable[str] = ()) -> Config:
@@ -80,7 +71,7 @@ def settings(storage: Path, base: str, fields: dict[str, str], overrides: Iterab
     Raises:
         RayboothError: naming the field, what is wrong with it and what to do.
     """
-    subject = {"photos": [str(storage / "photographs")], "class": fields.get("class", "")}
+    subject: dict[str, Any] = {"photos": [str(storage / "photographs")], "class": fields.get("class", "")}
     if fields.get("token"):
         subject["token"] = fields["token"]
     values = {"subject": subject, "base": {"model": base}, "storage": str(storage)}
@@ -92,7 +83,7 @@ def store(storage: Path, config: Config, photos: list[Photo]) -> None:
 
     Raises:
         RayboothError: if a photograph is none, is too small, or is there twice.
-        Refused: if there is a storage of that name already.
+        Problem: if there is a storage of that name already.
     """
     if not photos:
         raise RayboothError("There are no photographs: choose three to ten pictures of the subject.")
@@ -109,12 +100,19 @@ def store(storage: Path, config: Config, photos: list[Photo]) -> None:
         write_atomically(scratch / "config.json", text.encode())
         write_atomically(scratch / LOG, b"")
         scratch.chmod(0o755)  # mkdtemp's are for their owner alone
-        if storage.exists():
-            raise FileExistsError
+        refuse_taken(storage)
         os.rename(scratch, storage)
-    except OSError as error:
-        if storage.exists():
-            raise Refused(409, f"There is a subject {storage.name} already: choose another name.") from error
+    except OSError:
+        refuse_taken(storage)  # by another upload, in between
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_taken(storage: Path) -> None:
+    if storage.exists():
+        raise _taken(storage.name)
+
+
+def _taken(name: str) -> Problem:
+    return Problem(409, f"There is a subject {name} already: choose another name.", "name_taken", "name")

@@ -1,6 +1,6 @@
 // A request as what people paste into a terminal or a notebook.
 
-import { hasKey } from "./api.js";
+import { hasKey } from "./server.js";
 
 const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 

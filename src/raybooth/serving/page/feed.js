@@ -40,10 +40,11 @@ export function add(group, requests) {
     tile.append(el("div", { className: "frame" }, image), bar, note);
     return {
       partial(base64, share) {
+        note.textContent = caption(request, group.model);
         image.src = `data:image/png;base64,${base64}`;
         bar.value = share;
       },
-      waiting: (seconds) => (note.textContent = `the server is busy, again in ${seconds} s`),
+      waiting: (why) => (note.textContent = `waiting: ${why}`),
       failed(message) {
         bar.remove();
         note.textContent = message;

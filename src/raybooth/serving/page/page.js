@@ -1,6 +1,6 @@
 // The page: subjects, a prompt, pictures as they arrive, and what was drawn before.
 
-import { draw, json, show } from "./api.js";
+import { draw, json, show } from "./server.js";
 import * as code from "./code.js";
 import { $, debounced, el, say, tell } from "./dom.js";
 import * as gallery from "./gallery.js";
@@ -38,26 +38,26 @@ function choose(one) {
   const before = subject;
   subject = one;
   const prompt = $("prompt");
-  const said = before && before.prompt && prompt.value.startsWith(before.prompt) ? prompt.value.slice(before.prompt.length) : prompt.value ? null : "";
-  if (said !== null) prompt.value = (one.prompt || "photo of ") + said;
-  else if (before && before !== one) prompt.value = renamed(prompt.value, before, one);
+  if (!prompt.value) prompt.value = opening(one);
+  else if (before && prompt.value.startsWith(opening(before))) prompt.value = opening(one) + prompt.value.slice(opening(before).length);
+  else if (before && name(before) && name(one)) prompt.value = prompt.value.replaceAll(name(before), name(one));
   const photographs = (one.photographs ?? []).slice(0, 10);
   $("photographs").replaceChildren(...photographs.map((url, i) => show(el("img", { alt: `photograph ${i + 1} of ${one.id}` }), url)));
   $("compare-label").hidden = one.id === "base";
   changed();
 }
 
-function name(one) {
-  return one.token && one.class ? `${one.token} ${one.class}` : one.class || "";
-}
+const opening = (one) => one.prompt || "photo of a dog";
+const name = (one) => [one.token, one.class].filter(Boolean).join(" ");
 
-function renamed(prompt, before, after) {
-  return name(before) && name(after) ? prompt.replaceAll(name(before), name(after)) : prompt;
+// As the server does it.
+function filled(prompt, one) {
+  return prompt.replaceAll("{subject}", name(one)).replaceAll("{token}", one.token ?? "").replaceAll("{class}", one.class ?? "");
 }
 
 // The token means nothing to the base model: there the class stands alone.
-function withoutToken(prompt, { token }) {
-  return token ? prompt.split(token).join(" ").replace(/\s+/g, " ").replace(/ ([,.;:!?])/g, "$1").trim() : prompt;
+function withoutToken(prompt, one) {
+  return one.token ? filled(prompt, one).split(one.token).join(" ").replace(/\s+/g, " ").replace(/ ([,.;:!?])/g, "$1").trim() : prompt;
 }
 
 async function waitFor(id) {
@@ -80,7 +80,7 @@ function request() {
 
 function changed() {
   const prompt = $("prompt").value;
-  const unnamed = subject?.token && prompt && !prompt.includes(subject.token);
+  const unnamed = subject?.token && prompt && !filled(prompt, subject).includes(subject.token);
   tell($("hint"), unnamed ? `Without “${name(subject)}” in it, this draws any ${subject.class || "thing"}.` : "");
   const comparing = $("compare").checked && subject?.id !== "base";
   tell($("compare-hint"), comparing ? `The base model has not learnt the word: it draws “${withoutToken(prompt, subject ?? {})}”, with the same seed.` : "");

@@ -1,6 +1,6 @@
 // Runs: their stages, the loss, the pictures so far; stopping and going on.
 
-import { call, json, show } from "./api.js";
+import { call, json, show } from "./server.js";
 import { $, el, say, svg, tell } from "./dom.js";
 
 const TITLES = {

@@ -1,6 +1,6 @@
 // Photographs chosen or dropped, looked at, named, sent.
 
-import { json } from "./api.js";
+import { json } from "./server.js";
 import { $, el, tell } from "./dom.js";
 
 let chosen = []; // of { file, url }

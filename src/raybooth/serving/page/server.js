@@ -98,7 +98,7 @@ export async function* events(response) {
   }
 }
 
-// One picture. `partial(base64, share)` hears of it as it clears up, `waiting(seconds)` when the server is busy. Returns its base64.
+// One picture. `partial(base64, share)` hears of it as it clears up, `waiting(why)` when it has to wait. Returns its base64.
 export async function draw(request, { signal, partial, waiting }) {
   const asked = 3;
   const body = JSON.stringify({ ...request, n: 1, response_format: "b64_json", stream: true, partial_images: asked });
@@ -118,9 +118,9 @@ async function patiently(work, signal, waiting) {
     try {
       return await work();
     } catch (error) {
-      if (![429, 503].includes(error.status) || attempt === 30) throw error;
+      if (![429, 503].includes(error.status) || attempt === 20) throw error;
       const seconds = Math.min(error.retryAfter ?? 2, 30);
-      waiting(seconds);
+      waiting(error.message);
       await pause(seconds * 1000, signal);
     }
   }

@@ -8,7 +8,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -169,6 +169,10 @@ class Sampling:
     guidance: float
     scheduler: str
     resolution: int
+
+    def changed(self, steps: int | None, guidance: float | None) -> "Sampling":
+        """With what is given in place of its own."""
+        return replace(self, steps=self.steps if steps is None else steps, guidance=self.guidance if guidance is None else guidance)
 
 
 class Cluster(Section):

@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,12 +61,11 @@ class Model:
         """
         from PIL import Image
 
-        for name, value, most in (("n", n, 10_000), ("steps", steps or self.config.generate.steps, 1000)):
+        sampler, seeds = self._sampler, range(seed, seed + n)
+        sampling, text = sampler.sampling.changed(steps, guidance), _filled(self.config, prompt)
+        for name, value, most in (("n", n, 10_000), ("steps", sampling.steps, 1000)):
             if not 1 <= value <= most:
                 raise RayboothError(f"{name} = {value} is not possible: it is a number from 1 to {most}.")
-        sampler, seeds = self._sampler, range(seed, seed + n)
-        given = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
-        sampling, text = replace(sampler.sampling, **given), _filled(self.config, prompt)
         pictures = Pictures()
         with _threads(self._threads):
             for start in range(0, n, sampler.batch):

@@ -48,8 +48,8 @@ class Sampler:
     ) -> np.ndarray:
         """(n, h, w, 3) uint8 pictures, at most a batch of them, in one forward pass a step. `sampling` stands for this batch in place of the sampler's."""
         texts = list(zip(adapters or [""] * len(seeds), prompts, strict=True))
-        spare = self.batch - len(seeds)
-        return self._draw(texts + texts[-1:] * spare, [*seeds, *seeds[-1:] * spare], sampling or self.sampling, watch)[: len(seeds)]
+        spare, own = self.batch - len(seeds), list(seeds)
+        return self._draw(texts + texts[-1:] * spare, own + own[-1:] * spare, sampling or self.sampling, watch)[: len(own)]
 
     @torch.inference_mode()
     def _draw(self, texts: Sequence[tuple[str, str]], seeds: Sequence[int], sampling: Sampling, watch: Watch | None) -> np.ndarray:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import pickle
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, Protocol
 
 from raybooth.cluster.rows import SMALL, threads_of
@@ -17,11 +17,11 @@ NAME = "raybooth"
 class Draws(Protocol):
     """What a replica is made of."""
 
-    def draw(self, job: Any) -> AsyncIterator[Any]:
+    def draw(self, job: Any) -> AsyncGenerator[Any, None]:
         """Results, each under a key of its own: `identity` tells which of them a caller has seen before."""
 
 
-class Lost(Exception):
+class LostError(Exception):
     """No replica could do it: more waits than is allowed, or too many were lost."""
 
 
@@ -35,8 +35,8 @@ class Drawer:
         torch.set_num_threads(threads)
         self.made: Draws = pickle.loads(pickled)()
 
-    async def draw(self, job: Any) -> AsyncIterator[Any]:
-        async with contextlib.aclosing(self.made.draw(job)) as results:  # type: ignore[type-var]
+    async def draw(self, job: Any) -> AsyncGenerator[Any, None]:
+        async with contextlib.aclosing(self.made.draw(job)) as results:
             async for result in results:
                 yield result
 
@@ -52,13 +52,16 @@ def replica_range(have: Resources, model_bytes: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def served(make: Callable[[], Draws], *, have: Resources, model_bytes: int, replicas: tuple[int, int], batch: int, queue: int) -> Iterator["Served"]:
+def served(
+    make: Callable[[], Draws], *, have: Resources, model_bytes: int, replicas: tuple[int, int], batch: int, queue: int, joined: bool
+) -> Iterator["Served"]:
     """Replicas of `make()`, which must be picklable, for as long as it lasts.
 
     Args:
         replicas: fewest and most.
         batch: jobs that one replica can do together.
         queue: jobs that may wait for a replica.
+        joined: whether the cluster outlives this.
     """
     from ray import serve
 
@@ -83,7 +86,8 @@ def served(make: Callable[[], Draws], *, have: Resources, model_bytes: int, repl
         handle = serve.run(deployment.bind(pickle.dumps(make), threads_of(have, model_bytes)), name=NAME, route_prefix=None)
         yield Served(handle)
     finally:
-        serve.shutdown()
+        if joined:
+            serve.shutdown()
 
 
 class Served:
@@ -94,11 +98,11 @@ class Served:
         self.pids = handle.options(method_name="pid")
         self._draw = handle.options(method_name="draw", stream=True)
 
-    async def draw(self, job: Any) -> AsyncIterator[Any]:
+    async def draw(self, job: Any) -> AsyncGenerator[Any, None]:
         """A job's results. Those of a replica that is lost are drawn again by another, which gives the same, and none is said twice.
 
         Raises:
-            Lost: if nobody can do it now.
+            LostError: if nobody can do it now.
             RayboothError: as what draws has raised it.
         """
         seen = set()
@@ -125,12 +129,12 @@ class Served:
             if isinstance(cause, RayboothError):
                 raise cause from None
             if isinstance(cause, BackPressureError | DeploymentUnavailableError):
-                raise Lost("The server has more to draw than it can take.") from error
+                raise LostError("The server has more to draw than it can take.") from error
         lost = (ray_errors.RayActorError, ray_errors.WorkerCrashedError, ray_errors.NodeDiedError, ReplicaUnavailableError)
         if not any(isinstance(cause, lost) for cause in causes(error)):
             raise error
         if attempt == self.retries:
-            raise Lost("The machines that draw were lost, several times.") from error
+            raise LostError("The machines that draw were lost, several times.") from error
 
     async def healthy(self) -> bool:
         """Whether there is a replica that runs."""

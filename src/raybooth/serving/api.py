@@ -1,7 +1,7 @@
 """Subjects over HTTP, in the shape of OpenAI's images API. Knows nothing of Ray: what draws is given to it."""
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from fastapi_offline import FastAPIOffline
 
 from raybooth import __version__
 from raybooth.serving import errors
-from raybooth.serving.errors import ErrorAnswer, Problem
-from raybooth.serving.generations import Draw, Gone, Office, job_of
+from raybooth.serving.errors import ApiError, ErrorAnswer
+from raybooth.serving.generations import ClientGoneError, Draw, Office, job_of
 from raybooth.serving.guard import Guard
 from raybooth.serving.metrics import Measured, Metrics
-from raybooth.serving.schemas import Health, ImageAnswer, Limits, Model, Models, bounded
+from raybooth.serving.schemas import DEFAULTS, Health, ImageAnswer, ImageRequest, Limits, Model, Models, bounded
 from raybooth.serving.static import Files
 from raybooth.serving.subjects import Subject, Subjects
 
@@ -28,7 +28,7 @@ async def _always() -> bool:
 
 
 def create_app(
-    subjects: Subjects, draw: Draw, limits: Limits = Limits(), keys: Sequence[str] = (), hosts: frozenset[str] | None = None,
+    subjects: Subjects, draw: Draw, limits: Limits = DEFAULTS, keys: Sequence[str] = (), hosts: frozenset[str] | None = None,
     healthy: Healthy = _always, routers: Sequence[APIRouter] = (), page: Path | None = None,
 ) -> FastAPI:  # fmt: skip
     """The application.
@@ -46,7 +46,7 @@ def create_app(
     app = FastAPIOffline(title="raybooth", version=__version__, description="Pictures of subjects, by models that raybooth has fine-tuned.", redoc_url=None)
     metrics = Metrics()
     errors.install(app)
-    app.add_exception_handler(Gone, _gone)
+    app.add_exception_handler(ClientGoneError, _gone)
     app.include_router(_models(subjects, metrics), prefix="/v1", responses=_errors(400, 401, 404))
     app.include_router(_generations(subjects, Office(draw, limits, metrics), limits))
     app.include_router(_house(metrics, healthy))
@@ -74,7 +74,7 @@ def _models(subjects: Subjects, metrics: Metrics) -> APIRouter:
     async def one(name: str) -> Subject:
         found = await anyio.to_thread.run_sync(subjects.found)
         if name not in found:
-            raise Problem(404, f"The model '{name}' does not exist.", "model_not_found", "model")
+            raise ApiError(404, f"The model '{name}' does not exist.", "model_not_found", "model")
         return found[name]
 
     @router.get("/models")
@@ -94,7 +94,7 @@ def _models(subjects: Subjects, metrics: Metrics) -> APIRouter:
         """A picture that the model has learnt the subject from."""
         photographs = (await one(model)).photographs
         if not 0 <= number < len(photographs) or not photographs[number].is_file():
-            raise Problem(404, f"The model '{model}' has no photograph {number}.", "not_found", "number")
+            raise ApiError(404, f"The model '{model}' has no photograph {number}.", "not_found", "number")
         return FileResponse(photographs[number], media_type="image/png")
 
     return router
@@ -111,34 +111,37 @@ def _described_model(s: Subject) -> Model:
 def _generations(subjects: Subjects, office: Office, limits: Limits) -> APIRouter:
     router = APIRouter(tags=["images"])
     Asked = bounded(limits)  # noqa: N806
-    streamed = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
     @router.post(
         "/v1/images/generations", response_model=ImageAnswer, response_model_exclude_none=True,
         responses={**_errors(400, 401, 403, 404, 408, 413, 429, 503), **streamed},
     )  # fmt: skip
-    async def generate(request: Request, asked: Asked) -> Any:  # type: ignore[valid-type]
+    async def generate(request: Request, body: Asked) -> Any:  # type: ignore[valid-type]
         """Draw. With `stream`, pictures in progress and complete ones are sent as events."""
+        asked: ImageRequest = body
         job = job_of(asked, await anyio.to_thread.run_sync(subjects.found))
         if not asked.stream:
             return await office.answer(job, request, asked, lambda name: str(request.url_for("picture", name=name)))
         pictures = office.drawn(job, request)
         first = await anext(pictures, None)  # what goes wrong before it is still an answer of its own
-        return StreamingResponse(_closed_after(office.events(first, pictures, job), pictures), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return StreamingResponse(
+            _closed_after(office.events(first, pictures, job), pictures), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
 
     @router.get("/pictures/{name}.png", name="picture", response_class=Response, responses={200: {"content": {"image/png": {}}}, **_errors(400, 404)})
     async def picture(name: str) -> Response:
         """A picture that was asked for as a URL, for some minutes."""
         data = office.kept.get(name)
         if data is None:
-            raise Problem(404, "There is no such picture, or not any more.", "not_found")
+            raise ApiError(404, "There is no such picture, or not any more.", "not_found")
         return Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=600"})
 
     return router
 
 
-async def _closed_after(events: AsyncIterator[bytes], pictures: AsyncIterator[Any]) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(pictures):  # type: ignore[type-var]
+async def _closed_after(events: AsyncIterator[bytes], pictures: AsyncGenerator[Any, None]) -> AsyncIterator[bytes]:
+    async with contextlib.aclosing(pictures):
         async for event in events:
             yield event
 

@@ -1,7 +1,7 @@
 """Gathers the pictures that many requests want into batches, the oldest first, and hands each its own. asyncio; no Ray, no HTTP."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,7 @@ class Drawn:
         return self.row, self.partial
 
 
-class Abandoned(Exception):
+class AbandonedError(Exception):
     """Nobody waits for this batch any more."""
 
 
@@ -83,7 +83,7 @@ class Desk:
     waiting: list[_Place] = field(default_factory=list)
     _work: asyncio.Task[None] | None = None
 
-    async def draw(self, job: Job) -> AsyncIterator[Drawn]:
+    async def draw(self, job: Job) -> AsyncGenerator[Drawn, None]:
         """Pictures as they are ready. Whoever stops listening frees their places.
 
         Raises:
@@ -129,7 +129,7 @@ class Desk:
 
         try:
             await asyncio.to_thread(self._drawn, batch, tell)
-        except Abandoned:
+        except AbandonedError:
             pass
         except Exception as error:
             for place in batch:
@@ -147,7 +147,7 @@ class Desk:
 
         def watch(done: int, look: Look) -> None:
             if all(p.gone for p in ready):
-                raise Abandoned
+                raise AbandonedError
             due = [i for i, p in enumerate(ready) if done in p.shown and not p.gone]
             if due:
                 self._hand_out([ready[i] for i in due], look(due), len(ready), done, tell)

@@ -26,7 +26,7 @@ class ErrorAnswer(BaseModel):
     error: Error
 
 
-class Problem(Exception):
+class ApiError(Exception):
     """Ends a request with an answer in the shape of an error.
 
     Args:
@@ -55,25 +55,25 @@ class Problem(Exception):
         await self.answer()(scope, receive, send)
 
 
-def of_validation(error: RequestValidationError) -> Problem:
+def of_validation(error: RequestValidationError) -> ApiError:
     """The first complaint, as OpenAI would put it."""
     first = error.errors()[0]
     param = ".".join(str(p) for p in first["loc"][1:]) or None
     if first["type"] == "json_invalid":
-        return Problem(400, "The body is not valid JSON.", "invalid_json")
+        return ApiError(400, "The body is not valid JSON.", "invalid_json")
     if first["type"] == "extra_forbidden":
-        return Problem(400, f"Unknown parameter: '{param}'.", "unknown_parameter", param)
+        return ApiError(400, f"Unknown parameter: '{param}'.", "unknown_parameter", param)
     if first["type"] == "missing":
-        return Problem(400, f"Missing required parameter: '{param or 'body'}'.", "missing_required_parameter", param)
+        return ApiError(400, f"Missing required parameter: '{param or 'body'}'.", "missing_required_parameter", param)
     message = first["msg"].removeprefix("Value error, ")
-    return Problem(400, f"Invalid '{param or 'body'}': {message[0].lower()}{message[1:]}.", "invalid_value", param)
+    return ApiError(400, f"Invalid '{param or 'body'}': {message[0].lower()}{message[1:]}.", "invalid_value", param)
 
 
 def install(app: FastAPI) -> None:
     """Have every error of `app` answered in this shape, its own and the framework's."""
 
     async def problem(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, Problem)
+        assert isinstance(error, ApiError)
         return error.answer()
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
@@ -86,12 +86,12 @@ def install(app: FastAPI) -> None:
         said = error.detail if isinstance(error.detail, str) else str(error.detail)
         plain = said == http.HTTPStatus(error.status_code).phrase
         message = f"{said}: {request.method} {request.url.path}." if plain else said
-        return Problem(error.status_code, message, codes.get(error.status_code)).answer(dict(error.headers or {}))
+        return ApiError(error.status_code, message, codes.get(error.status_code)).answer(dict(error.headers or {}))
 
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        return Problem(500, "The server made a mistake; its log says which.", "internal_error").answer()
+        return ApiError(500, "The server made a mistake; its log says which.", "internal_error").answer()
 
-    app.add_exception_handler(Problem, problem)
+    app.add_exception_handler(ApiError, problem)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(Exception, unexpected)

@@ -8,32 +8,32 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request
 
 from raybooth.errors import RayboothError
 from raybooth.serving.desk import Drawn, Job
 from raybooth.serving.engine import Row
-from raybooth.serving.errors import Problem
+from raybooth.serving.errors import ApiError
 from raybooth.serving.kept import Kept
 from raybooth.serving.metrics import Metrics
 from raybooth.serving.schemas import MAX_SEED, ImageAnswer, ImageRequest, Limits, Picture, event
 from raybooth.serving.subjects import BASE, Subject
 
-T = TypeVar("T")
-Draw = Callable[[Job], AsyncIterator[Drawn]]
-"""Draws what a job wants. Raises RayboothError where it cannot be drawn, Unavailable where nobody can draw it now."""
+Drawing = AsyncGenerator[Drawn, None]
+Draw = Callable[[Job], Drawing]
+"""Draws what a job wants. Raises RayboothError where it cannot be drawn, UnavailableError where nobody can draw it now."""
 log = logging.getLogger("raybooth.serving")
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Nobody can draw it now; later perhaps."""
 
 
-class Gone(Exception):
+class ClientGoneError(Exception):
     """The client has left."""
 
 
@@ -60,23 +60,23 @@ class Office:
     def retry_after(self) -> int:
         return max(1, min(60, math.ceil(self.pending * self.pace / 2)))
 
-    async def drawn(self, job: Job, request: Request) -> AsyncIterator[Drawn]:
-        """The job's pictures. Ends with a Problem when there are too many, it takes too long, or something breaks; with Gone when nobody listens.
+    async def drawn(self, job: Job, request: Request) -> Drawing:
+        """The job's pictures. Ends with a ApiError when there are too many, it takes too long, or something breaks; with ClientGoneError when nobody listens.
 
         Raises:
-            Problem: with the status to answer.
-            Gone: when the client has left.
+            ApiError: with the status to answer.
+            ClientGoneError: when the client has left.
         """
         n = len(job.rows)
         if self.pending + n > self.limits.queue:
-            raise Problem(429, f"{self.pending} pictures are waited for already: try again in a moment.", "queue_full", retry_after=self.retry_after)
+            raise ApiError(429, f"{self.pending} pictures are waited for already: try again in a moment.", "queue_full", retry_after=self.retry_after)
         self._add(n)
         began, done = time.monotonic(), 0
         try:
             async with contextlib.aclosing(_while_there(self.draw(job), request, self.limits.seconds)) as pictures:
                 async for picture in pictures:
                     if picture.png is None:
-                        raise Problem(400, "A picture was kept back by the safety checker: try another seed or prompt.", "moderation_blocked")
+                        raise ApiError(400, "A picture was kept back by the safety checker: try another seed or prompt.", "moderation_blocked")
                     if picture.partial is None:
                         done += 1
                         self._add(-1)
@@ -85,17 +85,17 @@ class Office:
                     yield picture
             self.pace += 0.1 * ((time.monotonic() - began) / n - self.pace)
         except TimeoutError:
-            problem = Problem(503, f"It took longer than {self.limits.seconds:g} s: try again later.", "timeout", retry_after=self.retry_after)
+            problem = ApiError(503, f"It took longer than {self.limits.seconds:g} s: try again later.", "timeout", retry_after=self.retry_after)
             raise problem from None
-        except Unavailable as error:
-            raise Problem(503, f"{error}", "unavailable", retry_after=self.retry_after) from error
+        except UnavailableError as error:
+            raise ApiError(503, f"{error}", "unavailable", retry_after=self.retry_after) from error
         except RayboothError as error:
-            raise Problem(503, f"{error}", "model_unavailable", param="model", retry_after=self.retry_after) from error
-        except (Problem, Gone):
+            raise ApiError(503, f"{error}", "model_unavailable", param="model", retry_after=self.retry_after) from error
+        except (ApiError, ClientGoneError):
             raise
         except Exception as error:
             log.exception("a batch failed")
-            raise Problem(503, "Drawing failed, and the log says why: try again later.", "failed", retry_after=self.retry_after) from error
+            raise ApiError(503, "Drawing failed, and the log says why: try again later.", "failed", retry_after=self.retry_after) from error
         finally:
             self._add(done - n)
 
@@ -116,7 +116,7 @@ class Office:
                     data[drawn.row] = Picture(b64_json=base64.b64encode(drawn.png).decode(), seed=seed)
         return ImageAnswer(created=int(time.time()), data=[data[i] for i in sorted(data)], size=_size(job))
 
-    async def events(self, first: Drawn | None, pictures: AsyncIterator[Drawn], job: Job) -> AsyncIterator[bytes]:
+    async def events(self, first: Drawn | None, pictures: Drawing, job: Job) -> AsyncIterator[bytes]:
         """Server-sent events, one for each picture in progress and each that is complete. What goes wrong by now can only be the last event."""
         created = int(time.time())
         try:
@@ -126,13 +126,13 @@ class Office:
                 kind = "completed" if first.partial is None else "partial_image"
                 yield _sse(kind, event(kind, first.row, base64.b64encode(first.png).decode(), _size(job), created, **partial))
                 first = await anext(pictures, None)
-        except Problem as problem:
+        except ApiError as problem:
             yield f"event: error\ndata: {json.dumps({'type': 'error', **problem.body})}\n\n".encode()
-        except Gone:
+        except ClientGoneError:
             pass
 
 
-def _sse(kind: str, data: dict) -> bytes:
+def _sse(kind: str, data: dict[str, Any]) -> bytes:
     return f"event: image_generation.{kind}\ndata: {json.dumps(data)}\n\n".encode()
 
 
@@ -144,36 +144,35 @@ def job_of(asked: ImageRequest, subjects: Mapping[str, Subject]) -> Job:
     """What a request wants of whom.
 
     Raises:
-        Problem: if there is no such model, or it cannot be drawn so.
+        ApiError: if there is no such model, or it cannot be drawn so.
     """
     subject = _chosen(asked.model, subjects)
     own = f"{subject.sampling.resolution}x{subject.sampling.resolution}"
     if asked.size not in (None, "auto", own):
-        raise Problem(400, f"Invalid size '{asked.size}': the model '{subject.id}' draws pictures of {own}; use that or auto.", "invalid_value", "size")
+        raise ApiError(400, f"Invalid size '{asked.size}': the model '{subject.id}' draws pictures of {own}; use that or auto.", "invalid_value", "size")
     try:
         prompt = subject.fill(asked.prompt)
     except RayboothError as error:
-        raise Problem(400, str(error), "invalid_value", "prompt") from None
+        raise ApiError(400, str(error), "invalid_value", "prompt") from None
     n = asked.n or 1
     seed = asked.seed if asked.seed is not None else secrets.randbelow(2**32)
-    given = {k: v for k, v in (("steps", asked.steps), ("guidance", asked.guidance)) if v is not None}
     rows = tuple(Row(subject, prompt, (seed + k) % (MAX_SEED + 1)) for k in range(n))
     partials = (asked.partial_images or 0) if asked.stream else 0
-    return Job(rows, replace(subject.sampling, **given), partials, asked.metadata is not False)
+    return Job(rows, subject.sampling.changed(asked.steps, asked.guidance), partials, asked.metadata is not False)
 
 
 def _chosen(name: str | None, subjects: Mapping[str, Subject]) -> Subject:
     if name is None:
         own = [s for s in subjects.values() if s.id != BASE] or list(subjects.values())
         if len(own) != 1:
-            raise Problem(400, "Missing required parameter: 'model': GET /v1/models lists them.", "missing_required_parameter", "model")
+            raise ApiError(400, "Missing required parameter: 'model': GET /v1/models lists them.", "missing_required_parameter", "model")
         return own[0]
     if name not in subjects:
-        raise Problem(404, f"The model '{name}' does not exist: GET /v1/models lists those that do.", "model_not_found", "model")
+        raise ApiError(404, f"The model '{name}' does not exist: GET /v1/models lists those that do.", "model_not_found", "model")
     return subjects[name]
 
 
-async def _while_there(pictures: AsyncIterator[Drawn], request: Request, seconds: float) -> AsyncIterator[Drawn]:
+async def _while_there(pictures: Drawing, request: Request, seconds: float) -> Drawing:
     """`pictures`, until the client leaves or the time is up. No asyncio.timeout: a stream is begun by one task and gone on with by another."""
     loop = asyncio.get_running_loop()
     left, until = asyncio.create_task(_left(request)), loop.time() + seconds
@@ -183,7 +182,7 @@ async def _while_there(pictures: AsyncIterator[Drawn], request: Request, seconds
             try:
                 await asyncio.wait({coming, left}, timeout=until - loop.time(), return_when=asyncio.FIRST_COMPLETED)
                 if not coming.done():
-                    raise Gone if left.done() else TimeoutError
+                    raise ClientGoneError if left.done() else TimeoutError
             finally:
                 await _ended(coming)
             picture = coming.result()
@@ -192,9 +191,7 @@ async def _while_there(pictures: AsyncIterator[Drawn], request: Request, seconds
             yield picture
     finally:
         await _ended(left)
-        close: Callable[[], Awaitable[None]] | None = getattr(pictures, "aclose", None)
-        if close:
-            await close()
+        await pictures.aclose()
 
 
 async def _left(request: Request) -> None:
@@ -202,7 +199,7 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def _ended(task: "asyncio.Future[T]") -> None:
+async def _ended(task: "asyncio.Future[Any]") -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError, Exception):
         await task

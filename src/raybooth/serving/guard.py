@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raybooth.errors import RayboothError
-from raybooth.serving.errors import Problem
+from raybooth.serving.errors import ApiError
 from raybooth.serving.schemas import Limits
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -43,7 +43,8 @@ class Keys:
     def admit(self, authorization: str) -> bool:
         scheme, _, given = authorization.partition(" ")
         own = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
-        return any([hmac.compare_digest(own, h) for h in self.hashes]) and scheme.lower() == "bearer"
+        good = sum(hmac.compare_digest(own, h) for h in self.hashes)  # all of them: no early exit
+        return good > 0 and scheme.lower() == "bearer"
 
 
 class Guard:
@@ -64,7 +65,7 @@ class Guard:
         problem = self._problem(scope, Headers(scope=scope), most)
         if problem:
             return await problem.send(scope, receive, send)
-        with contextlib.suppress(_Stalled):
+        with contextlib.suppress(_StalledError):
             await self.app(scope, self._measured(receive, most), self._patient(send))
 
     def _patient(self, send: Send) -> Send:
@@ -75,24 +76,24 @@ class Guard:
                 async with asyncio.timeout(self.limits.seconds):
                     await send(message)
             except TimeoutError:
-                raise _Stalled from None
+                raise _StalledError from None
 
         return patient
 
-    def _problem(self, scope: Scope, headers: Headers, most: int) -> Problem | None:
+    def _problem(self, scope: Scope, headers: Headers, most: int) -> ApiError | None:
         path = scope["path"]
         if self.hosts is not None and _name(headers.get("host", "")) not in self.hosts:
-            return Problem(400, "This server answers on this machine only, under 127.0.0.1 or localhost.", "wrong_host")
+            return ApiError(400, "This server answers on this machine only, under 127.0.0.1 or localhost.", "wrong_host")
         origin = headers.get("origin")
         if origin and scope["method"] not in ("GET", "HEAD") and origin.partition("://")[2] != headers.get("host", ""):
-            return Problem(403, "Pages of other origins may not ask this server for anything.", "wrong_origin")
+            return ApiError(403, "Pages of other origins may not ask this server for anything.", "wrong_origin")
         if self.keys and path.startswith(("/v1", "/api", "/metrics")) and not self.keys.admit(headers.get("authorization", "")):
-            return Problem(401, "A key is needed: send it as 'Authorization: Bearer KEY'.", "invalid_api_key")
+            return ApiError(401, "A key is needed: send it as 'Authorization: Bearer KEY'.", "invalid_api_key")
         length = headers.get("content-length", "0")
         if length.isdecimal() and len(length) < 20 and int(length) > most:
             return _too_large(most)
         if path.startswith("/v1") and scope["method"] == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            return Problem(400, "The body must be JSON: send it with 'Content-Type: application/json'.", "invalid_content_type")
+            return ApiError(400, "The body must be JSON: send it with 'Content-Type: application/json'.", "invalid_content_type")
         return None
 
     def _measured(self, receive: Receive, most: int) -> Receive:
@@ -119,12 +120,12 @@ class Guard:
         return measured
 
 
-class _Stalled(Exception):
+class _StalledError(Exception):
     pass
 
 
-def _too_large(most: int) -> Problem:
-    return Problem(413, f"The body is larger than the {most} bytes that are allowed.", "request_too_large")
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"The body is larger than the {most} bytes that are allowed.", "request_too_large")
 
 
 def _name(host: str) -> str:

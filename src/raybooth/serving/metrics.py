@@ -1,6 +1,7 @@
 """What Prometheus reads of a server: GET /metrics."""
 
 import time
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,7 +14,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        how = {"registry": self.registry}
+        how: Any = {"registry": self.registry}
         self.requests = Counter("raybooth_requests", "Requests by what was asked for, and the answer's status", ["path", "status"], **how)
         self.seconds = Histogram("raybooth_request_seconds", "From a request's arrival to the end of its answer", ["path"], **how)
         self.pictures = Counter("raybooth_pictures", "Pictures drawn", ["model"], **how)

@@ -32,6 +32,9 @@ class Limits:
     kept_seconds: float = 600
 
 
+DEFAULTS = Limits()
+
+
 class ImageRequest(BaseModel):
     """What POST /v1/images/generations takes. null is as good as leaving out."""
 
@@ -68,6 +71,7 @@ class ImageRequest(BaseModel):
 def bounded(limits: Limits) -> type[ImageRequest]:
     """ImageRequest with a server's own limits, so that its description states them."""
     fields = ImageRequest.model_fields
+
     class Bounded(ImageRequest):
         """What to draw."""
 

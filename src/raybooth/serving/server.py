@@ -2,10 +2,11 @@
 
 import contextlib
 import ipaddress
+import os
 import re
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -72,10 +73,11 @@ def serve(options: Options) -> None:
     from raybooth.serving.api import create_app
     from raybooth.serving.schemas import Limits
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers give way to everything else; people wait for these
     limits, size = Limits(), sum((base.weights / n).stat().st_size for n in files_under(base.weights))
     with connected(options.address) as have:
         fewest, most = fixed or replica_range(have, size)
-        with served(make, have=have, model_bytes=size, replicas=(fewest, most), batch=base.batch, queue=limits.queue) as drawers:
+        with served(make, have=have, model_bytes=size, replicas=(fewest, most), batch=base.batch, queue=limits.queue, joined=options.address is not None) as drawers:
             app = create_app(subjects, drawing(drawers), limits, keys, LOOPBACK if local else None, drawers.healthy)
             names = ", ".join(subjects.found())
             port = listening.getsockname()[1]
@@ -103,24 +105,23 @@ def desk(paths: Sequence[str], base: Subject, rank: int, safety: Path | None) ->
 
 
 def slot_rank(subjects: Subjects) -> int:
-    """Of the adapters that are there, rounded up to a power of two: it decides over last bits, so it should seldom change. Larger ones that come later
-    are served as models of their own."""
+    """Of the largest adapters, rounded up to a power of two: last bits depend on it, so it should seldom change. Larger ones that come later go alone."""
     most = max((s.rank for s in subjects.found().values()), default=0)
     return max(16, 1 << (most - 1).bit_length()) if most else 16
 
 
 def drawing(drawers: "Served") -> "Draw":
     """The replicas as the API wants them."""
-    from raybooth.cluster.serving import Lost
-    from raybooth.serving.generations import Unavailable
+    from raybooth.cluster.serving import LostError
+    from raybooth.serving.generations import UnavailableError
 
-    async def draw(job: "Job") -> "AsyncIterator[Drawn]":
+    async def draw(job: "Job") -> "AsyncGenerator[Drawn, None]":
         try:
             async with contextlib.aclosing(drawers.draw(job)) as results:
                 async for drawn in results:
                     yield drawn
-        except Lost as error:
-            raise Unavailable(str(error)) from error
+        except LostError as error:
+            raise UnavailableError(str(error)) from error
 
     return draw
 

@@ -135,9 +135,9 @@ class Subjects:
         say: hears, once, why something that is there is passed over.
     """
 
-    def __init__(self, paths: Sequence[str], base: Path | None = None, every: float = 1.0, say: Callable[[str], None] = lambda text: None):
+    def __init__(self, paths: Sequence[str], base: Path | None = None, every: float = 1.0, say: Callable[[str], object] = str):
         self.every, self.say = every, say
-        self._paths = {path: name for path, name in map(_local, paths)}
+        self._paths = dict(map(_local, paths))
         self._base = of_base(base) if base else None
         self._known: dict[Path, tuple[tuple[int, ...], Subject | str | None]] = {}
         self._found: dict[str, Subject] = {}

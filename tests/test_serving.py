@@ -1,0 +1,227 @@
+"""Many subjects on one base: a picture is the same alone, in a mixed batch, in another slot; and as PEFT merges it. What is found, and raybooth.load."""
+
+import shutil
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stored import make_adapters, make_run
+from toys import MAKERS
+
+import raybooth
+from raybooth.errors import RayboothError
+from raybooth.families import family_of
+from raybooth.families.lora import WEIGHTS, load_adapters, plain_rank
+from raybooth.jobs import for_inference, sampler
+from raybooth.sample import Sampler
+from raybooth.serving.engine import Engine, Row
+from raybooth.serving.subjects import BASE, Subject, Subjects
+from raybooth.workspace import model_digest, read_manifest
+
+PROMPT = "photo of a red dog"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Path:
+    """Three of adapters, one of DoRA, one whole."""
+    folder = tmp_path_factory.mktemp("runs")
+    for i, rank in enumerate((2, 4, 8)):
+        make_run(folder / f"subject-{i}", toy, i, rank=rank)
+    make_run(folder / "dora", toy, 7, dora=True)
+    make_run(folder / "whole", toy, None)
+    return folder
+
+
+def found(folder: Path) -> dict[str, Subject]:
+    return Subjects([str(folder)]).found()
+
+
+def rows_of(subjects: dict[str, Subject], *ids: str) -> list[Row]:
+    return [Row(subjects[i], PROMPT, 5) for i in ids]
+
+
+def merged(row: Row) -> np.ndarray:
+    """The picture as the run itself draws it, its adapters merged into the base."""
+    subject = row.subject
+    folder = subject.weights if subject.kind == "full" else subject.base_folder
+    assert folder is not None
+    family = family_of(folder)
+    loaded = for_inference(folder, (family.denoiser, "vae", *family.encoders))
+    if subject.kind == "lora":
+        load_adapters(family, loaded, subject.weights)
+    return next(iter(Sampler(family, loaded, subject.sampling, subject.batch).draw([row.prompt], [row.seed])))
+
+
+def test_a_picture_is_the_same_alone_in_a_mixed_batch_and_in_another_slot(runs: Path):
+    subjects = found(runs)
+    base = subjects[BASE]
+    rows = rows_of(subjects, "subject-0", "subject-1", BASE, "subject-2")
+    engine, other = Engine(base, 16), Engine(base, 16, slots=4)
+    together = engine.draw(rows, base.sampling)
+    for i, row in enumerate(rows):
+        assert np.array_equal(together[i], engine.draw([row], base.sampling)[0])
+    assert np.array_equal(together, other.draw(rows[::-1], base.sampling)[::-1])
+    mean = np.abs(together[:, None].astype(int) - together[None]).mean((2, 3, 4))
+    assert (mean + 9 * np.eye(4) > 1).all(), "each subject has its own picture"
+    for i, row in enumerate(rows):
+        assert np.abs(together[i].astype(int) - merged(row)).max() <= 1
+    assert np.array_equal(together[2], merged(rows[2])), "the base is the base, to the bit"
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_in_the_other_families_too(tmp_path: Path, name: str):
+    base_folder = MAKERS[name](tmp_path / "base")
+    for i in range(2):
+        make_adapters(base_folder, tmp_path / f"{i}", i)
+        shutil.move(tmp_path / f"{i}" / WEIGHTS, tmp_path / f"subject-{i}.safetensors")
+    subjects = Subjects([str(tmp_path / "subject-0.safetensors"), str(tmp_path / "subject-1.safetensors")], base_folder).found()
+    sampling = replace(subjects[BASE].sampling, steps=2, guidance=3.0, scheduler="euler", resolution=32)
+    subjects = {k: replace(s, sampling=sampling, batch=2) for k, s in subjects.items()}
+    engine = Engine(subjects[BASE], 16)
+    rows = rows_of(subjects, "subject-0", "subject-1")
+    together = engine.draw(rows, sampling)
+    assert np.abs(together[0].astype(int) - together[1]).mean() > 1
+    for picture, row in zip(together, rows, strict=True):
+        assert np.array_equal(picture, engine.draw([row], sampling)[0])
+        assert np.abs(picture.astype(int) - merged(row)).max() <= 1
+
+
+def test_slots_are_reused_and_nothing_is_left_in_them(runs: Path):
+    subjects = found(runs)
+    base = replace(subjects[BASE], batch=1)
+    engine = Engine(base, 16, slots=1)
+    first, second, plain = ([engine.draw(rows_of(subjects, i), base.sampling)[0] for i in ("subject-2", "subject-0", BASE)] for _ in range(3))
+    assert all(np.array_equal(a, b) and np.array_equal(b, c) for a, b, c in zip(first, second, plain, strict=True))
+    assert len(engine.adapters.held) == 1
+
+
+def test_dora_and_whole_models_are_drawn_by_themselves_as_the_run_draws_them(runs: Path):
+    subjects = found(runs)
+    assert [subjects[i].rank for i in ("subject-0", "subject-2", "dora", "whole")] == [2, 8, 0, 0]
+    assert {s.id: s.kind for s in subjects.values()} == {BASE: "base", "dora": "lora", "whole": "full", **{f"subject-{i}": "lora" for i in range(3)}}
+    engine = Engine(subjects[BASE], 16, whole=1)
+    for name in ("dora", "whole", "dora"):
+        row = rows_of(subjects, name)[0]
+        assert engine.group(row)[0] == row.subject.model
+        assert np.array_equal(engine.draw([row], row.subject.sampling)[0], merged(row))
+        assert len(engine._models) == 1
+    assert not Engine(subjects[BASE], 4).shared(subjects["subject-2"]), "too large for the slots"
+
+
+def test_what_it_will_be_can_be_seen_on_the_way(runs: Path):
+    subjects = found(runs)
+    base, seen = subjects[BASE], []
+    final = Engine(base, 16).draw(rows_of(subjects, BASE), replace(base.sampling, steps=6), lambda done, look: seen.append((done, look([0])[0])))
+    assert [done for done, _ in seen] == [1, 2, 3, 4, 5, 6]
+    apart = [np.abs(picture.astype(int) - final[0]).mean() for _, picture in seen]
+    assert apart[0] > apart[-1]
+    assert apart[-1] < 1
+
+
+def test_a_model_that_is_gone_or_is_being_replaced_says_so(runs: Path, tmp_path: Path):
+    shutil.copytree(runs / "subject-0", tmp_path / "a")
+    shutil.copytree(runs / "subject-1", tmp_path / "b")
+    subjects = found(tmp_path)
+    engine = Engine(subjects[BASE], 16)
+    shutil.copyfile(runs / "subject-1" / "fine-tuned-model" / WEIGHTS, tmp_path / "a" / "fine-tuned-model" / WEIGHTS)
+    with pytest.raises(RayboothError, match="'a' is just being replaced"):
+        engine.draw(rows_of(subjects, "a"), subjects["a"].sampling)
+    assert not engine.adapters.held
+    shutil.rmtree(tmp_path / "b")
+    with pytest.raises(RayboothError, match="'b' cannot be loaded"):
+        engine.draw(rows_of(subjects, "b"), subjects["b"].sampling)
+    shutil.rmtree(tmp_path / "a")
+    assert len(engine.draw(rows_of(subjects, BASE), subjects[BASE].sampling)) == 1, "the base stays, wherever it was read from"
+
+
+def test_subjects_appear_and_disappear(runs: Path, tmp_path: Path):
+    said: list[str] = []
+    subjects = Subjects([str(tmp_path)], every=0, say=said.append)
+    assert subjects.found() == {}
+    with pytest.raises(RayboothError, match="no finished run"):
+        _ = subjects.base
+    shutil.copytree(runs / "subject-0", tmp_path / "one")
+    assert list(subjects.found()) == [BASE, "one"]
+    (tmp_path / "half" / "fine-tuned-model" / ".partial-0").mkdir(parents=True)
+    shutil.copytree(runs / "subject-1", tmp_path / "two words")
+    shutil.copytree(runs / "subject-1", tmp_path / BASE)
+    shutil.copytree(runs / "subject-1", tmp_path / "broken")
+    (tmp_path / "broken" / "config.json").write_text("{")
+    shutil.copyfile(runs / "subject-2" / "fine-tuned-model" / WEIGHTS, tmp_path / "alone.safetensors")
+    now = subjects.found()
+    assert sorted(now) == ["alone", BASE, "one"]
+    assert now["alone"].base == now["one"].base == subjects.base.base
+    assert (now["one"].token, now["one"].class_name, len(now["one"].photographs)) == ("unqtkn", "dog", 1)
+    subjects.found()
+    assert [line.split(" is passed over")[0].rpartition("/")[2] for line in sorted(said)] == ["fine-tuned-model", "broken", "fine-tuned-model"]
+    shutil.rmtree(tmp_path / "one")
+    assert sorted(subjects.found()) == ["alone", BASE]
+    with pytest.raises(RayboothError, match="There is no"):
+        Subjects([str(tmp_path / "none")])
+
+
+def test_the_base_model_named_and_the_runs_own_are_one(runs: Path, toy: Path):
+    assert Subjects([str(runs)], toy).base.base == found(runs)[BASE].base
+
+
+def test_prompts_are_filled_in_and_nothing_else_is(runs: Path):
+    subjects = found(runs)
+    assert subjects["whole"].fill("photo of {subject}, a {class} {token:>99} {}") == "photo of unqtkn dog, a dog {token:>99} {}"
+    with pytest.raises(RayboothError, match="has no subject of its own"):
+        subjects[BASE].fill("photo of {subject}")
+
+
+def test_convolutions_have_no_place_in_a_slot(tmp_path: Path, toy: Path):
+    make_adapters(toy, tmp_path, 0, targets=["to_q", "q_proj", "conv1"])
+    assert plain_rank(tmp_path / WEIGHTS) == 0
+
+
+def test_load_draws_what_generate_draws(runs: Path, tmp_path: Path):
+    for name in ("subject-0", "whole"):
+        model = raybooth.load(runs / name)
+        pictures = model.draw("photo of {subject} in the snow", n=5, seed=11)
+        manifest = read_manifest(runs / name / "fine-tuned-model")
+        assert manifest is not None
+        torch.set_num_threads(1)
+        rows = [{"prompt": "photo of unqtkn dog in the snow", "seed": 11 + k} for k in range(5)]
+        stage = sampler(str(runs / name), "fine-tuned-model", model._sampler.sampling, 4, model_digest(manifest))(rows)
+        for picture, data in zip(pictures, stage, strict=True):
+            file = tmp_path / "picture.png"
+            file.write_bytes(data)
+            with Image.open(file) as theirs:
+                assert picture.tobytes() == theirs.tobytes()
+                assert picture.info == theirs.info
+        assert model.draw("photo of {subject} in the snow", n=1, seed=13)[0].tobytes() == pictures[2].tobytes()
+    shown = pictures._repr_png_()
+    assert shown is not None
+    assert shown.startswith(b"\x89PNG")
+
+
+def test_load_says_what_is_wrong(runs: Path, tmp_path: Path):
+    with pytest.raises(RayboothError, match="There is no storage"):
+        raybooth.load(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(RayboothError, match="holds no complete fine-tuned-model"):
+        raybooth.load(tmp_path)
+    model = raybooth.load(runs / "subject-0")
+    for wrong, told in (({"n": 0}, "n = 0"), ({"steps": 0}, "steps = 0"), ({"prompt": "a {dog}"}, "placeholder")):
+        with pytest.raises(RayboothError, match=told):
+            model.draw(**{"prompt": "x", **wrong})  # type: ignore[arg-type]
+
+
+def test_looking_is_safe_from_many_threads(runs: Path):
+    subjects = Subjects([str(runs)], every=0)
+    seen: list[int] = []
+    threads = [threading.Thread(target=lambda: seen.append(len(subjects.found()))) for _ in range(8)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [6] * 8
+    assert time.monotonic() - began < 20

@@ -1,0 +1,408 @@
+"""The API without Ray: OpenAI's shapes and client, limits, keys, streams, URLs, places that are freed, and whatever else people send."""
+
+import asyncio
+import base64
+import json
+import random
+import string
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+import uvicorn
+from fastapi import APIRouter, FastAPI
+from PIL import Image
+from stored import make_run
+
+from raybooth.errors import RayboothError
+from raybooth.serving.api import create_app
+from raybooth.serving.desk import Desk, Drawn, Job
+from raybooth.serving.engine import Engine
+from raybooth.serving.generations import Draw, UnavailableError
+from raybooth.serving.guard import LOOPBACK, read_keys
+from raybooth.serving.schemas import Limits
+from raybooth.serving.server import slot_rank
+from raybooth.serving.subjects import Subjects
+
+GENERATIONS = "/v1/images/generations"
+ASKED = {"prompt": "photo of {subject}", "model": "rex", "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Subjects:
+    folder = tmp_path_factory.mktemp("kennel")
+    make_run(folder / "rex", toy, 1)
+    make_run(folder / "lassie", toy, 2)
+    return Subjects([str(folder)])
+
+
+@pytest.fixture(scope="module")
+def desk(subjects: Subjects) -> Desk:
+    return Desk(Engine(subjects.base, slot_rank(subjects)))
+
+
+@asynccontextmanager
+async def client(app: FastAPI, **how: Any) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://127.0.0.1", timeout=60, **how) as made:
+        yield made
+
+
+@contextmanager
+def live(app: FastAPI) -> Iterator[str]:
+    """The app on loopback; its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+def quick(pictures: int = 0, wait: float = 0.0) -> Draw:
+    """Draws nothing, at once or slowly."""
+
+    async def draw(job: Job) -> AsyncGenerator[Drawn, None]:
+        buffer = BytesIO()
+        Image.new("RGB", (32, 32)).save(buffer, "PNG")
+        for i in range(len(job.rows)):
+            await asyncio.sleep(wait)
+            yield Drawn(i, buffer.getvalue())
+
+    return draw
+
+
+def picture(b64: str) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(b64)))
+
+
+def test_the_openai_client_works_unchanged(subjects: Subjects, desk: Desk):
+    with live(create_app(subjects, desk.draw, keys=["sesame"])) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="sesame", max_retries=0) as api:
+        assert [m.id for m in api.models.list()] == ["base", "lassie", "rex"]
+        assert api.models.retrieve("rex").owned_by == "raybooth"
+        answer = api.images.generate(model="rex", prompt="photo of {subject}", n=2, size="32x32", extra_body={"seed": 5, "steps": 2})
+        assert answer.data is not None
+        assert len(answer.data) == 2
+        image = picture(answer.data[1].b64_json or "")
+        assert (image.size, image.info["prompt"], image.info["seed"]) == ((32, 32), "photo of unqtkn dog", "6")
+        assert image.info["model"] == subjects.found()["rex"].model
+        other = api.images.generate(model="lassie", prompt="photo of {subject}", extra_body={"seed": 6, "steps": 2})
+        assert other.data is not None
+        assert picture(other.data[0].b64_json or "").tobytes() != image.tobytes()
+        events = list(api.images.generate(model="rex", prompt="photo of {subject}", stream=True, partial_images=2, extra_body={"seed": 6, "steps": 4}))
+        assert [e.type for e in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+        assert [e.partial_image_index for e in events if e.type == "image_generation.partial_image"] == [0, 1]
+        for wrong, kind, code in (
+            ({"model": "nobody"}, openai.NotFoundError, "model_not_found"),
+            ({"size": "1024x1024"}, openai.BadRequestError, "invalid_value"),
+            ({"extra_body": {"steps": 10**6}}, openai.BadRequestError, "invalid_value"),
+            ({"extra_body": {"sed": 1}}, openai.BadRequestError, "unknown_parameter"),
+        ):
+            with pytest.raises(kind) as caught:  # type: ignore[call-overload]
+                api.images.generate(**{"model": "rex", "prompt": "a dog", **wrong})
+            assert caught.value.code == code
+            assert caught.value.type == "invalid_request_error"
+        with pytest.raises(openai.AuthenticationError):
+            api.with_options(api_key="wrong").models.list()
+
+
+async def generated(http: httpx.AsyncClient, **more: Any) -> list[dict[str, Any]]:
+    answer = await http.post(GENERATIONS, json={**ASKED, **more})
+    assert answer.status_code == 200, answer.text
+    data: list[dict[str, Any]] = answer.json()["data"]
+    return data
+
+
+def test_same_seed_same_picture_alone_or_in_company(subjects: Subjects, desk: Desk):
+    async def scenario() -> None:
+        async with client(create_app(subjects, desk.draw)) as http:
+            wishes = [{"model": m, "seed": s, "n": n} for m, s, n in (("rex", 3, 3), ("lassie", 3, 1), ("base", 8, 2), ("rex", 4, 1), ("lassie", 9, 2))]
+            for wish in wishes:
+                wish["prompt"] = "photo of a dog"
+            together = await asyncio.gather(*(generated(http, **w) for w in wishes))
+            alone = [await generated(http, **w) for w in wishes]
+            assert together == alone
+            assert together[3][0]["b64_json"] == together[0][1]["b64_json"], "picture k has the seed of the request + k"
+            assert [p["seed"] for p in together[0]] == [3, 4, 5]
+            bare = (await generated(http, metadata=False))[0]["b64_json"]
+            assert not picture(bare).info
+            assert picture(bare).tobytes() == picture((await generated(http))[0]["b64_json"]).tobytes()
+            drawn = await http.get("/metrics")
+            assert 'raybooth_pictures_total{model="rex"}' in drawn.text
+            assert "raybooth_pictures_waited_for 0.0" in drawn.text
+
+    asyncio.run(scenario())
+
+
+def test_models_photographs_and_urls(subjects: Subjects):
+    async def scenario() -> None:
+        limits = Limits(kept_bytes=300)
+        async with client(create_app(subjects, quick(), limits)) as http:
+            rex = (await http.get("/v1/models/rex")).json()
+            assert (rex["class"], rex["token"], rex["prompt"], rex["kind"], rex["size"]) == ("dog", "unqtkn", "photo of unqtkn dog", "lora", "32x32")
+            photograph = await http.get(rex["photographs"][0])
+            assert photograph.headers["content-type"] == "image/png"
+            assert Image.open(BytesIO(photograph.content)).getpixel((0, 0)) == (1, 0, 0)
+            for path in ("/v1/models/rex/photographs/1", "/v1/models/rex/photographs/-1", "/v1/models/..%2f..%2fetc/photographs/0", "/v1/models/%2e%2e"):
+                assert (await http.get(path)).status_code == 404
+            url = (await generated(http, response_format="url"))[0]["url"]
+            assert (await http.get(url)).content.startswith(b"\x89PNG")
+            for _ in range(6):
+                await generated(http, response_format="url")
+            assert (await http.get(url)).status_code == 404, "the oldest go"
+
+    asyncio.run(scenario())
+
+
+def test_errors_have_one_shape(subjects: Subjects):
+    async def scenario() -> None:
+        limits = Limits(prompt=20, n=2, body=500)
+        app = create_app(subjects, quick(), limits, keys=["a", "b"], hosts=LOOPBACK)
+        key = {"Authorization": "Bearer b"}
+        async with client(app) as http:
+            for method, path, how, status, code in (
+                ("GET", "/v1/models", {}, 401, "invalid_api_key"),
+                ("POST", GENERATIONS, {"json": ASKED, "headers": {"Authorization": "Bearer c"}}, 401, "invalid_api_key"),
+                ("GET", "/metrics", {"headers": {"Authorization": "Basic b"}}, 401, "invalid_api_key"),
+                ("GET", "/nothing", {}, 404, "not_found"),
+                ("DELETE", "/healthz", {}, 405, "method_not_allowed"),
+                ("GET", "/healthz", {"headers": {"Host": "evil.example"}}, 400, "wrong_host"),
+                ("POST", GENERATIONS, {"json": ASKED, "headers": {**key, "Origin": "http://evil.example"}}, 403, "wrong_origin"),
+                ("POST", GENERATIONS, {"content": b"{", "headers": {**key, "Content-Type": "application/json"}}, 400, "invalid_json"),
+                ("POST", GENERATIONS, {"content": b"x=1", "headers": key}, 400, "invalid_content_type"),
+                ("POST", GENERATIONS, {"json": {"prompt": "x" * 600}, "headers": key}, 413, "request_too_large"),
+                ("POST", GENERATIONS, {"json": {}, "headers": key}, 400, "missing_required_parameter"),
+                ("POST", GENERATIONS, {"json": {"prompt": "a dog"}, "headers": key}, 400, "missing_required_parameter"),
+                *(
+                    ("POST", GENERATIONS, {"json": {**ASKED, **wrong}, "headers": key}, 400, "invalid_value")
+                    for wrong in ({"prompt": "x" * 21}, {"prompt": "  "}, {"n": 3}, {"n": True}, {"n": "1"}, {"seed": -1}, {"steps": 101}, {"size": "0x0"})
+                ),
+            ):  # fmt: skip
+                answer = await http.request(method, path, **how)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), (path, how, answer.text)
+                assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+            for path in ("/healthz", "/openapi.json", "/docs"):
+                assert (await http.get(path)).status_code == 200
+
+            async def endless() -> AsyncIterator[bytes]:
+                for _ in range(100):
+                    yield b" " * 100
+
+            answer = await http.post(GENERATIONS, content=endless(), headers={**key, "Content-Type": "application/json"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+    asyncio.run(scenario())
+
+
+def test_the_queue_is_bounded_and_time_too(subjects: Subjects):
+    async def scenario() -> None:
+        async with client(create_app(subjects, quick(wait=0.3), Limits(queue=3))) as http:
+            answers = await asyncio.gather(*(http.post(GENERATIONS, json=ASKED) for _ in range(8)))
+            assert sorted(a.status_code for a in answers) == [200] * 3 + [429] * 5
+            assert all(int(a.headers["retry-after"]) >= 1 for a in answers if a.status_code == 429)
+            await generated(http, n=3)
+        async with client(create_app(subjects, quick(wait=30), Limits(seconds=0.2, queue=1))) as http:
+            for _ in range(2):
+                answer = await http.post(GENERATIONS, json=ASKED)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "timeout")
+                assert "retry-after" in answer.headers
+
+    asyncio.run(scenario())
+
+
+def test_what_breaks_is_a_clean_error(subjects: Subjects, caplog: pytest.LogCaptureFixture):
+    def failing(error: Exception, after: int = 0) -> Draw:
+        async def draw(job: Job) -> AsyncGenerator[Drawn, None]:
+            async for drawn in quick()(job):
+                if drawn.row >= after:
+                    raise error
+                yield drawn
+
+        return draw
+
+    async def scenario() -> None:
+        for error, code in ((UnavailableError("x"), "unavailable"), (RayboothError("x"), "model_unavailable"), (MemoryError("secret"), "failed")):
+            async with client(create_app(subjects, failing(error))) as http:
+                answer = await http.post(GENERATIONS, json=ASKED)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, code)
+                assert "secret" not in answer.text
+        async with client(create_app(subjects, failing(ValueError(), after=1))) as http:
+            answer = await http.post(GENERATIONS, json={**ASKED, "n": 2, "stream": True})
+            events = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data: ")]
+            assert [e["type"] for e in events] == ["image_generation.completed", "error"]
+            assert events[1]["error"]["code"] == "failed"
+
+    asyncio.run(scenario())
+    assert "a batch failed" in caplog.text
+
+
+def test_a_client_that_goes_away_frees_its_place(subjects: Subjects, desk: Desk):
+    """Streaming or not: its pictures leave the queue, and a batch that nobody waits for ends."""
+
+    async def scenario(stream: bool) -> None:
+        app = create_app(subjects, desk.draw, Limits(queue=12, n=12, steps=1000, prompt=50))
+        left = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if not receive.sent:  # type: ignore[attr-defined]
+                receive.sent = True  # type: ignore[attr-defined]
+                return {"type": "http.request", "body": json.dumps({**ASKED, "n": 12, "steps": 1000, "stream": stream}).encode()}
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        receive.sent = False  # type: ignore[attr-defined]
+        said: list[Any] = []
+
+        async def send(message: Any) -> None:
+            said.append(message)
+
+        headers = [(b"host", b"x"), (b"content-type", b"application/json")]
+        scope = {
+            "type": "http", "method": "POST", "path": GENERATIONS, "raw_path": GENERATIONS.encode(), "query_string": b"", "headers": headers,
+            "scheme": "http", "server": ("x", 80), "client": ("x", 1), "http_version": "1.1", "root_path": "", "asgi": {"version": "3.0"},
+        }  # fmt: skip
+        asking = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
+        while not (desk.waiting and desk._work and not desk._work.done()):
+            await asyncio.sleep(0.05)
+        left.set()
+        await asyncio.wait_for(asking, 5)
+        assert not desk.waiting
+        async with client(app) as http:
+            began = time.monotonic()
+            await generated(http, n=12, steps=1)
+            assert time.monotonic() - began < 30  # a thousand steps would take longer
+        assert not any(m.get("body") for m in said)
+
+    for stream in (False, True):
+        asyncio.run(scenario(stream))
+
+
+def test_what_the_safety_checker_keeps_back(subjects: Subjects, desk: Desk):
+    async def scenario() -> None:
+        strict = Desk(desk.engine, lambda images: [True] * len(images))
+        async with client(create_app(subjects, strict.draw)) as http:
+            for stream in (False, True):
+                answer = await http.post(GENERATIONS, json={**ASKED, "stream": stream, "partial_images": 2})
+                assert (answer.status_code, answer.json()["error"]["code"]) == (400, "moderation_blocked")
+
+    asyncio.run(scenario())
+
+
+def test_a_page_and_other_routers_beside_it(subjects: Subjects, tmp_path: Path):
+    (tmp_path / "index.html").write_text("<h1>kennel</h1>")
+    router = APIRouter(prefix="/api")
+    router.add_api_route("/runs", lambda: ["one"])
+
+    async def scenario() -> None:
+        async with client(create_app(subjects, quick(), keys=["k"], routers=[router], page=tmp_path)) as http:
+            assert "kennel" in (await http.get("/")).text
+            assert (await http.get("/api/runs")).status_code == 401
+            assert (await http.get("/api/runs", headers={"Authorization": "Bearer k"})).json() == ["one"]
+            assert (await http.get("/missing.js")).json()["error"]["code"] == "not_found"
+            assert (await http.get("/%2e%2e/%2e%2e/etc/passwd")).status_code == 404
+
+    asyncio.run(scenario())
+
+
+def test_keys_from_a_file(tmp_path: Path):
+    file = tmp_path / "keys"
+    file.write_text("# of the lab\n\n one \ntwo\n")
+    assert read_keys(file) == ["one", "two"]
+    for text in (None, "", "# nothing\n"):
+        if text is None:
+            file.unlink()
+        else:
+            file.write_text(text)
+        with pytest.raises(RayboothError, match="API keys"):
+            read_keys(file)
+
+
+def nonsense(r: random.Random) -> Any:
+    kinds = [
+        lambda: None, lambda: r.choice([True, False]), lambda: r.choice([-1, 0, 2**31, 2**63, 10**30, 1e308, -0.0, 0.5]),
+        lambda: r.choice(["", "\x00", "../../etc/passwd", "%s%n", "{subject.__class__}", "{0}", "\ud800", "é" * 300, "rex", "64x64", "💥", "a" * 70_000]),
+        lambda: [nonsense(r) for _ in range(r.randrange(3))], lambda: {r.choice("ab"): nonsense(r)},
+    ]  # fmt: skip
+    return r.choice(kinds)()
+
+
+def malformed(r: random.Random) -> tuple[str, str, dict[str, Any]]:
+    """Something that a request might be."""
+    fields = ["prompt", "model", "n", "size", "seed", "steps", "stream", "partial_images", "response_format", "guidance", "metadata", "user", "nonsense"]
+    asked = {**(ASKED if r.random() < 0.7 else {}), **{r.choice(fields): nonsense(r) for _ in range(r.randrange(1, 4))}}
+    body = json.dumps(asked, allow_nan=True).encode()
+    body = r.choice([body, body, body, body[: r.randrange(len(body))], bytes(r.randrange(256) for _ in range(99)), b"[" * 5000, b"9" * 5000, b"NaN", b"null"])
+    kind = r.choice(["application/json"] * 6 + ["text/plain", "", "application/json; charset=utf-16", "multipart/form-data"])
+    name = "".join(r.choice(string.printable + "éß/\\.%") for _ in range(r.randrange(1, 40)))
+    path = r.choice([GENERATIONS] * 6 + [f"/v1/models/{name}", f"/pictures/{name}", f"/v1/models/rex/photographs/{name}", f"/{name}", "/v1/models/../../x"])
+    headers = {"Content-Type": kind, **({"Content-Length": r.choice(["-1", "9" * 30, "x"])} if r.random() < 0.05 else {})}
+    return r.choice(["POST"] * 7 + ["GET", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH"]), path, {"content": body, "headers": headers}
+
+
+def test_malformed_requests_are_the_senders_mistake(subjects: Subjects):
+    """No answer of 500 or above, and no file that does not lie in the storage is opened."""
+    import sys
+
+    opened: list[str] = []
+    watching = [True]
+
+    def hook(name: str, args: tuple[Any, ...]) -> None:
+        if watching[0] and name == "open" and isinstance(args[0], str | bytes):
+            opened.append(str(args[0]))
+
+    async def scenario() -> None:
+        r = random.Random(0)
+        async with client(create_app(subjects, quick())) as http:
+            await http.get("/openapi.json")  # which imports
+            sys.addaudithook(hook)
+            for i in range(500):
+                method, path, how = malformed(r)
+                try:
+                    answer = await http.request(method, httpx.URL("http://127.0.0.1").copy_with(raw_path=path.encode("utf-8", "replace")), **how)
+                except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError):
+                    continue
+                assert answer.status_code < 500, (i, method, path, how, answer.text)
+                if answer.status_code >= 400 and method != "HEAD":
+                    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}, (path, answer.text)
+        watching[0] = False
+
+    asyncio.run(scenario())
+    storage = str(next(iter(subjects._paths)))
+    allowed = (storage, "/proc/self", "/dev/null", sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]))
+    assert not [f for f in opened if not f.startswith(allowed)]
+
+
+def test_it_does_what_its_description_says(subjects: Subjects):
+    import schemathesis
+    from hypothesis import HealthCheck, settings
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
+
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(subjects, quick()))
+
+    @schema.parametrize()
+    @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    def check(case: Any) -> None:
+        case.call_and_validate(checks=[not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance])
+
+    for operation in schema.get_all_operations():
+        run_one(operation.ok(), check)
+
+
+def run_one(operation: Any, check: Any) -> None:
+    from hypothesis import given, settings
+
+    @settings(max_examples=20, deadline=None, derandomize=True)
+    @given(case=operation.as_strategy())
+    def one(case: Any) -> None:
+        check.__wrapped__(case) if hasattr(check, "__wrapped__") else check(case)
+
+    one()

@@ -13,7 +13,7 @@ from raybooth.photos import png
 from raybooth.serving.api import create_app
 from raybooth.serving.desk import Drawn, Job
 from raybooth.serving.engine import Row
-from raybooth.serving.generations import Unavailable
+from raybooth.serving.generations import UnavailableError
 from raybooth.serving.static import PAGE
 from raybooth.serving.subjects import Subject
 from raybooth.workspace import digest, read_manifest
@@ -53,7 +53,7 @@ class Easel:
     async def draw(self, job: Job) -> AsyncIterator[Drawn]:
         if self.busy:
             self.busy -= 1
-            raise Unavailable("Nobody draws just now.")
+            raise UnavailableError("Nobody draws just now.")
         self.asked.append(job)
         for k in range(job.partials):
             for i in range(len(job.rows)):

@@ -328,8 +328,8 @@ def test_the_request_as_code(page: Page):
     page.get_by_label("Python").check()
     expect(page.locator("#snippet")).to_contain_text("OpenAI")
     # The client itself is the API's test; here its call is caught.
-    caught = "import sys, json, types\nclass OpenAI:\n def __init__(self, **k): self.images = self\n def generate(self, **k): print(json.dumps(k)); sys.exit()\n"
-    fake = caught + "sys.modules['openai'] = types.SimpleNamespace(OpenAI=OpenAI)\n"
+    client = "import json, sys, types\nclass OpenAI:\n def __init__(self, **k): self.images = self\n def generate(self, **k): print(json.dumps(k)); sys.exit()"
+    fake = f"{client}\nsys.modules['openai'] = types.SimpleNamespace(OpenAI=OpenAI)\n"
     said = subprocess.run([sys.executable, "-c", fake + page.locator("#snippet").inner_text()], capture_output=True, text=True, check=True).stdout
     rest = {"model": "my-dog", "prompt": prompt, "n": 4, "response_format": "b64_json"}
     assert json.loads(said) == rest | {"extra_body": {"seed": seed, "steps": 7}}

@@ -222,7 +222,8 @@ def test_only_what_is_listed_is_shown(client: TestClient, tmp_path: Path):
     upload(client)
     until(client, lambda r: r["state"] == "done")
     (tmp_path / "mine").mkdir()  # made by hand: not a run of this API
-    for path in ["rex/pictures/config.json", "rex/pictures/photographs/00.png", "rex/pictures/../config.json", "rex/pictures/%2e%2e/hold", "mine", "..", "none"]:
+    inside = ("config.json", "photographs/00.png", "../config.json", "%2e%2e/hold")
+    for path in [*(f"rex/pictures/{name}" for name in inside), "mine", "..", "none"]:
         assert client.get(f"/api/runs/{path}").status_code == 404, path
 
 

@@ -83,7 +83,9 @@ class Queue:
             storage = self._waiting.popleft()
             with (storage / LOG).open("wb") as log:
                 process = subprocess.Popen(
-                    self.command(storage), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    self.command(storage), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                    # People wait for pictures: the server's workers do not give way to others, those of a run do.
+                    env={k: v for k, v in os.environ.items() if k != "RAY_worker_niceness"},
                 )  # fmt: skip
             self._live[storage] = process
             threading.Thread(target=self._watch, args=(storage, process), daemon=True).start()

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from raybooth.errors import RayboothError
 from raybooth.serving import uploads
-from raybooth.serving.errors import ErrorAnswer, Problem
+from raybooth.serving.errors import ApiError, ErrorAnswer
 from raybooth.serving.progress import LOG, Progress, picture, progress
 from raybooth.serving.queue import Queue
 from raybooth.serving.subjects import ID
@@ -44,7 +44,7 @@ def runs_router(root: Path, base: str, overrides: Iterable[str] = (), queue: Que
     def known(run: str) -> Path:
         storage = root / run
         if not ID.fullmatch(run) or not (storage / LOG).exists():
-            raise Problem(404, f"There is no run {run} that was started here.", "not_found")
+            raise ApiError(404, f"There is no run {run} that was started here.", "not_found")
         return storage
 
     def told(storage: Path) -> Progress:
@@ -75,7 +75,7 @@ def runs_router(root: Path, base: str, overrides: Iterable[str] = (), queue: Que
         """All runs that were started here, those with news first."""
         runs = []
         for storage in sorted((log.parent for log in root.glob(f"*/{LOG}")), key=lambda s: (s / LOG).stat().st_mtime, reverse=True):
-            with contextlib.suppress(Problem):  # one whose settings another version wrote; asked for by its name it says so
+            with contextlib.suppress(ApiError):  # one whose settings another version wrote; asked for by its name it says so
                 runs.append(told(storage))
         return Runs(runs=runs)
 
@@ -89,7 +89,7 @@ def runs_router(root: Path, base: str, overrides: Iterable[str] = (), queue: Que
         """One of its pictures."""
         path = picture(known(run), file)
         if path is None:
-            raise Problem(404, f"The run {run} has no picture {file}.", "not_found")
+            raise ApiError(404, f"The run {run} has no picture {file}.", "not_found")
         return FileResponse(path, media_type="image/png")
 
     @router.post("/{run}/resume", status_code=202)
@@ -98,7 +98,7 @@ def runs_router(root: Path, base: str, overrides: Iterable[str] = (), queue: Que
         storage = known(run)
         state = told(storage).state
         if state not in ("stopped", "failed"):
-            raise Problem(409, f"The run {run} is {state}: there is nothing to resume.", "not_stopped")
+            raise ApiError(409, f"The run {run} is {state}: there is nothing to resume.", "not_stopped")
         return begun(storage)
 
     @router.delete("/{run}", status_code=202)
@@ -111,8 +111,8 @@ def runs_router(root: Path, base: str, overrides: Iterable[str] = (), queue: Que
     return router
 
 
-def _full() -> Problem:
-    return Problem(429, "As many runs wait as may: try again when one of them is done.", "queue_full", retry_after=60)
+def _full() -> ApiError:
+    return ApiError(429, "As many runs wait as may: try again when one of them is done.", "queue_full", retry_after=60)
 
 
 @contextlib.contextmanager
@@ -120,4 +120,4 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RayboothError as error:
-        raise Problem(400, str(error), "invalid_value") from None
+        raise ApiError(400, str(error), "invalid_value") from None

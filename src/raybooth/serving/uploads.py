@@ -16,7 +16,7 @@ from raybooth import config as configuration
 from raybooth.config import Config, merged
 from raybooth.errors import RayboothError
 from raybooth.photos import SUFFIXES, Photo, refuse_duplicates, square
-from raybooth.serving.errors import Problem
+from raybooth.serving.errors import ApiError
 from raybooth.serving.progress import LOG
 from raybooth.serving.subjects import BASE, ID
 from raybooth.workspace import write_atomically
@@ -41,10 +41,10 @@ async def read(request: Request) -> tuple[dict[str, str], list[Photo]]:
     """The fields and photographs of a multipart request.
 
     Raises:
-        Problem: if it is none, or too much.
+        ApiError: if it is none, or too much.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise Problem(400, "Send the photographs as multipart/form-data, with the fields photos, name and class.", "invalid_content_type")
+        raise ApiError(400, "Send the photographs as multipart/form-data, with the fields photos, name and class.", "invalid_content_type")
     try:
         async with request.form(max_files=MOST_PHOTOGRAPHS, max_fields=8, max_part_size=4096) as form:
             files = [f for f in form.getlist("photos") if isinstance(f, UploadFile)]
@@ -53,14 +53,14 @@ async def read(request: Request) -> tuple[dict[str, str], list[Photo]]:
     except HTTPException as error:  # what starlette makes of a broken form, or one that is too long
         if error.status_code != 400:
             raise
-        raise Problem(400, f"The upload cannot be read ({error.detail.rstrip('.')}): send 1 to {MOST_PHOTOGRAPHS} photographs.", "invalid_value") from None
+        raise ApiError(400, f"The upload cannot be read ({error.detail.rstrip('.')}): send 1 to {MOST_PHOTOGRAPHS} photographs.", "invalid_value") from None
 
 
 def check_name(name: str) -> None:
-    """Raises: Problem, if it is not one that a folder and a model may have."""
+    """Raises: ApiError, if it is not one that a folder and a model may have."""
     if not ID.fullmatch(name):
         message = f"The name {name!r} is not possible: use letters, digits, dots, dashes and underscores, at most 64, a letter or digit first."
-        raise Problem(400, message, "invalid_value", "name")
+        raise ApiError(400, message, "invalid_value", "name")
     if name.lower() == BASE:
         raise _taken(name)
 
@@ -83,7 +83,7 @@ def store(storage: Path, config: Config, photos: list[Photo]) -> None:
 
     Raises:
         RayboothError: if a photograph is none, is too small, or is there twice.
-        Problem: if there is a storage of that name already.
+        ApiError: if there is a storage of that name already.
     """
     if not photos:
         raise RayboothError("There are no photographs: choose three to ten pictures of the subject.")
@@ -114,5 +114,5 @@ def refuse_taken(storage: Path) -> None:
         raise _taken(storage.name)
 
 
-def _taken(name: str) -> Problem:
-    return Problem(409, f"There is a subject {name} already: choose another name.", "name_taken", "name")
+def _taken(name: str) -> ApiError:
+    return ApiError(409, f"There is a subject {name} already: choose another name.", "name_taken", "name")

@@ -26,7 +26,7 @@ export function setUp(finished) {
       trouble?.remove();
       trouble = null;
     } catch (error) {
-      if (error.status === 404) return; // a server that starts no runs
+      if (error.status === 404) return without(); // a server that starts no runs
       if (!trouble) $("runs").prepend((trouble = el("p", { className: "soft" }, error.message)));
       timer = setTimeout(refresh, 5000);
       return;
@@ -35,6 +35,10 @@ export function setUp(finished) {
     if (runs.some((r) => r.state === "running" || r.state === "queued")) timer = setTimeout(refresh, 1000);
   };
   return refresh;
+}
+
+function without() {
+  $("new-subject").hidden = $("welcome").hidden = true;
 }
 
 function showAll(runs, finished, refresh) {

@@ -1,5 +1,6 @@
 // A request as what people paste into a terminal or a notebook.
 
+import { $ } from "./dom.js";
 import { hasKey } from "./server.js";
 
 const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
@@ -29,6 +30,18 @@ drawn = client.images.generate(
 )
 for i, picture in enumerate(drawn.data):
     Path(f"picture-{i}.png").write_bytes(base64.b64decode(picture.b64_json))`;
+}
+
+export async function copy() {
+  const text = $("snippet").textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    getSelection().selectAllChildren($("snippet")); // without https there is no clipboard but this one
+    document.execCommand("copy");
+  }
+  $("copy").textContent = "Copied";
+  setTimeout(() => ($("copy").textContent = "Copy"), 1500);
 }
 
 // JSON's strings are Python's too.

@@ -15,8 +15,7 @@ export async function setUp(whenAgain) {
   };
   try {
     for (const pictures of await gallery.groups()) {
-      const [{ title, of, seed, steps, time, group }] = pictures;
-      const place = groupOf({ prompt: title, model: of, seed, steps, time, group }, pictures.some((p) => p.base));
+      const place = groupOf(pictures[0], pictures.some((p) => p.base));
       $("gallery").append(place.element);
       for (const picture of pictures) finished(place.tile(picture.seed), picture);
     }
@@ -26,50 +25,51 @@ export async function setUp(whenAgain) {
   counted();
 }
 
-// A group at the top, with a tile for each request. A tile's methods say how its picture comes along.
-export function add(group, requests) {
-  const compared = requests.some((r) => r.model !== group.model);
-  const place = groupOf({ ...group, seed: requests[0].seed }, compared);
+// A group at the top, with a tile for each picture that is to come. A tile's methods say how it comes along.
+export function add(group, pictures) {
+  const place = groupOf({ ...group, seed: pictures[0].seed }, pictures.some((p) => p.base));
   $("gallery").prepend(place.element);
   counted();
-  return requests.map((request) => {
-    const tile = place.tile(request.seed);
-    const image = el("img", { alt: "", className: "partial" });
-    const bar = el("progress", { max: 1, "aria-label": `Picture with seed ${request.seed}` });
-    const note = el("figcaption", {}, caption(request, group.model));
-    tile.append(el("div", { className: "frame" }, image), bar, note);
-    return {
-      partial(base64, share) {
-        note.textContent = caption(request, group.model);
-        image.src = `data:image/png;base64,${base64}`;
-        bar.value = share;
-      },
-      waiting: (why) => (note.textContent = `waiting: ${why}`),
-      failed(message) {
-        bar.remove();
-        note.textContent = message;
-        note.className = "error";
-      },
-      async done(picture) {
-        try {
-          picture.id = await gallery.keep(picture);
-        } catch {
-          unkept();
-        }
-        finished(tile, picture);
-        counted();
-      },
-    };
-  });
+  return pictures.map((picture) => coming(place.tile(picture.seed), picture));
 }
 
-function groupOf({ prompt, model, seed, steps, time }, compared) {
+function coming(tile, picture) {
+  const image = el("img", { alt: "", className: "partial" });
+  const bar = el("progress", { max: 1, "aria-label": `Picture with seed ${picture.seed}` });
+  const note = el("figcaption", {}, caption(picture));
+  tile.append(el("div", { className: "frame" }, image), bar, note);
+  return {
+    drawn: false,
+    partial(base64, share) {
+      note.textContent = caption(picture);
+      image.src = `data:image/png;base64,${base64}`;
+      bar.value = share;
+    },
+    waiting: (why) => (note.textContent = `waiting: ${why}`),
+    failed(why) {
+      bar.remove();
+      note.textContent = why;
+    },
+    async done(bytes) {
+      this.drawn = true;
+      picture.bytes = bytes;
+      try {
+        picture.id = await gallery.keep(picture);
+      } catch {
+        unkept();
+      }
+      finished(tile, picture);
+    },
+  };
+}
+
+function groupOf({ title, of, seed, steps, time }, compared) {
   const tiles = el("div", { className: compared ? "tiles compared" : "tiles" });
-  const reuse = el("button", { type: "button", onclick: () => again({ title: prompt, of: model, seed, steps }) }, "Use again");
+  const reuse = el("button", { type: "button", onclick: () => again({ title, of, seed, steps }) }, "Use again");
   const remove = el("button", { type: "button", onclick: () => forget(element) }, "Delete");
   const when = new Date(time).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
-  const about = [model === "base" ? "base model" : model, steps && `${steps} steps`, when].filter(Boolean).join(" · ");
-  const element = el("article", {}, el("header", {}, el("h3", {}, prompt), el("p", { className: "soft" }, about), el("div", { className: "actions" }, reuse, remove)), tiles);
+  const about = [of === "base" ? "base model" : of, steps && `${steps} steps`, when].filter(Boolean).join(" · ");
+  const element = el("article", {}, el("header", {}, el("h3", {}, title), el("p", { className: "soft" }, about), el("div", { className: "actions" }, reuse, remove)), tiles);
   return {
     element,
     // Compared, those of one seed stand together.
@@ -84,13 +84,13 @@ function groupOf({ prompt, model, seed, steps, time }, compared) {
   };
 }
 
-function caption({ model, seed }, of) {
-  return model === of ? `seed ${seed}` : "base model";
+function caption({ base, seed }) {
+  return base ? "base model" : `seed ${seed}`;
 }
 
 function finished(tile, picture) {
   const url = URL.createObjectURL(new Blob([picture.bytes], { type: "image/png" }));
-  const text = caption(picture, picture.of);
+  const text = caption(picture);
   const full = picture.base ? `base model, seed ${picture.seed}` : text;
   const open = el("button", { type: "button", className: "frame", onclick: () => enlarge(url, picture) }, el("img", { src: url, alt: `${picture.prompt}, ${full}` }));
   const remove = () => forgetOne(tile, url, picture);

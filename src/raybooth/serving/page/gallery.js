@@ -26,7 +26,8 @@ async function within(mode, work) {
   }
 }
 
-// A picture: { group, time, model, prompt, seed, steps, base, bytes }. Returns its id.
+// A picture: { group, time, of, title, steps } of its request, and { model, prompt, seed, base, bytes } of its own; `base` if it is there for comparison.
+// Returns its id.
 export async function keep(picture) {
   const id = await within("readwrite", (store) => store.add(picture));
   const ids = await within("readonly", (store) => store.getAllKeys());

@@ -3,7 +3,6 @@
 import { draw, json, show } from "./server.js";
 import * as code from "./code.js";
 import { $, debounced, el, say, tell } from "./dom.js";
-import * as gallery from "./gallery.js";
 import { add as addGroup, setUp as setUpFeed } from "./feed.js";
 import * as runs from "./runs.js";
 import * as upload from "./upload.js";
@@ -106,37 +105,37 @@ const roll = () => {
 
 async function submit() {
   if ($("fresh").checked) roll();
-  const { n, ...wanted } = request();
-  const requests = [];
-  for (let i = 0; i < n; i++) {
-    requests.push({ ...wanted, seed: wanted.seed + i });
-    if ($("compare").checked && wanted.model !== "base") requests.push({ ...wanted, model: "base", prompt: withoutToken(wanted.prompt, subject), seed: wanted.seed + i });
-  }
-  const group = { group: crypto.randomUUID?.() ?? String(Math.random()), time: Date.now(), model: wanted.model, prompt: wanted.prompt, steps: wanted.steps ?? null };
+  const wanted = request();
+  const requests = [wanted];
+  if ($("compare").checked && wanted.model !== "base") requests.push({ ...wanted, model: "base", prompt: withoutToken(wanted.prompt, subject) });
+  const group = { group: crypto.randomUUID?.() ?? String(Math.random()), time: Date.now(), of: wanted.model, title: wanted.prompt, steps: wanted.steps ?? null };
+  const pictures = [...Array(wanted.n).keys()].flatMap((i) => requests.map(({ model, prompt, seed }) => ({ ...group, model, prompt, seed: seed + i, base: model !== wanted.model })));
   drawing = new AbortController();
   $("draw").disabled = true;
   $("cancel").hidden = false;
   tell($("trouble"), "");
-  say(`Drawing ${requests.length === 1 ? "a picture" : `${requests.length} pictures`}.`);
-  const tiles = addGroup(group, requests);
-  const ended = await Promise.allSettled(requests.map((r, i) => one(r, group, tiles[i], drawing.signal)));
-  const done = ended.filter((e) => e.status === "fulfilled").length;
-  say(`${done} of ${requests.length} pictures drawn.`);
+  say(`Drawing ${pictures.length === 1 ? "a picture" : `${pictures.length} pictures`}.`);
+  const tiles = addGroup(group, pictures);
+  const ended = await Promise.allSettled(requests.map((r, k) => fill(tiles.filter((_, i) => i % requests.length === k), r, drawing.signal)));
+  say(`${tiles.filter((t) => t.drawn).length} of ${pictures.length} pictures drawn.`);
   const wrong = ended.find((e) => e.reason && e.reason.name !== "AbortError");
   tell($("trouble"), wrong?.reason.message);
   $("draw").disabled = false;
   $("cancel").hidden = true;
 }
 
-async function one(request, group, tile, signal) {
+async function fill(tiles, request, signal) {
+  const kept = [];
   try {
-    const base64 = await draw(request, { signal, partial: tile.partial, waiting: tile.waiting });
-    const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
-    const picture = { ...group, prompt: request.prompt, model: request.model, title: group.prompt, of: group.model, seed: request.seed, base: request.model !== group.model, bytes };
-    await tile.done(picture);
-  } catch (error) {
-    tile.failed(error.name === "AbortError" ? "cancelled" : error.message);
-    throw error;
+    await draw(request, {
+      signal,
+      partial: (i, base64, share) => tiles[i].partial(base64, share),
+      done: (i, base64) => kept.push(tiles[i].done(Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)))),
+      waiting: (why) => tiles.forEach((t) => t.waiting(why)),
+    });
+  } finally {
+    await Promise.all(kept);
+    for (const tile of tiles) if (!tile.drawn) tile.failed(signal.aborted ? "cancelled" : "not drawn");
   }
 }
 
@@ -151,20 +150,6 @@ function again({ title, of, seed, steps }) {
   changed();
   $("prompt").focus();
   scrollTo({ top: 0 });
-}
-
-// --- code
-
-async function copy() {
-  const text = $("snippet").textContent;
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {
-    getSelection().selectAllChildren($("snippet")); // without https there is no clipboard but this one
-    document.execCommand("copy");
-  }
-  $("copy").textContent = "Copied";
-  setTimeout(() => ($("copy").textContent = "Copy"), 1500);
 }
 
 // --- all together
@@ -186,7 +171,7 @@ $("dice").onclick = () => {
   $("fresh").checked = false;
 };
 $("cancel").onclick = () => drawing?.abort();
-$("copy").onclick = copy;
+$("copy").onclick = code.copy;
 
 roll();
 setUpFeed(again);

@@ -98,19 +98,17 @@ export async function* events(response) {
   }
 }
 
-// One picture. `partial(base64, share)` hears of it as it clears up, `waiting(why)` when it has to wait. Returns its base64.
-export async function draw(request, { signal, partial, waiting }) {
+// The n pictures of a request: `partial(i, base64, share)` hears of them as they clear up, `done(i, base64)` when they are, `waiting(why)` of a busy server.
+export async function draw(request, { signal, partial, done, waiting }) {
   const asked = 3;
-  const body = JSON.stringify({ ...request, n: 1, response_format: "b64_json", stream: true, partial_images: asked });
+  const body = JSON.stringify({ ...request, response_format: "b64_json", stream: true, partial_images: asked });
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body, signal };
   const response = await patiently(() => call("/v1/images/generations", options), signal, waiting);
-  if (!response.headers.get("Content-Type")?.includes("text/event-stream")) return (await response.json()).data[0].b64_json;
   for await (const event of events(response)) {
-    if (event.error) throw new Refusal(response.status, event.error.message ?? "The server broke off");
-    if (event.type === "image_generation.partial_image") partial(event.b64_json, (event.partial_image_index + 1) / (asked + 1));
-    if (event.type === "image_generation.completed") return event.b64_json;
+    if (event.error) throw new Refusal(response.status, event.error.message);
+    if (event.type === "image_generation.partial_image") partial(event.index, event.b64_json, (event.partial_image_index + 1) / (asked + 1));
+    if (event.type === "image_generation.completed") done(event.index, event.b64_json);
   }
-  throw new Refusal(0, "The server broke off before the picture was complete.");
 }
 
 async function patiently(work, signal, waiting) {

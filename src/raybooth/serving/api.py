@@ -111,7 +111,7 @@ def _described_model(s: Subject) -> Model:
 def _generations(subjects: Subjects, office: Office, limits: Limits) -> APIRouter:
     router = APIRouter(tags=["images"])
     Asked = bounded(limits)  # noqa: N806
-    streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
     @router.post(
         "/v1/images/generations", response_model=ImageAnswer, response_model_exclude_none=True,

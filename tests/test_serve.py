@@ -1,0 +1,132 @@
+"""`raybooth serve` as people start it: replicas behind Ray Serve, one of which is killed under load, and what it refuses to start with."""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import psutil
+import pytest
+from stored import make_run
+
+from raybooth.cli import main
+
+GENERATIONS = "/v1/images/generations"
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[str, int]]:
+    """URL and process id of a server; stopped by Ctrl-C at the end, and nothing of it is left."""
+    command = [sys.executable, "-m", "raybooth", "serve", "--port", "0", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"RAY_AUTH_MODE": "disabled"}) as process:
+        said = ""
+        assert process.stderr is not None
+        for line in process.stderr:
+            said += line
+            if found := re.search(r"http://[\d.]+:\d+", line):
+                break
+        else:
+            raise AssertionError(said)
+        children = psutil.Process(process.pid).children(recursive=True)
+        try:
+            yield found[0], process.pid
+        finally:
+            process.send_signal(signal.SIGINT)
+            rest = process.stderr.read()
+            assert process.wait(60) == 0, rest
+    assert "serve: stopped" in rest
+    assert "Traceback" not in rest, rest
+    gone, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+def replicas(pid: int) -> list[psutil.Process]:
+    found = psutil.Process(pid).children(recursive=True)
+    return [p for p in found if "ServeReplica:raybooth:Drawer" in " ".join(p.cmdline())]
+
+
+def asked(model: str, seed: int, **more: Any) -> dict[str, Any]:
+    return {"prompt": "photo of a dog", "model": model, "seed": seed, "metadata": False, **more}
+
+
+def test_a_replica_is_killed_under_load_and_a_subject_comes_and_goes(tmp_path: Path, toy: Path):
+    folder = tmp_path / "kennel"
+    for i, name in enumerate(("rex", "lassie")):
+        make_run(folder / name, toy, i)
+
+    async def scenario(url: str, pid: int) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+
+            async def draw(model: str, seed: int) -> tuple[int, Any]:
+                answer = await http.post(GENERATIONS, json=asked(model, seed))
+                return answer.status_code, answer.json()
+
+            def picture(answer: tuple[int, Any]) -> str:
+                assert answer[0] == 200, answer
+                return str(answer[1]["data"][0]["b64_json"])
+
+            models = ("rex", "lassie", "base")
+            alone = {(m, s): picture(await draw(m, s)) for m in models for s in (1, 2)}
+            assert len(set(alone.values())) == 6
+
+            make_run(folder / "fido", toy, 3)
+            await asyncio.sleep(1.2)
+            assert {m["id"] for m in (await http.get("/v1/models")).json()["data"]} == {*models, "fido"}
+            assert picture(await draw("fido", 1)) not in alone.values()
+            shutil.rmtree(folder / "fido")
+            await asyncio.sleep(1.2)
+            assert (await draw("fido", 1))[0] == 404
+
+            waiting = [asyncio.create_task(draw(m, s)) for _ in range(8) for m, s in alone]
+            await asyncio.sleep(0.2)
+            (replica,) = replicas(pid)
+            replica.send_signal(signal.SIGKILL)
+            began = time.monotonic()
+            for task, key in zip(waiting, [key for _ in range(8) for key in alone], strict=True):
+                answer = await task
+                if answer[0] == 200:
+                    assert picture(answer) == alone[key], "drawn again it is the same"
+                else:
+                    assert answer[0] == 503
+                    assert answer[1]["error"]["type"] == "server_error"
+            while (await draw("rex", 1))[0] != 200:
+                await asyncio.sleep(0.2)
+            seconds = time.monotonic() - began
+            print(f"whole again {seconds:.1f} s after SIGKILL")
+            assert seconds < 120  # 20 s on two cores that are free; a bound against never
+            assert replicas(pid) != [replica]
+            assert (await http.get("/healthz")).json() == {"status": "ok"}
+
+    with serving(str(folder), "--replicas", "1") as (url, pid):
+        asyncio.run(scenario(url, pid))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["{storage}", "--host", "0.0.0.0"], "there are no API keys"),
+        (["{storage}", "--api-key-file", "{storage}/none"], "cannot be read"),
+        (["{storage}/none"], "There is no"),
+        (["{storage}"], "no finished run"),
+        (["{storage}", "--base", "no/such"], "not a model folder"),
+        (["{storage}", "--replicas", "4-1"], "--replicas 4-1"),
+        (["{storage}", "--port", "{taken}"], "cannot be listened at"),
+    ],
+)
+def test_what_it_does_not_start_with(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = [] if "--port" in arguments else ["--port", "0"]
+        given = [a.format(storage=tmp_path, taken=taken.getsockname()[1]) for a in arguments]
+        assert main(["serve", *given, *port]) == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

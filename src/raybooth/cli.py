@@ -82,6 +82,7 @@ def _serve_options(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--safety", choices=("on", "off"), default="on", help="the safety checker of the base, if it has one (default: %(default)s)")
     serve.add_argument("--replicas", metavar="N", help="how many draw at once, as 2 or 1-4 (default: up to one a GPU, or one a core for small models)")
     serve.add_argument("--base", metavar="MODEL", help="local folder or mini, where no run tells (default: the first run's)")
+    serve.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a setting of the runs that are started from the page")
     serve.add_argument("--address", help="of a Ray cluster, 'auto' for the one this machine is in (default: start Ray here)")
 
 

@@ -62,7 +62,7 @@ def gather(sources: Iterable[str], fetch_dataset: Callable[[str], Path]) -> Gath
         given = ", ".join(sources) or "nothing"
         seen = "".join(f"; {name}: {reason}" for name, reason in skipped[:3])
         raise RayboothError(f"There are no photographs in {given}{seen}. Give three to ten pictures of the subject with --photos.")
-    _refuse_duplicates(photos)
+    refuse_duplicates(photos)
     return Gathered(photos, skipped)
 
 
@@ -99,7 +99,7 @@ def _download(url: str) -> bytes:
     return data
 
 
-def _refuse_duplicates(photos: list[Photo]) -> None:
+def refuse_duplicates(photos: list[Photo]) -> None:
     first: dict[str, str] = {}
     for photo in photos:
         twin = first.setdefault(photo.sha256, photo.name)

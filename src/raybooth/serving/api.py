@@ -9,7 +9,6 @@ import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
-from starlette.staticfiles import StaticFiles
 
 from raybooth import __version__
 from raybooth.serving import errors
@@ -18,6 +17,7 @@ from raybooth.serving.generations import ClientGoneError, Draw, Office, job_of
 from raybooth.serving.guard import Guard
 from raybooth.serving.metrics import Measured, Metrics
 from raybooth.serving.schemas import DEFAULTS, Health, ImageAnswer, ImageRequest, Limits, Model, Models, bounded
+from raybooth.serving.static import Files
 from raybooth.serving.subjects import Subject, Subjects
 
 Healthy = Callable[[], Awaitable[bool]]
@@ -54,7 +54,7 @@ def create_app(
         app.include_router(router)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     if page:
-        app.mount("/", StaticFiles(directory=page, html=True), name="page")
+        app.mount("/", Files(page), name="page")
     app.add_middleware(Guard, keys=keys, hosts=hosts, limits=limits)
     app.add_middleware(Measured, metrics=metrics)
     return app

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from raybooth.base_model import local_source
 from raybooth.errors import RayboothError
-from raybooth.serving.subjects import Subject, Subjects
+from raybooth.families import mini_folder
+from raybooth.families.lora import WEIGHTS
+from raybooth.serving.subjects import Subject, Subjects, of_base
 from raybooth.workspace import files_under
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi import APIRouter, FastAPI
 
     from raybooth.cluster.serving import Served
     from raybooth.serving.desk import Desk, Drawn, Job
@@ -30,6 +32,7 @@ class Options:
     """What the command line says.
 
     Attributes:
+        set: settings of the runs that are started here.
         replicas: as "2", or "1-4" for fewest and most; None: as many as there are GPUs, or cores for small models.
     """
 
@@ -42,6 +45,7 @@ class Options:
     replicas: str | None = None
     base: str | None = None
     address: str | None = None
+    set: Sequence[str] = ()
 
 
 def serve(options: Options) -> None:
@@ -72,6 +76,7 @@ def serve(options: Options) -> None:
     from raybooth.cluster.session import connected
     from raybooth.serving.api import create_app
     from raybooth.serving.schemas import Limits
+    from raybooth.serving.static import PAGE
 
     os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers give way to everything else; people wait for these
     limits, size = Limits(), sum((base.weights / n).stat().st_size for n in files_under(base.weights))
@@ -80,7 +85,8 @@ def serve(options: Options) -> None:
         with served(
             make, have=have, model_bytes=size, replicas=(fewest, most), batch=base.batch, queue=limits.queue, joined=options.address is not None
         ) as drawers:
-            app = create_app(subjects, drawing(drawers), limits, keys, LOOPBACK if local else None, drawers.healthy)
+            hosts = LOOPBACK if local else None
+            app = create_app(subjects, drawing(drawers), limits, keys, hosts, drawers.healthy, _runs(options, base), PAGE)
             names = ", ".join(subjects.found())
             port = listening.getsockname()[1]
             host = f"[{options.host}]" if ":" in options.host else options.host
@@ -110,6 +116,17 @@ def slot_rank(subjects: Subjects) -> int:
     """Of the largest adapters, rounded up to a power of two: last bits depend on it, so it should seldom change. Larger ones that come later go alone."""
     most = max((s.rank for s in subjects.found().values()), default=0)
     return max(16, 1 << (most - 1).bit_length()) if most else 16
+
+
+def _runs(options: Options, base: Subject) -> "list[APIRouter]":
+    """Runs may be started where a folder of runs is served: they go into the first one."""
+    from raybooth.serving.runs import runs_router
+
+    local = [Path(p).expanduser() for p in options.paths if "://" not in p]
+    folders = [p for p in local if p.is_dir() and not any((p / name).exists() for name in ("config.json", "fine-tuned-model", WEIGHTS))]
+    # mini by its name, which brings its own settings along.
+    name = "mini" if of_base(mini_folder()).base == base.base else str(base.weights)
+    return [runs_router(folders[0], name, options.set)] if folders else []
 
 
 def drawing(drawers: "Served") -> "Draw":

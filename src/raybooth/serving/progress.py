@@ -1,0 +1,171 @@
+"""How far a run has come, read from what lies in its storage: manifests, work in progress, readings, its log. Nothing is kept beside it."""
+
+import contextlib
+import fcntl
+import json
+import re
+import time
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from raybooth.config import Config, load
+from raybooth.stages import SHEET
+from raybooth.workspace import read_manifest
+
+State = Literal["queued", "running", "done", "failed", "stopped"]
+LOG = "run.log"
+"""What a run that was started here says; a storage without one was made elsewhere."""
+MOST_READINGS = 400  # of the losses: more than a line on a page can show
+SHOWN = {"class-images": 8, "checkpoint-images/*": 4, "output-images": 24}
+"""Folders whose pictures are shown while a run goes on, and how many of each."""
+OUTPUTS = {"instance-images": ".png", "class-images": ".png", "latents": ".safetensors", "output-images": ".png"}
+"""What the stages make, to be counted."""
+
+
+class Step(BaseModel):
+    """One stage of a run, and how much of its work is done."""
+
+    name: str
+    done: int
+    total: int
+
+
+class Progress(BaseModel):
+    """A run."""
+
+    id: str
+    class_: str = Field(serialization_alias="class")
+    token: str
+    state: State
+    error: str | None = Field(description="what went wrong, and what to do")
+    stage: str | None = Field(description="the one that is being worked on")
+    stages: list[Step]
+    step: int = Field(description="optimizer steps done, of `steps`")
+    steps: int
+    losses: list[tuple[int, float]] = Field(description="(step, loss), each a mean since the one before")
+    seconds: float = Field(description="since it was last begun, till now or till its end")
+    pictures: list[str] = Field(description="where to fetch the pictures there are by now")
+
+
+def progress(storage: Path, state: State | None = None) -> Progress:
+    """All that is to be known of the run in `storage`.
+
+    Args:
+        state: "queued" or "running", where whoever started it knows.
+
+    Raises:
+        RayboothError: if its configuration cannot be read.
+    """
+    config, error = load(storage / "config.json"), None
+    if state is None:
+        state, error = _state(storage)
+    readings = _readings(storage)
+    step = readings[-1][0] if readings else 0
+    stages = _stages(storage, config, step)
+    current = next((s.name for s in stages if s.done < s.total), None)
+    return Progress(
+        id=storage.name,
+        class_=config.subject.class_name,
+        token=config.subject.token,
+        state=state,
+        error=error,
+        stage=current if state in ("queued", "running") else None,
+        stages=stages,
+        step=step,
+        steps=config.finetune.steps,
+        losses=readings[:: len(readings) // MOST_READINGS + 1],
+        seconds=_seconds(storage, state),
+        pictures=[f"/api/runs/{storage.name}/pictures/{name}" for name in _pictures(storage)],
+    )
+
+
+def picture(storage: Path, name: str) -> Path | None:
+    """Where the picture of one of Progress's addresses lies now; None of anything else."""
+    if name not in _pictures(storage):
+        return None
+    folder, _, file = name.rpartition("/")
+    return _files(storage / folder, ".png").get(file)
+
+
+def held(storage: Path) -> bool:
+    """Whether a run, whoever started it, is at work in the storage."""
+    try:
+        with (storage / ".lock").open() as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _pictures(storage: Path) -> list[str]:
+    """Relative to the storage: `checkpoint-images/0000100/photo-of-...png`."""
+    names = []
+    for pattern, most in SHOWN.items():
+        for folder in sorted(storage.glob(pattern)):
+            names += [f"{folder.relative_to(storage)}/{name}" for name in sorted(_files(folder, ".png"))[:most]]
+    return names
+
+
+def _files(folder: Path, suffix: str) -> dict[str, Path]:
+    """Outputs of a stage, complete or in progress, by name."""
+    found: dict[str, Path] = {}
+    for place in [*folder.glob(".partial-*"), folder]:
+        with contextlib.suppress(FileNotFoundError):  # it has just moved in
+            found |= {p.name: p for p in place.iterdir() if p.suffix == suffix and not p.name.startswith(".") and p.name != SHEET}
+    return found
+
+
+def _stages(storage: Path, config: Config, step: int) -> list[Step]:
+    subject, generate = config.subject, config.generate
+    photographs = sum(1 for _ in (storage / "photographs").glob("*"))
+    instances = photographs * (1 + subject.crops) * (1 + subject.flip)
+    prompts = 0 if config.finetune.text_encoder else 2
+    made = {name: len(_files(storage / name, suffix)) for name, suffix in OUTPUTS.items()}
+    rows = [
+        ("prepare", "instance-images", made["instance-images"], instances),
+        ("class-images", "class-images", made["class-images"], config.prior.drawn),
+        ("encode", "latents", made["latents"], instances + config.prior.drawn + prompts),
+        ("finetune", "fine-tuned-model", step, config.finetune.steps),
+        ("generate", "output-images", made["output-images"], len(generate.prompts) * generate.images_per_prompt),
+    ]
+    # Work in progress may be complete before it has moved in; what is finished is whole, whatever was expected.
+    return [
+        Step(name=name, done=total if read_manifest(storage / folder) else min(done, total - 1), total=total)
+        for name, folder, done, total in rows if total
+    ]  # fmt: skip
+
+
+def _state(storage: Path) -> tuple[State, str | None]:
+    """Of a run that nobody here has started, and what went wrong with it."""
+    if held(storage):
+        return "running", None
+    if read_manifest(storage / "output-images"):
+        return "done", None
+    text = (storage / LOG).read_text(errors="replace")
+    last = next((line.strip() for line in reversed(re.split(r"[\r\n]", text)) if line.strip()), "")
+    if last.startswith("raybooth: stopped"):
+        return "stopped", None
+    if last.startswith("raybooth: "):
+        return "failed", last.removeprefix("raybooth: ")
+    return ("failed", last) if "Traceback (most recent call last)" in text else ("stopped", None)
+
+
+def _readings(storage: Path) -> list[tuple[int, float]]:
+    try:
+        rows = [json.loads(line) for line in (storage / "metrics.jsonl").read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def _seconds(storage: Path, state: State) -> float:
+    try:
+        began = (storage / ".lock").stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+    end = time.time() if state == "running" else (storage / LOG).stat().st_mtime
+    return round(max(0.0, end - began), 1)

@@ -1,0 +1,121 @@
+"""Runs one after another, each `raybooth run` in a process and session of its own, with its log in the storage."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from raybooth.serving.progress import LOG, State, held
+
+Command = Callable[[Path], list[str]]
+
+
+def command(storage: Path) -> list[str]:
+    """What makes and, run again, resumes the run in `storage`."""
+    return [sys.executable, "-m", "raybooth", "run", str(storage / "config.json"), "--storage", str(storage)]
+
+
+class Queue:
+    """At most `running` at a time, at most `waiting` behind them.
+
+    What it knows dies with the server; what has become of a run is told by its storage and its log.
+    A run outlives a server that is killed (its lock tells), and ends with one that is closed.
+    """
+
+    def __init__(self, command: Command = command, running: int = 1, waiting: int = 8, grace: float = 20):
+        self.command, self.running, self.waiting, self.grace = command, running, waiting, grace
+        self._lock = threading.Lock()
+        self._waiting: deque[Path] = deque()
+        self._live: dict[Path, subprocess.Popen[bytes]] = {}
+        self._stopping: set[Path] = set()
+
+    @property
+    def full(self) -> bool:
+        return len(self._live) >= self.running and len(self._waiting) >= self.waiting
+
+    def put(self, storage: Path) -> bool:
+        """Whether there was room for it."""
+        with self._lock:
+            if self.full:
+                return False
+            (storage / LOG).write_bytes(b"")
+            self._waiting.append(storage)
+            self._begin()
+        return True
+
+    def state(self, storage: Path) -> State | None:
+        if storage in self._live:
+            return "running"
+        return "queued" if storage in self._waiting else None
+
+    def stop(self, storage: Path) -> None:
+        """Ctrl-C, and SIGKILL for what does not listen to it; returns at once."""
+        with self._lock:
+            if storage in self._waiting:
+                return self._waiting.remove(storage)
+            process = self._live.get(storage)
+            if process:
+                self._stopping.add(storage)
+        pid = process.pid if process else _holder(storage)
+        if pid:
+            threading.Thread(target=self._end, args=(pid, lambda: not (process.poll() is None if process else held(storage)))).start()
+
+    def close(self) -> None:
+        """Stop everything, and wait for it."""
+        with self._lock:
+            self._waiting.clear()
+        for storage in list(self._live):
+            self.stop(storage)
+        until = time.monotonic() + self.grace + 5
+        while self._live and time.monotonic() < until:
+            time.sleep(0.05)
+
+    def _begin(self) -> None:
+        while self._waiting and len(self._live) < self.running:
+            storage = self._waiting.popleft()
+            with (storage / LOG).open("wb") as log:
+                process = subprocess.Popen(
+                    self.command(storage), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                    # People wait for pictures: the server's workers do not give way to others, those of a run do.
+                    env={k: v for k, v in os.environ.items() if k != "RAY_worker_niceness"},
+                )  # fmt: skip
+            self._live[storage] = process
+            threading.Thread(target=self._watch, args=(storage, process), daemon=True).start()
+
+    def _watch(self, storage: Path, process: "subprocess.Popen[bytes]") -> None:
+        status = process.wait()
+        with self._lock, (storage / LOG).open("a") as log:
+            if storage in self._stopping:
+                log.write("\nraybooth: stopped.\n")
+            elif status < 0:
+                log.write(f"\nraybooth: the run was ended by {signal.Signals(-status).name}, perhaps for lack of memory. Resumed, it goes on from there.\n")
+            (storage / LOG).touch()  # its end, whatever it said
+            self._stopping.discard(storage)
+            del self._live[storage]
+            self._begin()
+
+    def _end(self, pid: int, gone: Callable[[], bool]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
+            until = time.monotonic() + self.grace
+            while time.monotonic() < until:
+                if gone():
+                    return
+                time.sleep(0.05)
+            os.killpg(pid, signal.SIGKILL)
+
+
+def _holder(storage: Path) -> int | None:
+    """The process of this machine that holds the storage, left behind by a server that was killed."""
+    if not held(storage):
+        return None
+    found = re.search(r"@(\S+), process (\d+)$", (storage / ".lock").read_text())
+    return int(found[2]) if found and found[1] == socket.gethostname() else None

@@ -1,0 +1,118 @@
+"""Photographs and a few words from a browser to a storage that `raybooth run` can start from."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from raybooth import config as configuration
+from raybooth.config import Config, merged
+from raybooth.errors import RayboothError
+from raybooth.photos import SUFFIXES, Photo, refuse_duplicates, square
+from raybooth.serving.errors import ApiError
+from raybooth.serving.progress import LOG
+from raybooth.serving.subjects import BASE, ID
+from raybooth.workspace import write_atomically
+
+MOST_PHOTOGRAPHS = 50
+FORM = {
+    "type": "object",
+    "required": ["photos", "name", "class"],
+    "properties": {
+        "photos": {"type": "array", "maxItems": MOST_PHOTOGRAPHS, "items": {"type": "string", "format": "binary"}},
+        "name": {"type": "string", "pattern": f"^{ID.pattern}$", "description": "what it will be served as"},
+        "class": {"type": "string", "description": "what it is an instance of, such as dog"},
+        "token": {"type": "string", "description": "the rare word that will name it; default: unqtkn"},
+    },
+}
+ADAPTERS: dict[str, Any] = {"finetune": {"method": "lora", "lr": 1e-4}}
+"""Adapters, because those of many subjects are drawn with in one batch."""
+ADAPTERS_ON_MINI: dict[str, Any] = {"finetune": {"method": "lora", "lr": 1e-3, "steps": 400}}
+
+
+async def read(request: Request) -> tuple[dict[str, str], list[Photo]]:
+    """The fields and photographs of a multipart request.
+
+    Raises:
+        ApiError: if it is none, or too much.
+    """
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ApiError(400, "Send the photographs as multipart/form-data, with the fields photos, name and class.", "invalid_content_type")
+    try:
+        async with request.form(max_files=MOST_PHOTOGRAPHS, max_fields=8, max_part_size=4096) as form:
+            files = [f for f in form.getlist("photos") if isinstance(f, UploadFile)]
+            photos = [Photo(f.filename or f"photograph {i}", await f.read()) for i, f in enumerate(files, 1)]
+            return {k: v.strip() for k, v in form.items() if isinstance(v, str)}, photos
+    except HTTPException as error:  # what starlette makes of a broken form, or one that is too long
+        if error.status_code != 400:
+            raise
+        raise ApiError(400, f"The upload cannot be read ({error.detail.rstrip('.')}): send 1 to {MOST_PHOTOGRAPHS} photographs.", "invalid_value") from None
+
+
+def check_name(name: str) -> None:
+    """Raises: ApiError, if it is not one that a folder and a model may have."""
+    if not ID.fullmatch(name):
+        message = f"The name {name!r} is not possible: use letters, digits, dots, dashes and underscores, at most 64, a letter or digit first."
+        raise ApiError(400, message, "invalid_value", "name")
+    if name.lower() == BASE:
+        raise _taken(name)
+
+
+def settings(storage: Path, base: str, fields: dict[str, str], overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a run started here: adapters on the server's base, and `overrides` as the command line's --set.
+
+    Raises:
+        RayboothError: naming the field, what is wrong with it and what to do.
+    """
+    subject: dict[str, Any] = {"photos": [str(storage / "photographs")], "class": fields.get("class", "")}
+    if fields.get("token"):
+        subject["token"] = fields["token"]
+    values = {"subject": subject, "base": {"model": base}, "storage": str(storage)}
+    return configuration.load(None, overrides, **merged(ADAPTERS_ON_MINI if base == "mini" else ADAPTERS, values))
+
+
+def store(storage: Path, config: Config, photos: list[Photo]) -> None:
+    """A storage with the photographs, under numbers (the names that came with them go nowhere), and the configuration: whole or not at all.
+
+    Raises:
+        RayboothError: if a photograph is none, is too small, or is there twice.
+        ApiError: if there is a storage of that name already.
+    """
+    if not photos:
+        raise RayboothError("There are no photographs: choose three to ten pictures of the subject.")
+    refuse_duplicates(photos)
+    for photo in photos:
+        square(photo, 64)
+    storage.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".upload-", dir=storage.parent))
+    try:
+        for i, photo in enumerate(photos):
+            suffix = Path(photo.name).suffix.lower()
+            write_atomically(scratch / "photographs" / f"{i:02d}{suffix if suffix in SUFFIXES else '.jpg'}", photo.data)
+        text = json.dumps(config.model_dump(by_alias=True, mode="json"), indent=1, ensure_ascii=False)
+        write_atomically(scratch / "config.json", text.encode())
+        write_atomically(scratch / LOG, b"")
+        scratch.chmod(0o755)  # mkdtemp's are for their owner alone
+        refuse_taken(storage)
+        os.rename(scratch, storage)
+    except OSError:
+        refuse_taken(storage)  # by another upload, in between
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_taken(storage: Path) -> None:
+    if storage.exists():
+        raise _taken(storage.name)
+
+
+def _taken(name: str) -> ApiError:
+    return ApiError(409, f"There is a subject {name} already: choose another name.", "name_taken", "name")

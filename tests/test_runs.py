@@ -1,0 +1,238 @@
+"""Upload and run over HTTP: what is taken, what is refused, what a restart of the server remembers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from raybooth.config import load
+from raybooth.mini.world import render, subject_scenes
+from raybooth.photos import png
+from raybooth.serving import errors, uploads
+from raybooth.serving.queue import Queue
+from raybooth.serving.queue import command as real_command
+from raybooth.serving.runs import runs_router
+
+PHOTOS = [png(render(scene)) for scene in subject_scenes(1, "dog", 5)]
+SETTINGS = ["prior.images=4", "finetune.steps=40", "generate.images_per_prompt=1"]
+
+
+def command(storage: Path) -> list[str]:
+    return [sys.executable, str(Path(__file__).with_name("stand_in.py")), str(storage)]
+
+
+def serve(root: Path, **queue: Any) -> TestClient:
+    app = FastAPI()
+    errors.install(app)
+    app.include_router(runs_router(root, "mini", SETTINGS, Queue(command, **{"grace": 1, **queue})))
+    return TestClient(app)
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[TestClient]:
+    with serve(tmp_path) as made:
+        yield made
+
+
+def upload(client: TestClient, name: str = "rex", photos: list[bytes] = PHOTOS, class_name: str = "dog", file: str = "IMG.PNG", **fields: str) -> Any:
+    files = [("photos", (file, data)) for data in photos]
+    return client.post("/api/runs", data={"name": name, "class": class_name, **fields}, files=files or {"none": b""})
+
+
+def until(client: TestClient, holds: Callable[[dict[str, Any]], Any], name: str = "rex") -> dict[str, Any]:
+    end = time.monotonic() + 30
+    while not holds(run := client.get(f"/api/runs/{name}").json()):
+        assert time.monotonic() < end, run
+        time.sleep(0.03)
+    return run
+
+
+def message(response: Any) -> str:
+    return response.json()["error"]["message"]
+
+
+def test_from_photographs_to_a_subject(client: TestClient, tmp_path: Path):
+    begun = upload(client, token="sks")
+    assert begun.status_code == 202, begun.text
+    assert begun.json()["id"] == "rex"
+    done = until(client, lambda r: r["state"] == "done")
+    assert [(s["name"], s["done"], s["total"]) for s in done["stages"]] == [
+        ("prepare", 5, 5), ("class-images", 4, 4), ("encode", 9, 9), ("finetune", 40, 40), ("generate", 6, 6)]  # fmt: skip
+    assert (done["step"], done["steps"], done["stage"], done["error"]) == (40, 40, None, None)
+    assert done["losses"] == [[10, 0.1], [20, 0.05], [30, pytest.approx(1 / 30)], [40, 0.025]]
+    assert done["seconds"] > 0
+    assert any("/checkpoint-images/0000100/" in p for p in done["pictures"])
+    for url in done["pictures"]:
+        assert client.get(url).content.startswith(b"\x89PNG")
+    assert [r["id"] for r in client.get("/api/runs").json()["runs"]] == ["rex"]
+    config = load(tmp_path / "rex" / "config.json")
+    assert (config.finetune.method, config.base.model, config.subject.token, config.subject.class_name) == ("lora", "mini", "sks", "dog")
+    assert sorted(p.name for p in (tmp_path / "rex" / "photographs").iterdir()) == [f"0{i}.png" for i in range(5)]
+    assert (tmp_path / "rex" / "photographs" / "03.png").read_bytes() == PHOTOS[3]
+
+
+def test_the_command_makes_what_the_settings_say(tmp_path: Path):
+    """The real one, as far as its configuration: it must be read back as it was written."""
+    config = uploads.settings(tmp_path / "rex", "mini", {"class": "dog"}, SETTINGS)
+    uploads.store(tmp_path / "rex", config, [uploads.Photo("a.png", PHOTOS[0])])
+    from raybooth.cli import config_of, parser
+
+    assert config_of(parser().parse_args(real_command(tmp_path / "rex")[3:])) == config
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "..", "-x", "a/b", "../up", "a b", "x" * 65, "é", "a\nb", "%2e%2e"])
+def test_names_that_are_no_names(client: TestClient, tmp_path: Path, name: str):
+    refused = upload(client, name)
+    assert refused.status_code == 400
+    assert "letters, digits" in message(refused)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_is_taken_once(client: TestClient, tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    assert upload(client, "mine").status_code == 409
+    assert upload(client, "Base").status_code == 409
+    assert upload(client).status_code == 202
+    assert upload(client).status_code == 409
+    assert not list((tmp_path / "mine").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"photos": [b"not a picture"]}, "is not a picture"),
+        ({"photos": [PHOTOS[0][:300]]}, "damaged or cut off"),
+        ({"photos": [PHOTOS[0], PHOTOS[0]]}, "same photograph"),
+        ({"photos": []}, "no photographs"),
+        ({"class_name": ""}, "subject.class is empty"),
+        ({"token": "dog"}, "choose a rare word"),
+        ({"token": "x" * 101}, "subject.token"),
+    ],
+)
+def test_what_cannot_be_learnt_is_refused_at_once(client: TestClient, tmp_path: Path, change: dict[str, Any], sentence: str):
+    refused = upload(client, **change)
+    assert refused.status_code == 400, refused.text
+    assert sentence in message(refused)
+    assert str(tmp_path) not in message(refused)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_names_of_files_go_nowhere(client: TestClient, tmp_path: Path):
+    assert upload(client, photos=PHOTOS[:1], file="../../../evil.sh").status_code == 202
+    assert [p.name for p in (tmp_path / "rex" / "photographs").iterdir()] == ["00.jpg"]
+    assert not list(tmp_path.parent.glob("evil*"))
+
+
+def test_too_much_is_not_taken(client: TestClient, tmp_path: Path):
+    assert "Too many files" in message(upload(client, photos=PHOTOS[:1] * 51))
+    assert client.post("/api/runs", json={"name": "rex"}).status_code == 400
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_runs_and_few_wait(tmp_path: Path):
+    (tmp_path / "hold").touch()
+    with serve(tmp_path, waiting=1) as client:
+        upload(client)
+        until(client, lambda r: r["step"] == 10)
+        assert upload(client, "second").json()["state"] == "queued"
+        refused = upload(client, "third")
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
+        assert not (tmp_path / "third").exists()
+        assert client.delete("/api/runs/second").json()["state"] == "stopped"
+        assert client.post("/api/runs/second/resume").json()["state"] == "queued"
+        (tmp_path / "hold").unlink()
+        until(client, lambda r: r["state"] == "done", "second")
+        assert client.get("/api/runs/rex").json()["state"] == "done"
+
+
+@pytest.mark.parametrize("class_name", ["dog", "mule"])
+def test_a_run_is_stopped_and_goes_on(client: TestClient, tmp_path: Path, class_name: str):
+    (tmp_path / "hold").touch()
+    upload(client, class_name=class_name)
+    until(client, lambda r: r["step"] == 10)
+    assert client.delete("/api/runs/rex").status_code == 202
+    stopped = until(client, lambda r: r["state"] != "running")
+    assert (stopped["state"], stopped["error"], stopped["stage"]) == ("stopped", None, None)
+    (tmp_path / "hold").unlink()
+    assert client.post("/api/runs/rex/resume").status_code == 202
+    until(client, lambda r: r["state"] == "done")
+    assert client.post("/api/runs/rex/resume").status_code == 409
+
+
+def test_a_failure_is_told_in_its_sentence(client: TestClient):
+    upload(client, class_name="failure")
+    failed = until(client, lambda r: r["state"] != "running")
+    assert (failed["state"], failed["error"]) == ("failed", "The loss is not finite: lower finetune.lr.")
+
+
+def test_a_run_that_was_killed_says_so(client: TestClient, tmp_path: Path):
+    (tmp_path / "hold").touch()
+    upload(client)
+    until(client, lambda r: r["step"] == 10)
+    os.kill(int((tmp_path / "rex" / ".lock").read_text().rpartition(" ")[2]), signal.SIGKILL)
+    killed = until(client, lambda r: r["state"] != "running")
+    assert killed["state"] == "failed"
+    assert "SIGKILL" in killed["error"]
+
+
+def test_a_restart_forgets_nothing(tmp_path: Path):
+    with serve(tmp_path) as client:
+        upload(client, "ready")
+        until(client, lambda r: r["state"] == "done", "ready")
+        upload(client, "bad", class_name="failure")
+        until(client, lambda r: r["state"] == "failed", "bad")
+        (tmp_path / "hold").touch()
+        upload(client, "half")
+        until(client, lambda r: r["step"] == 10, "half")
+        upload(client, "never")
+    # The server was closed: nothing goes on behind its back.
+    with serve(tmp_path) as client:
+        states = {r["id"]: r["state"] for r in client.get("/api/runs").json()["runs"]}
+        assert states == {"ready": "done", "bad": "failed", "half": "stopped", "never": "stopped"}
+        assert client.get("/api/runs/half").json()["step"] == 10
+        (tmp_path / "hold").unlink()
+        client.post("/api/runs/never/resume")
+        until(client, lambda r: r["state"] == "done", "never")
+
+
+def test_a_run_whose_server_was_killed_is_seen_and_stopped(tmp_path: Path):
+    with serve(tmp_path) as client:
+        (tmp_path / "hold").touch()
+        config = uploads.settings(tmp_path / "rex", "mini", {"class": "dog"}, SETTINGS)
+        uploads.store(tmp_path / "rex", config, [uploads.Photo("a.png", PHOTOS[0])])
+        orphan = subprocess.Popen(command(tmp_path / "rex"), start_new_session=True, stderr=subprocess.DEVNULL)
+        until(client, lambda r: r["step"] == 10)
+        assert client.get("/api/runs/rex").json()["state"] == "running"
+        assert client.post("/api/runs/rex/resume").status_code == 409
+        client.delete("/api/runs/rex")
+        until(client, lambda r: r["state"] == "stopped")
+        orphan.wait(5)
+
+
+def test_only_what_is_listed_is_shown(client: TestClient, tmp_path: Path):
+    upload(client)
+    until(client, lambda r: r["state"] == "done")
+    (tmp_path / "mine").mkdir()  # made by hand: not a run of this API
+    inside = ("config.json", "photographs/00.png", "../config.json", "%2e%2e/hold")
+    for path in [*(f"rex/pictures/{name}" for name in inside), "mine", "..", "none"]:
+        assert client.get(f"/api/runs/{path}").status_code == 404, path
+
+
+def test_settings_of_another_version_do_not_hide_the_others(client: TestClient, tmp_path: Path):
+    upload(client)
+    until(client, lambda r: r["state"] == "done")
+    upload(client, "old")
+    until(client, lambda r: r["state"] == "done", "old")
+    path = tmp_path / "old" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"gone": 1}))
+    assert [r["id"] for r in client.get("/api/runs").json()["runs"]] == ["rex"]
+    assert "gone is not a known setting" in message(client.get("/api/runs/old"))

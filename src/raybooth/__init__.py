@@ -8,13 +8,13 @@ run.images("output")
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raybooth.api import class_images, encode, evaluate, finetune, generate, prepare, report, run
+    from raybooth.api import class_images, connect, encode, evaluate, finetune, generate, prepare, report, run
     from raybooth.config import Config
     from raybooth.errors import RayboothError
     from raybooth.session import Run
 
 __version__ = "0.1.0"
-__all__ = ["Config", "RayboothError", "Run", "class_images", "encode", "evaluate", "finetune", "generate", "prepare", "report", "run"]
+__all__ = ["Config", "RayboothError", "Run", "class_images", "connect", "encode", "evaluate", "finetune", "generate", "prepare", "report", "run"]
 
 _HOMES = {"Config": "raybooth.config", "RayboothError": "raybooth.errors", "Run": "raybooth.session"}
 

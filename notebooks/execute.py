@@ -1,19 +1,22 @@
 """`python -m notebooks.execute` (make notebook): runs the guide anew and writes what its cells show into it, without the noise."""
 
+import base64
+import io
 import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import nbformat
 from ipykernel.kernelspec import write_kernel_spec
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
+from PIL import Image
 
 GUIDE = Path(__file__).with_name("dreambooth.ipynb")
-BAR = re.compile(r"\d+%\|.*\||^\s*$")
+NOISE = re.compile(r"\d+%\|.*\||ipywidgets|autonotebook|^\s*$")
+"""Progress bars, and what libraries say of the widgets that they would draw them with."""
 
 
 def executed(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
@@ -24,27 +27,32 @@ def executed(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.Notebook
     """
     with tempfile.TemporaryDirectory() as kernels:
         write_kernel_spec(Path(kernels) / "raybooth")
-        manager = AsyncKernelManager(kernel_name="raybooth", kernel_spec_manager=KernelSpecManager(kernel_dirs=[kernels]))
-        client = NotebookClient(notebook, km=manager, timeout=1800, record_timing=False, resources={"metadata": {"path": str(folder)}})
+        manager = AsyncKernelManager(
+            kernel_name="raybooth", kernel_spec_manager=KernelSpecManager(kernel_dirs=[kernels]), transport="ipc", ip=f"{kernels}/kernel"
+        )  # fmt: skip
+        client = NotebookClient(notebook, km=manager, timeout=1800, record_timing=False, coalesce_streams=True, resources={"metadata": {"path": str(folder)}})
         return client.execute()
 
 
 def tidy(notebook: nbformat.NotebookNode, folder: Path) -> None:
-    """Each picture once, as PNG; of what was printed neither progress bars nor this machine's paths."""
+    """Each picture once, as a PNG of 256 colours; of what was printed neither noise nor this machine's paths."""
     for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in map(_tidied, cell.outputs) if o]
-            for output in cell.outputs:
-                if "text" in output:
-                    output.text = output.text.replace(f"{folder}/", "")
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.data = {"image/png": _small(output.data["image/png"])}
+            elif "text" in output:
+                lines = [line for line in output.text.splitlines() if not NOISE.search(line)]
+                output.text = "\n".join(lines).replace(f"{folder}/", "")
+        if "outputs" in cell:
+            cell.outputs = [o for o in cell.outputs if o.get("text", True)]
 
 
-def _tidied(output: Any) -> Any:
-    output.get("data", {}).pop("image/jpeg", None)
-    if output.output_type == "stream":
-        lines = [line.rpartition("\r")[2] for line in output.text.splitlines()]
-        output.text = "".join(f"{line}\n" for line in lines if not BAR.search(line))
-    return output if output.get("text", True) else None
+def _small(png: str) -> str:
+    with Image.open(io.BytesIO(base64.b64decode(png))) as image:
+        small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    data = io.BytesIO()
+    small.save(data, "PNG", optimize=True)
+    return base64.b64encode(data.getvalue()).decode()
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 # make demo    environment, installation, and the whole way on mini: five pictures of a dog, before and after
 # make test    the same environment, all tests
+# make docs    the documentation site, in site/
+# make notebook    the guide run anew, with its pictures
 # TORCH=cuda   torch's CUDA build instead of the CPU one
 
 PYTHON ?= python3
@@ -12,7 +14,7 @@ TORCH_VERSION := $(shell grep '^torch==' requirements.lock)
 TORCH_INDEX_cpu := --extra-index-url https://download.pytorch.org/whl/cpu
 TORCH_INDEX_cuda :=
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench docs notebook clean
 
 demo: $(INSTALLED)
 	$(BIN)/raybooth demo
@@ -27,6 +29,12 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebook: $(INSTALLED)
+	$(BIN)/python -m notebooks.execute
 
 $(INSTALLED): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,11 +1,21 @@
 """raybooth in Python: the verbs of the command line as functions of a configuration."""
 
+import atexit
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 from raybooth import exporting, importing, reporting, stages
+from raybooth.cluster.session import connected
 from raybooth.config import Config, load
 from raybooth.session import Run
+
+
+def connect(address: str | None = None) -> None:
+    """Start Ray, or join the cluster at `address`, for all calls that follow in this process: each would otherwise start its own, and wait for it."""
+    held = contextlib.ExitStack()
+    held.enter_context(connected(address))
+    atexit.register(held.close)
 
 
 def _verb(*names: str) -> Callable[[Config], Run]:

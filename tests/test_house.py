@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "raybooth"
 LAYERS = [
-    {"__main__", "__init__"}, {"cli", "api", "bench", "minibench", "demo", "doctor"}, {"exporting", "importing"}, {"card", "reporting", "serving"},
+    {"__main__", "__init__"}, {"cli", "options", "api", "bench", "minibench", "demo", "doctor"}, {"exporting", "importing"}, {"card", "reporting", "serving"},
     {"evaluation", "plots"}, {"stages", "plan"}, {"selection"}, {"features"}, {"drawing", "base_model", "naming"}, {"loading"},
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "checkpoint"}, {"families", "loss", "noise", "lora", "optim", "dreambench", "photos", "hub"},

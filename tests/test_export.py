@@ -24,6 +24,7 @@ from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.families.extract import extract
 from raybooth.families.lora import WEIGHTS
+from raybooth.families.original import original_unet
 from raybooth.families.parts import load
 from raybooth.photos import png
 from raybooth.score import Score
@@ -145,6 +146,15 @@ def test_the_original_names_are_those_of_the_published_code(runs: Callable[..., 
     wanted = load_file(in_one_file(storage / "fine-tuned-model", tmp_path / "wanted.safetensors"))
     assert written.keys() == wanted.keys()
     assert all(torch.equal(written[k], wanted[k]) for k in wanted)
+
+
+def test_the_upsampler_comes_after_the_attention_if_there_is_one():
+    """At the size of Stable Diffusion 1, whose last block but one has none: diffusers reads either place, the published code its own."""
+    with torch.device("meta"):
+        names = original_unet(diffusers.UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).state_dict(), 2)
+    known = ("output_blocks.2.1.conv", "output_blocks.5.2.conv", "output_blocks.8.2.conv", "input_blocks.3.0.op", "output_blocks.11.0.skip_connection")
+    assert {f"model.diffusion_model.{k}.weight" for k in known} <= names.keys()
+    assert len(names) == 686
 
 
 def test_mini_goes_everywhere(tmp_path: Path):

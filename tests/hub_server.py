@@ -98,6 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "siblings": siblings,
                 "tags": [],
                 "private": False,
+                "cardData": {"license": "creativeml-openrail-m"},
                 "downloads": 0,
             },
             body,

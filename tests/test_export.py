@@ -25,6 +25,7 @@ from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.families.extract import extract
 from raybooth.families.lora import WEIGHTS
+from raybooth.families.original import original_unet
 from raybooth.families.parts import load
 from raybooth.photos import png
 from raybooth.score import Score
@@ -122,8 +123,7 @@ def test_an_extracted_lora_in_kohyas_layout_has_the_names_of_sd_scripts_and_draw
     assert apart(*pictures) <= 1e-4
 
 
-@pytest.mark.parametrize("how", [None, DORA], ids=["full", "dora"])
-@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize(("name", "how"), [*((n, None) for n in UNETS), ("sd1", DORA)])
 def test_one_file_holds_the_weights_to_the_bit(runs: Callable[..., Path], tmp_path: Path, name: str, how: Lora | None):
     storage = runs(name, how)
     base = storage / "base-model"
@@ -146,6 +146,15 @@ def test_the_original_names_are_those_of_the_published_code(runs: Callable[..., 
     wanted = load_file(in_one_file(storage / "fine-tuned-model", tmp_path / "wanted.safetensors"))
     assert written.keys() == wanted.keys()
     assert all(torch.equal(written[k], wanted[k]) for k in wanted)
+
+
+def test_the_upsampler_comes_after_the_attention_if_there_is_one():
+    """At the size of Stable Diffusion 1, whose last block but one has none: diffusers reads either place, the published code its own."""
+    with torch.device("meta"):
+        names = original_unet(diffusers.UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).state_dict(), 2)
+    known = ("output_blocks.2.1.conv", "output_blocks.5.2.conv", "output_blocks.8.2.conv", "input_blocks.3.0.op", "output_blocks.11.0.skip_connection")
+    assert {f"model.diffusion_model.{k}.weight" for k in known} <= names.keys()
+    assert len(names) == 686
 
 
 def test_mini_goes_everywhere(tmp_path: Path):
@@ -237,6 +246,9 @@ def test_the_card_says_what_it_is(tmp_path: Path):
         ("sd1", ["--to", "hub"], "needs --repo owner/name"),
         ("sd1", ["--to", "lora", "--repo", "me/dog"], "nothing else is sent"),
         ("sd1", ["--to", "lora", "--rank", "4"], "leave --rank out"),
+        ("sd1", ["--to", "diffusers", "--rank", "4"], "nothing else has a rank"),
+        ("sd1", ["--to", "hub", "--repo", "me/dog", "--output", "x"], "leaves nothing on this machine"),
+        ("sd1", ["--to", "lora", "--output", __file__], "is not a folder"),
         ("sd3", ["--to", "kohya"], "is not written for Stable Diffusion 3"),
         ("flux", ["--to", "single-file"], "is not written for FLUX.1"),
     ],

@@ -46,6 +46,7 @@ def test_only_the_needed_files_at_the_pinned_commit(hub: Hub, tmp_path: Path, to
     assert not {f for f in fetched(hub) if f.endswith((".bin", ".ckpt")) or "fp16" in f or f.startswith("safety_checker")}
     manifest = json.loads((tmp_path / "run" / "base-model" / "manifest.json").read_text())
     assert manifest["facts"]["commit"] == COMMIT
+    assert manifest["facts"]["license"] == "creativeml-openrail-m"
     assert (tmp_path / "run" / "base-model" / "unet" / UNET).read_bytes() == (toy / "unet" / UNET).read_bytes()
     assert len(list((tmp_path / "run" / "instance-images").glob("0*.png"))) == 3
     hub.asked.clear()

@@ -7,10 +7,17 @@ from raybooth import evaluation
 from raybooth.base_model import local_source
 from raybooth.drawing import output_prompts
 from raybooth.families import family_of
+from raybooth.families.lora import WEIGHTS
 from raybooth.session import Run
 from raybooth.workspace import read_manifest
 
 FILE = "README.md"
+KINDS = {
+    "diffusers": "DreamBooth model",
+    "lora": "DreamBooth LoRA",
+    "kohya": "DreamBooth LoRA in kohya's layout, for ComfyUI, AUTOMATIC1111 and Forge",
+    "single-file": "DreamBooth checkpoint in one file",
+}
 
 
 def files(run: Run, to: str, name: str, said: list[str], repo: str | None = None) -> dict[str, bytes]:
@@ -25,9 +32,14 @@ def files(run: Run, to: str, name: str, said: list[str], repo: str | None = None
     return {FILE: text.encode()} | {k: path.read_bytes() for k, path in pictures.items()}
 
 
+def _held(run: Run, stage: str) -> dict[str, Any] | None:
+    run.workspace.pull(stage)
+    return read_manifest(run.workspace.root / stage)
+
+
 def _pictures(run: Run) -> list[Path]:
     """The first of each of three prompts, if they are of this very model."""
-    drawn = read_manifest(run.workspace.root / "output-images")
+    drawn = _held(run, "output-images")
     if drawn is None or drawn["inputs"].get("model") != run.model_digest("fine-tuned-model"):
         return []
     each = run.config.generate.images_per_prompt
@@ -55,30 +67,33 @@ def _header(run: Run, to: str, pictures: list[str]) -> str:
 
 
 def _text(run: Run, to: str, name: str, said: list[str], pictures: list[str], repo: str | None) -> str:
-    config, subject = run.config, run.config.subject
-    base = _base_name(run)
-    kind = {"lora": "LoRA", "kohya": "LoRA in kohya's layout, for ComfyUI, AUTOMATIC1111 and Forge", "single-file": "checkpoint in one file"}.get(to, "model")
-    prompts = output_prompts(run)[: len(pictures) or 3]
-    facts = {
-        "Base": base,
+    subject, prompts = run.config.subject, output_prompts(run)[: len(pictures) or 3]
+    blocks = [
+        f"# {subject.name}",
+        f"A {KINDS[to]}: write `{subject.name}` for the subject. Made with raybooth.",
+        "\n".join(f"- **{k}**: {v}" for k, v in _facts(run).items()),
+        "Drawn by the fine-tuned model:" if pictures else "Prompts to try:",
+        "\n".join(f"- `{p}`" + (f"\n\n  ![{p}]({pictures[i]})" if pictures else "") for i, p in enumerate(prompts)),
+        *_scores(run),
+        *(["## What the LoRA keeps of the fine-tuned model", "\n".join(f"- {line}" for line in said)] if said else []),
+        f"## Use\n\n```python\n{_snippet(run, to, name, prompts[0], repo)}\n```",
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _facts(run: Run) -> dict[str, str]:
+    config, subject, manifest = run.config, run.config.subject, run.workspace.manifest("fine-tuned-model")
+    prior = config.prior.drawn or config.prior.method == "base-prediction"
+    prompts = f"`{subject.prompt}`" + (f", and `{config.class_prompt}` for the class" if prior else "")
+    imported = manifest["facts"].get("imported")
+    return {
+        "Base": _base_name(run),
         "Licence of the base": run.facts("base-model").get("license") or "see the base",
         "Token": f"`{subject.token}`",
         "Class": f"`{subject.class_name}`",
-        "Trained with the prompt": f"`{subject.prompt}`" + (f", and `{config.class_prompt}` for the class" if config.prior.method != "none" else ""),
-        "Digest of the run": f"`{run.workspace.manifest('fine-tuned-model')['digest']}`",
+        **({"Taken over from": f"`{imported}`"} if imported else {"Trained with the prompt": prompts}),
+        "Digest of the run": f"`{manifest['digest']}`",
     }
-    blocks = [
-        f"# {subject.name}",
-        f"A DreamBooth {kind}, made with raybooth: write `{subject.name}` for the subject.",
-        "\n".join(f"- **{k}**: {v}" for k, v in facts.items()),
-        *(["Drawn by the fine-tuned model:"] if pictures else ["Prompts to try:"]),
-        "\n".join(f"- `{p}`" + (f"\n\n  ![{p}]({pictures[i]})" if pictures else "") for i, p in enumerate(prompts)),
-        *_scores(run),
-        *(["## How it was extracted", "\n".join(f"- {line}" for line in said)] if said else []),
-        "## Use",
-        f"```python\n{_snippet(run, to, name, base, prompts[0], repo)}\n```",
-    ]
-    return "\n\n".join(blocks) + "\n"
 
 
 def _base_name(run: Run) -> str:
@@ -91,19 +106,20 @@ def _base_name(run: Run) -> str:
 
 def _scores(run: Run) -> list[str]:
     """If they are of the pictures as they are."""
-    scores, drawn = (read_manifest(run.workspace.root / stage) for stage in ("scores", "output-images"))
+    scores, drawn = _held(run, "scores"), _held(run, "output-images")
     if scores is None or drawn is None or not set(scores["inputs"]["pictures"]["output"]) <= {o["sha256"] for o in drawn["outputs"].values()}:
         return []
     return ["## Scores of the fine-tuned model", f"```\n{evaluation.table(run)}\n```"]
 
 
-def _snippet(run: Run, to: str, name: str, base: str, prompt: str, repo: str | None) -> str:
-    pipeline = family_of(run.base_folder).pipeline
-    here, of = repo or ".", run.config.base.model if local_source(run.config.base.model) is None else f"path/to/{base}"
-    file = f"{name}.safetensors" if to == "kohya" else "pytorch_lora_weights.safetensors"
-    load = {
+def _snippet(run: Run, to: str, name: str, prompt: str, repo: str | None) -> str:
+    pipeline, model = family_of(run.base_folder).pipeline, run.config.base.model
+    base = model if local_source(model) is None else f"path/to/{_base_name(run)}"
+    here = repo or "."
+    lines = {
         "diffusers": [f'pipe = {pipeline}.from_pretrained("{here}")'],
-        "single-file": [f'pipe = {pipeline}.from_single_file("{name}.safetensors", config="{of}")'],
-    }
-    adapters = [f'pipe = {pipeline}.from_pretrained("{of}")', f'pipe.load_lora_weights("{here}", weight_name="{file}")']
-    return "\n".join([f"from diffusers import {pipeline}", "", *load.get(to, adapters), f'pipe("{prompt}").images[0].save("picture.png")'])
+        "lora": [f'pipe = {pipeline}.from_pretrained("{base}")', f'pipe.load_lora_weights("{here}", weight_name="{WEIGHTS}")'],
+        "kohya": [f'pipe = {pipeline}.from_pretrained("{base}")', f'pipe.load_lora_weights("{here}", weight_name="{name}.safetensors")'],
+        "single-file": [f'pipe = {pipeline}.from_single_file("{name}.safetensors", config="{base}")'],
+    }[to]
+    return "\n".join([f"from diffusers import {pipeline}", "", *lines, f'pipe("{prompt}").images[0].save("picture.png")'])

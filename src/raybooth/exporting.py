@@ -17,6 +17,8 @@ from raybooth.session import Run
 from raybooth.workspace import Stage, Workspace, files_under
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from raybooth.families.lowrank import LowRank
 
 RANK = 32
@@ -120,31 +122,30 @@ def _lora(model: Model, target: Path) -> list[str]:
 
 
 def _kohya(model: Model, target: Path) -> list[str]:
-    from safetensors.torch import save_file
-
     from raybooth.families.kohya import header, to_kohya
     from raybooth.families.original import lineage
 
     line = lineage(model.family, model.base, "A LoRA in kohya's layout")
     low, said = model.low_rank()
-    metadata = header(line, low, model.name) | line.header(model.name, model.run.config.subject.name, resolution(model.run), lora=True)
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(to_kohya(model.family, low), target / f"{model.name}.safetensors", metadata=metadata)
+    about = line.header(model.name, model.run.config.subject.name, resolution(model.run), lora=True)
+    _save(model, to_kohya(model.family, low), target, header(line, low, model.name) | about)
     return said
 
 
 def _single_file(model: Model, target: Path) -> list[str]:
-    from safetensors.torch import save_file
-
     from raybooth.families.original import lineage, to_original
 
     line = lineage(model.family, model.base, "A single checkpoint file")
     tensors = to_original(model.family, model.modules(*model.family.weights))
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(
-        tensors, target / f"{model.name}.safetensors", metadata={"format": "pt"} | line.header(model.name, model.run.config.subject.name, resolution(model.run))
-    )
+    _save(model, tensors, target, line.header(model.name, model.run.config.subject.name, resolution(model.run)))
     return []
+
+
+def _save(model: Model, tensors: "dict[str, Tensor]", target: Path, header: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target / f"{model.name}.safetensors", metadata={"format": "pt"} | header)
 
 
 FORMS = {"diffusers": _diffusers, "lora": _lora, "kohya": _kohya, "single-file": _single_file}
@@ -165,8 +166,12 @@ def export(run: Run, to: str, output: str | None = None, rank: int | None = None
     from raybooth.families.parts import quietly
 
     model = Model(run, rank)
+    if to not in (*FORMS, "hub"):
+        raise RayboothError(f"'{to}' is no form of an export: choose {', '.join(FORMS)} or hub.")
     if repo is not None and to != "hub":
         raise RayboothError(f"--repo {repo} is for --to hub: nothing else is sent anywhere.")
+    if rank is not None and to not in ("lora", "kohya"):
+        raise RayboothError(f"--rank {rank} is for --to lora and --to kohya: nothing else has a rank.")
     with quietly():
         return _push(model, repo, output) if to == "hub" else str(_write(model, to, output))
 
@@ -199,7 +204,7 @@ def _stage(model: Model, to: str, output: str | None) -> Stage:
     inputs = {"export": to, "model": run.model_digest("fine-tuned-model"), "base": run.model_digest("base-model"), "rank": model.rank, "name": model.name}
     if output is None:
         return run.workspace.stage(f"exports/{to}", inputs)
-    place = Path(output).expanduser().absolute()
+    place = Path(output).expanduser().resolve()
     if "://" in output or place.is_file():
         raise RayboothError(f"--output {output} is not a folder: give the path of one, it need not exist.")
     stage = Workspace(str(place.parent)).stage(place.name, inputs)

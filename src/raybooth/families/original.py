@@ -66,7 +66,7 @@ def lineage(family: Family, folder: Path, wanted: str) -> Lineage:
         RayboothError: if this family has no such ancestors; `wanted` is what then cannot be written.
     """
     if family.denoiser != "unet":
-        raise RayboothError(f"{wanted} is not written for {family.name}, as diffusers converts neither way for it: use --to diffusers, or --to lora.")
+        raise RayboothError(f"{wanted} is not written for {family.name}: use --to diffusers, or --to lora, which ComfyUI and Forge read for this family.")
     velocity = parts.config(folder, "scheduler/scheduler_config").get("prediction_type") == "v_prediction"
     prediction = "v" if velocity else "epsilon"
     if len(family.encoders) > 1:
@@ -89,7 +89,7 @@ def to_original(family: Family, modules: Mapping[str, nn.Module]) -> dict[str, T
     """
     unet: Any = modules["unet"]
     vae: Any = modules["vae"]
-    tensors = _unet(unet.state_dict(), unet.config["layers_per_block"]) | _vae(vae.state_dict(), len(vae.config["up_block_types"]))
+    tensors = original_unet(unet.state_dict(), unet.config["layers_per_block"]) | _vae(vae.state_dict(), len(vae.config["up_block_types"]))
     _prove("unet", unet.state_dict(), reader.convert_ldm_unet_checkpoint(tensors, unet.config))
     _prove("vae", vae.state_dict(), reader.convert_ldm_vae_checkpoint(dict(tensors), vae.config))
     for i, part in enumerate(family.encoders):
@@ -107,7 +107,8 @@ def to_original(family: Family, modules: Mapping[str, nn.Module]) -> dict[str, T
     return {k: t.contiguous() for k, t in tensors.items()}
 
 
-def _unet(state: State, layers: int) -> dict[str, Tensor]:
+def original_unet(state: State, layers: int) -> dict[str, Tensor]:
+    """`layers` is their number in a block."""
     tables = reader.DIFFUSERS_TO_LDM_MAPPING["unet"]
     outer = tables["layers"] | tables["addition_embed_type"]
     crossed = {m[0] for k in state if (m := re.match(r"up_blocks\.\d+\.attentions", k))}

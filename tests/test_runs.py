@@ -15,12 +15,15 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from raybooth.config import load
+from raybooth.families import mini_folder
 from raybooth.mini.world import render, subject_scenes
 from raybooth.photos import png
-from raybooth.serving import errors, uploads
+from raybooth.serving import errors, runs, uploads
 from raybooth.serving.queue import Queue
 from raybooth.serving.queue import command as real_command
 from raybooth.serving.runs import runs_router
+from raybooth.serving.server import Options, _runs
+from raybooth.serving.subjects import of_base
 
 PHOTOS = [png(render(scene)) for scene in subject_scenes(1, "dog", 5)]
 SETTINGS = ["prior.images=4", "finetune.steps=40", "generate.images_per_prompt=1"]
@@ -236,3 +239,19 @@ def test_settings_of_another_version_do_not_hide_the_others(client: TestClient, 
     path.write_text(json.dumps(json.loads(path.read_text()) | {"gone": 1}))
     assert [r["id"] for r in client.get("/api/runs").json()["runs"]] == ["rex"]
     assert "gone is not a known setting" in message(client.get("/api/runs/old"))
+
+
+def test_only_a_folder_of_runs_takes_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runs, "Queue", lambda: Queue(command))
+    base = of_base(mini_folder())
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "one" / "fine-tuned-model").mkdir(parents=True)
+    assert _runs(Options([str(tmp_path / "one"), "memory://somewhere"]), base) == []
+    (router,) = _runs(Options([str(tmp_path / "one"), str(tmp_path / "runs")], set=["finetune.steps=7"]), base)
+    app = FastAPI()
+    app.include_router(router)
+    with TestClient(app) as client:
+        upload(client)
+        client.delete("/api/runs/rex")
+    config = load(tmp_path / "runs" / "rex" / "config.json")
+    assert (config.base.model, config.finetune.steps, config.finetune.method) == ("mini", 7, "lora")

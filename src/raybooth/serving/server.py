@@ -90,7 +90,7 @@ def serve(options: Options) -> None:
             names = ", ".join(subjects.found())
             port = listening.getsockname()[1]
             host = f"[{options.host}]" if ":" in options.host else options.host
-            _say(f"serve: {names}\nserve: http://{host}:{port}/v1 (described at /docs), {fewest} to {most} replicas; Ctrl-C stops it")
+            _say(f"serve: {names}\nserve: http://{host}:{port} is the page, /v1 the API (described at /docs); {fewest} to {most} replicas; Ctrl-C stops it")
             _run(app, listening)
 
 
@@ -157,7 +157,7 @@ def _run(app: "FastAPI", listening: socket.socket) -> None:
 def _need_the_extra() -> None:
     import importlib.util
 
-    if not all(importlib.util.find_spec(name) for name in ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client")):
+    if not all(importlib.util.find_spec(name) for name in ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client", "python_multipart")):
         raise RayboothError("Serving needs packages that are not installed: pip install 'raybooth[serve]'.")
 
 

@@ -29,7 +29,7 @@ function card(one, checked) {
   const radio = el("input", { type: "radio", name: "subject", value: one.id, checked, onchange: () => choose(one) });
   const first = one.photographs?.[0];
   const face = first ? show(el("img", { alt: "" }), first) : el("span", { className: "face", "aria-hidden": "true" }, base ? "∅" : one.id[0]);
-  const words = base ? "the model before it learnt anything" : `${one.class || one.kind || ""}`;
+  const words = base ? "as it came" : `${one.class || one.kind || ""}`;
   return el("label", { className: "subject" }, radio, face, el("span", {}, el("strong", {}, base ? "base model" : one.id), el("span", { className: "soft" }, words)));
 }
 

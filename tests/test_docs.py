@@ -102,7 +102,7 @@ def test_settings_that_are_named_exist(page: Path):
 
 def commands(text: str) -> Iterator[list[str]]:
     for block in fenced(text, "sh"):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["raybooth"]:
                 yield words[1:]

@@ -46,7 +46,7 @@ def serving(*arguments: str) -> Iterator[tuple[str, int]]:
             assert process.wait(60) == 0, rest
     assert "serve: stopped" in rest
     assert "Traceback" not in rest, rest
-    gone, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
 
 

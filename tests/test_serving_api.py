@@ -112,8 +112,9 @@ def test_the_openai_client_works_unchanged(subjects: Subjects, desk: Desk):
             ({"extra_body": {"steps": 10**6}}, openai.BadRequestError, "invalid_value"),
             ({"extra_body": {"sed": 1}}, openai.BadRequestError, "unknown_parameter"),
         ):
-            with pytest.raises(kind) as caught:  # type: ignore[call-overload]
-                api.images.generate(**{"model": "rex", "prompt": "a dog", **wrong})
+            given: dict[str, Any] = {"model": "rex", "prompt": "a dog", **wrong}
+            with pytest.raises(kind) as caught:
+                api.images.generate(**given)
             assert caught.value.code == code
             assert caught.value.type == "invalid_request_error"
         with pytest.raises(openai.AuthenticationError):
@@ -174,7 +175,7 @@ def test_errors_have_one_shape(subjects: Subjects):
         app = create_app(subjects, quick(), limits, keys=["a", "b"], hosts=LOOPBACK)
         key = {"Authorization": "Bearer b"}
         async with client(app) as http:
-            for method, path, how, status, code in (
+            cases: list[tuple[str, str, Any, int, str]] = [
                 ("GET", "/v1/models", {}, 401, "invalid_api_key"),
                 ("POST", GENERATIONS, {"json": ASKED, "headers": {"Authorization": "Bearer c"}}, 401, "invalid_api_key"),
                 ("GET", "/metrics", {"headers": {"Authorization": "Basic b"}}, 401, "invalid_api_key"),
@@ -191,7 +192,8 @@ def test_errors_have_one_shape(subjects: Subjects):
                     ("POST", GENERATIONS, {"json": {**ASKED, **wrong}, "headers": key}, 400, "invalid_value")
                     for wrong in ({"prompt": "x" * 21}, {"prompt": "  "}, {"n": 3}, {"n": True}, {"n": "1"}, {"seed": -1}, {"steps": 101}, {"size": "0x0"})
                 ),
-            ):  # fmt: skip
+            ]  # fmt: skip
+            for method, path, how, status, code in cases:
                 answer = await http.request(method, path, **how)
                 assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), (path, how, answer.text)
                 assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
@@ -415,7 +417,8 @@ def test_it_does_what_its_description_says(subjects: Subjects):
     checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
     schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(subjects, quick()))
     tried = set()
-    for operation in schema.get_all_operations():
+    for found in schema.get_all_operations():
+        operation: Any = found
         for mode in GenerationMode:
 
             @settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

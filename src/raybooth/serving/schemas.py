@@ -54,9 +54,11 @@ class ImageRequest(BaseModel):
     output_format: Literal["png"] | None = "png"
     # What OpenAI's own models take and these have no use for.
     background: Annotated[Literal["auto", "opaque"] | None, Field(description="opaque, whatever is asked for")] = "auto"
+    complexity: Annotated[Literal["low", "medium", "high"] | None, Field(description="ignored")] = None
     moderation: Annotated[Literal["auto", "low"] | None, Field(description="ignored")] = "auto"
     output_compression: Annotated[int | None, Field(ge=0, le=100, description="ignored")] = None
-    quality: Annotated[Literal["auto", "standard", "hd", "low", "medium", "high"] | None, Field(description="ignored")] = "auto"
+    quality: Annotated[Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"] | None, Field(description="ignored")] = "auto"
+    safety_identifier: Annotated[str | None, Field(max_length=256, description="ignored")] = None
     style: Annotated[Literal["vivid", "natural"] | None, Field(description="ignored")] = None
     user: Annotated[str | None, Field(max_length=256, description="ignored")] = None
 

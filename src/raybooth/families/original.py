@@ -66,7 +66,7 @@ def lineage(family: Family, folder: Path, wanted: str) -> Lineage:
         RayboothError: if this family has no such ancestors; `wanted` is what then cannot be written.
     """
     if family.denoiser != "unet":
-        raise RayboothError(f"{wanted} is not written for {family.name}: use --to diffusers, or --to lora, which ComfyUI and Forge read for this family.")
+        raise RayboothError(f"{wanted} is not written for {family.name}: use --to diffusers, or --to lora, which ComfyUI reads for this family.")
     velocity = parts.config(folder, "scheduler/scheduler_config").get("prediction_type") == "v_prediction"
     prediction = "v" if velocity else "epsilon"
     if len(family.encoders) > 1:

@@ -11,6 +11,7 @@ import nbformat
 from ipykernel.kernelspec import write_kernel_spec
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -31,7 +32,10 @@ def executed(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.Notebook
             kernel_name="raybooth", kernel_spec_manager=KernelSpecManager(kernel_dirs=[kernels]), transport="ipc", ip=f"{kernels}/kernel"
         )  # fmt: skip
         client = NotebookClient(notebook, km=manager, timeout=1800, record_timing=False, coalesce_streams=True, resources={"metadata": {"path": str(folder)}})
-        return client.execute()
+        try:
+            return client.execute()
+        finally:  # a manager that is brought along is not the client's to end, and the kernel would hold its Ray
+            run_sync(manager.shutdown_kernel)()
 
 
 def tidy(notebook: nbformat.NotebookNode, folder: Path) -> None:

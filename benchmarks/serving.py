@@ -5,6 +5,7 @@ Every picture is compared with the same one drawn alone. Then a replica is kille
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -122,19 +123,21 @@ async def under_load(url: str, process: psutil.Process, seconds: float) -> None:
 
 
 async def killed(load: Load, process: psutil.Process) -> None:
-    """One replica, in the middle of a load of 60 s."""
-    clients = [asyncio.create_task(load.client(i, time.monotonic() + 60)) for i in range(CLIENTS)]
+    """One replica, in the middle of a load that lasts until there are as many as before, two minutes at most."""
+    there = {p.pid for p in replicas(process)}
+    until = time.monotonic() + 120
+    clients = [asyncio.create_task(load.client(i, until)) for i in range(CLIENTS)]
     await asyncio.sleep(10)
-    there = replicas(process)
-    there[0].kill()
-    at = time.monotonic()
-    while len([p for p in replicas(process) if p.pid not in {t.pid for t in there}]) < 1:
+    at, victim = time.monotonic(), min(there)
+    psutil.Process(victim).kill()
+    while len(now := [p for p in replicas(process) if p.pid != victim]) < len(there) and time.monotonic() < until:
         await asyncio.sleep(0.1)
     put_up = time.monotonic() - at
     await asyncio.gather(*clients)
-    gap = max(b - a for a, b in zip([at, *(t for t in load.finished if t > at)], [t for t in load.finished if t > at], strict=False))
+    times = [at, *(t for t in load.finished if t > at)]
+    gap = max(b - a for a, b in itertools.pairwise(times))
     print(
-        f"one of {len(there)} replicas killed: another process {put_up:.1f} s later, longest time without a picture {gap:.1f} s, "
+        f"one of {len(there)} replicas killed: {len(now)} {put_up:.1f} s later, longest time without a picture {gap:.1f} s, "
         f"answers {dict(load.statuses)}, {load.different} other than alone"
     )
 

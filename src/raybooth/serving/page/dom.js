@@ -30,11 +30,3 @@ export function tell(element, text) {
 export function say(text) {
   $("said").textContent = text;
 }
-
-export function debounced(work, delay) {
-  let timer;
-  return (...given) => {
-    clearTimeout(timer);
-    timer = setTimeout(work, delay, ...given);
-  };
-}

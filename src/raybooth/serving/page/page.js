@@ -2,7 +2,7 @@
 
 import { draw, json, show } from "./server.js";
 import * as code from "./code.js";
-import { $, debounced, el, say, tell } from "./dom.js";
+import { $, el, say, tell } from "./dom.js";
 import { add as addGroup, setUp as setUpFeed } from "./feed.js";
 import * as runs from "./runs.js";
 import * as upload from "./upload.js";
@@ -159,7 +159,7 @@ $("compose").onsubmit = (event) => {
   event.preventDefault();
   submit();
 };
-$("compose").oninput = debounced(changed, 50);
+$("compose").oninput = changed;
 $("prompt").onkeydown = (event) => {
   if (event.key === "Enter" && !event.shiftKey) {
     event.preventDefault();

@@ -1,16 +1,28 @@
 """A Stable Diffusion of toy size, and photographs of it: enough to drive every line without waiting."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ["HF_ENDPOINT"] = os.environ.get("RAYBOOTH_TEST_ENDPOINT", "http://127.0.0.1:9")  # no test reaches the real hub
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="raybooth-tests-")  # mirrors of remote storages; before Ray starts, for its workers to have it too
 
 import pytest
 from toys import make_sd
 
 from raybooth.mini.world import render, subject_scenes
+
+
+@pytest.fixture(scope="session")
+def ray() -> Iterator[None]:
+    """Started once for all tests that run stages in their own process: stages join the Ray that is there."""
+    from raybooth.cluster.session import connected
+
+    with connected(None):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -27,11 +39,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, toy: Path, photos: Path) -> Path:
+def unbroken(tmp_path_factory: pytest.TempPathFactory, toy: Path, photos: Path, ray: None) -> Path:
     """A fine-tuning that nothing has interrupted, the reference of those that something has."""
     from test_pipeline import LONGER, call
 
     storage = tmp_path_factory.mktemp("unbroken")
-    for verb in ("prepare", "class-images", "encode", "finetune"):
-        call(verb, storage, toy, photos, **LONGER)
+    call("run", storage, toy, photos, **LONGER)
     return storage

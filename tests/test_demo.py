@@ -13,6 +13,8 @@ from raybooth.reporting import do
 from raybooth.score import among
 from raybooth.session import Run
 
+pytestmark = pytest.mark.usefixtures("ray")
+
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:

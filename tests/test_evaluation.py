@@ -83,7 +83,7 @@ def test_the_interval_is_that_of_a_mean():
     assert len(among(np.eye(4, dtype=np.float32))) == 6
 
 
-def test_the_stage_scores_a_run_and_does_nothing_twice(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_stage_scores_a_run_and_does_nothing_twice(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str], ray: None):
     made = config.load(
         None,
         ["prior.images=4", "prior.steps=4", "finetune.steps=2", "generate.steps=4", "generate.images_per_prompt=2",

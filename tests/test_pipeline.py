@@ -1,5 +1,7 @@
 """All stages on a toy model, by the command line: skipping, going on, killing, workers, storages."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -14,6 +16,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+
+from raybooth.cli import main
+
+pytestmark = pytest.mark.usefixtures("ray")
 
 SMALL = {
     "prior.images": 10, "prior.steps": 3, "finetune.steps": 4, "finetune.batch": 2, "finetune.lr": 1e-3, "finetune.log_every": 1,
@@ -32,7 +38,18 @@ def command(verb: str, storage: Path | str, toy: Path, photos: Path, **settings)
 
 
 def call(verb: str, storage: Path | str, toy: Path, photos: Path, **settings) -> str:
-    done = subprocess.run(command(verb, storage, toy, photos, **settings), capture_output=True, text=True, timeout=300)
+    """The command in this process, by the Ray that the tests share: no time for a start. Returns what it says."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = main(command(verb, storage, toy, photos, **settings)[3:])
+    assert status == 0, said.getvalue()
+    assert "Traceback" not in said.getvalue()
+    return said.getvalue()
+
+
+def call_as_people_do(verb: str, storage: Path, toy: Path, photos: Path) -> str:
+    """The command in a process of its own, with its own Ray."""
+    done = subprocess.run(command(verb, storage, toy, photos), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
@@ -51,7 +68,7 @@ def history(storage: Path) -> list[dict[str, float]]:
 def made(tmp_path_factory: pytest.TempPathFactory, toy: Path, photos: Path) -> Path:
     """An unbroken run, the reference of all tests here."""
     storage = tmp_path_factory.mktemp("unbroken")
-    call("run", storage, toy, photos)
+    call_as_people_do("run", storage, toy, photos)
     return storage
 
 
@@ -95,7 +112,7 @@ def test_the_weights_moved(made: Path):
 
 def test_the_same_command_again_does_nothing_and_needs_no_ray(made: Path, toy: Path, photos: Path):
     before = {p: p.stat().st_mtime_ns for p in made.rglob("*") if p.is_file() and p.parent != made}
-    said = call("run", made, toy, photos)
+    said = call_as_people_do("run", made, toy, photos)
     assert said.count("up to date") == 6
     assert before == {p: p.stat().st_mtime_ns for p in made.rglob("*") if p.is_file() and p.parent != made}
 
@@ -173,12 +190,11 @@ def test_without_prior_preservation_there_are_no_class_rows(tmp_path: Path, toy:
     assert (tmp_path / "base-model" / name).read_bytes() == (tmp_path / "fine-tuned-model" / name).read_bytes()
 
 
-def test_a_run_in_python_and_in_a_remote_storage(tmp_path: Path, made: Path, toy: Path, photos: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_in_python_and_in_a_remote_storage(tmp_path: Path, made: Path, toy: Path, photos: Path):
     import fsspec
 
     import raybooth
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sections: dict = {"subject": {"photos": str(photos), "class": "dog"}, "base": {"model": str(toy)}, "storage": f"memory://{tmp_path.name}/run"}
     for key, value in SMALL.items():
         section, _, name = key.partition(".")

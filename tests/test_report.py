@@ -16,7 +16,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
+def page(tmp_path_factory: pytest.TempPathFactory, photos: Path, ray: None) -> Path:
     storage = tmp_path_factory.mktemp("report")
     made = config.load(
         None,

@@ -14,6 +14,7 @@ import pytest
 from test_pipeline import LONGER as SETTINGS
 from test_pipeline import apart, call, command, contents
 
+pytestmark = pytest.mark.usefixtures("ray")
 KILLS = int(os.environ.get("RAYBOOTH_KILLS", "2"))
 BEFORE = ("instance-images", "base-model", "class-images", "latents")
 

@@ -27,7 +27,7 @@ def test_balance_pays_neither_a_subject_beyond_the_photographs_nor_a_prompt_beyo
 
 
 @pytest.fixture(scope="module")
-def overfit(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def overfit(tmp_path_factory: pytest.TempPathFactory, ray: None) -> Run:
     """Without prior preservation, up to five times mini's learning rate: it learns the dog, and then forgets all else."""
     storage = tmp_path_factory.mktemp("overfit")
     photographs(storage / "photographs")

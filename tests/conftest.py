@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "0")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several processes at once: who waits for a core should not hold one
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ["HF_ENDPOINT"] = os.environ.get("RAYBOOTH_TEST_ENDPOINT", "http://127.0.0.1:9")  # no test reaches the real hub
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="raybooth-tests-")  # mirrors of remote storages; before Ray starts, for its workers to have it too
@@ -14,6 +15,14 @@ import pytest
 from toys import make_sd
 
 from raybooth.mini.world import render, subject_scenes
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In parallel, what shares Ray and the reference runs stays in one process; the other has the rest."""
+    for item in items:
+        if "ray" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")

@@ -58,8 +58,8 @@ def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: lis
     from raybooth import jobs
     from raybooth.cluster.rows import map_rows
 
-    sampling = Sampling(how.steps, how.guidance, how.scheduler, resolution(run))
     model = run.model_digest(model_stage)
+    sampling = Sampling(how.steps, how.guidance, how.scheduler, resolution(run))
     stage = run.workspace.stage(name, {"model": model, **vars(sampling), **inputs})
     names = [r["name"] for r in rows]
     missing = set(stage.missing(names))

@@ -21,7 +21,7 @@ RECIPES: Recipes = {
     "raybooth without prior preservation": ["prior.images=0"],
     # Its learning rate times forty, as raybooth's own defaults for mini are forty times those for Stable Diffusion.
     "2023 notebook": [
-        "prior.scheduler=pndm", "prior.steps=50", "prior.guidance=7.5",
+        "prior.scheduler=pndm", "prior.steps=50", "prior.guidance=7.5", "prior.weight=1",
         "finetune.batch=2", "finetune.lr=2e-4", "finetune.text_encoder_lr=2e-4", "finetune.schedule=constant",
     ],
 }  # fmt: skip

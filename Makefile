@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 	$(BIN)/raybooth demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --durations=15 --numprocesses=2 --dist=loadgroup
+	$(BIN)/python -m pytest --durations=15
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -10,23 +10,10 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ["HF_ENDPOINT"] = os.environ.get("RAYBOOTH_TEST_ENDPOINT", "http://127.0.0.1:9")  # no test reaches the real hub
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="raybooth-tests-")  # mirrors of remote storages; before Ray starts, for its workers to have it too
 
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    # Cores of its own for each process and what it starts: torch's threads, waiting for one another on shared ones, take twice the time.
-    own = sorted(os.sched_getaffinity(0))[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
-    os.sched_setaffinity(0, own or os.sched_getaffinity(0))
-
 import pytest
 from toys import make_sd
 
 from raybooth.mini.world import render, subject_scenes
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In parallel, what shares Ray and the reference runs stays in one process; the other has the rest."""
-    for item in items:
-        if "ray" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from raybooth.workspace import Stage, files_under
 
 def prepare_base(run: Run) -> None:
     """The base model into the storage: from the hub, a local folder, or mini."""
-    from raybooth.families.folder import check_weights, plain_name
+    from raybooth.families.folder import check_weights, plain_name, settle_shards
 
     base = run.config.base
     source = local_source(base.model)
@@ -39,6 +39,7 @@ def prepare_base(run: Run) -> None:
             target = stage.partial / plain_name(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target)
+        settle_shards(stage.partial, map(plain_name, names))
     check_weights(stage.partial, [n for n in files_under(stage.partial) if n.endswith(".safetensors")])
     stage.finish(facts, only=files_under(stage.partial))
 

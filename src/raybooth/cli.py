@@ -30,7 +30,15 @@ def config_of(args: argparse.Namespace) -> "Config":
 
 def _settings_of_storage(args: argparse.Namespace) -> Path | None:
     """A single stage, given no file, goes by what the storage was made with."""
-    path = Path(args.storage or "raybooth-run") / "config.json"
+    storage = args.storage or "raybooth-run"
+    if "://" in storage:
+        from raybooth.workspace import Workspace
+
+        mirror = Workspace(storage)
+        mirror.pull("config.json")
+        path = mirror.root / "config.json"
+    else:
+        path = Path(storage) / "config.json"
     return path if args.verb != "run" and path.exists() else None
 
 

@@ -82,7 +82,7 @@ PINNED_REVISIONS = {"CompVis/stable-diffusion-v1-4": "b95be7d6f134c3a9e62ee616f3
 class Prior(Section):
     """Prior preservation: pictures of the class that keep 'a dog' from becoming this dog (Ruiz et al. 2023, section 3.2)."""
 
-    images: int = Field(200, ge=0, le=1_000_000, description="class pictures the base model draws; 0 turns prior preservation off")
+    images: int = Field(200, ge=0, le=1_000_000, description="class pictures the base model draws; 0 turns prior preservation by them off")
     weight: NonNegative = Field(1.0, description="weight of a class row in the loss")
     prompt: str = Field("photo of a {class}", min_length=1, description="what the class pictures show")
     method: Literal["class-images", "base-prediction", "none"] = Field(
@@ -160,7 +160,11 @@ class Generate(Section):
 class Evaluate(Section):
     """How the result is scored (Ruiz et al. 2023, section 4.2)."""
 
-    dino: str = Field("facebook/dino-vits16", min_length=1, description="ViT that tells subjects apart: hub repository, local folder, or 'mini'")
+    dino: str = Field(
+        "facebook/dino-vits16",
+        min_length=1,
+        description="ViT that tells subjects apart: hub repository (owner/name, owner/name@revision), local folder, or 'mini'",
+    )
     clip: str = Field("openai/clip-vit-base-patch32", min_length=1, description="CLIP for pictures and prompts: hub repository, local folder, or 'mini'")
     select: Literal["balance", "subject", "last"] = Field(
         "last", description="which kept checkpoint becomes the model: the best balance of subject and prompt, the likest to the subject, or simply the last"
@@ -243,17 +247,30 @@ class Config(Section):
             raise ValueError(f"cluster.workers = '{self.cluster.workers}' has more workers at least than at most: write it as '1-4'")
         if self.finetune.batch < most:
             raise ValueError(f"finetune.batch is {self.finetune.batch} for {most} workers: each needs a row, raise the batch or lower cluster.workers")
+        self._check_optimizer()
+        each = self.cluster.gpus_per_worker or 0
+        if each % 1 and (each > 1 or most > 1):
+            raise ValueError(f"cluster.gpus_per_worker is {each:g} for {most} workers: each needs whole GPUs, only a single worker can do with a part of one")
         for key, prompt in [("prior.prompt", self.prior.prompt), *(("generate.prompts", p) for p in self.generate.prompts)]:
             if not prompt.strip():
                 raise ValueError(f"{key} holds an empty prompt: write what the picture shall show")
             self.fill(prompt, key)
         return self
 
+    def _check_optimizer(self) -> None:
+        how = self.finetune
+        if how.optimizer == "prodigy" and how.text_encoder and how.text_encoder_lr not in (None, how.lr):
+            raise ValueError(
+                "finetune.optimizer = 'prodigy' has one learning rate for all: set finetune.text_encoder_lr to what finetune.lr is, which is best 1"
+            )
+        if how.precision == "bf16-weights" and how.method == "full" and how.optimizer != "adamw":
+            raise ValueError(f"finetune.precision = 'bf16-weights' goes with finetune.optimizer = 'adamw', not '{how.optimizer}': change one of them")
+
     def fill(self, prompt: str, key: str = "prompt") -> str:
         """`prompt` with {subject}, {token} and {class} filled in."""
         try:
             return prompt.format(**{"subject": self.subject.name, "token": self.subject.token, "class": self.subject.class_name})
-        except (KeyError, IndexError, ValueError, AttributeError):
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError):
             raise ValueError(f"{key} '{prompt}' has a placeholder that is not known: use {{subject}}, {{token}} or {{class}}") from None
 
     @property

@@ -20,7 +20,7 @@ def prepare_encoders(run: Run) -> None:
     """Both encoders into the storage, from the hub, a folder, or mini."""
     models = {"dino": run.config.evaluate.dino, "clip": run.config.evaluate.clip}
     sources = {part: _mini(part) if model == "mini" else local_source(model) for part, model in models.items()}
-    files = {part: _needed(files_under(source), source) for part, source in sources.items() if source}
+    files = {part: _needed(files_under(source), str(source)) for part, source in sources.items() if source}
     stage = run.workspace.stage("encoders", {p: stats(source, files[p]) if source else models[p] for p, source in sources.items()})
     if stage.done():
         return
@@ -30,9 +30,10 @@ def prepare_encoders(run: Run) -> None:
         if source is None:
             from raybooth import hub
 
-            facts[part] = commit = hub.resolve(model, None)
-            run.say(f"encoders: {model} at {commit}")
-            hub.fetch_model(model, commit, target, _needed)
+            repo, _, revision = model.partition("@")
+            facts[part] = commit = hub.resolve(repo, revision or None)
+            run.say(f"encoders: {repo} at {commit}")
+            hub.fetch_model(repo, commit, target, partial(_chosen, model))
         else:
             target.mkdir(parents=True, exist_ok=True)
             for name in files[part]:
@@ -46,10 +47,17 @@ def _mini(part: str) -> Path:
     return mini_folder() / {"dino": "vit", "clip": "clip"}[part]
 
 
-def _needed(names: list[str], folder: Path) -> list[str]:
+def _chosen(model: str, names: list[str], _: Path) -> list[str]:
+    return _needed(names, model)
+
+
+def _needed(names: list[str], model: str) -> list[str]:
     wanted = [n for n in names if "/" not in n and (n.endswith((".json", ".txt")) or n == "model.safetensors")]
     if "model.safetensors" not in wanted:
-        raise RayboothError(f"The encoder {folder.name} has no model.safetensors, and pickled weights are refused: name another one in [evaluate].")
+        raise RayboothError(
+            f"The encoder {model} has no model.safetensors, and pickled weights are refused: name another one in [evaluate], "
+            "or a revision that has it, as owner/name@revision."
+        )
     return wanted
 
 

@@ -48,8 +48,9 @@ def step_flops(family: Family, loaded: Loaded, prior: Prior, finetune: Finetune,
 def loss_without_data(family: Family, loaded: Loaded, trained: tuple[str, ...], rows: int, side: int) -> Tensor:
     """A scalar that follows from all the trained parts, as the loss of `rows` rows does, on the default device."""
     shape, conditioning = loaded.facts.latent_shape(side), family.conditioning(loaded.folder)
-    text = {k: torch.zeros(rows, *s, requires_grad=len(trained) > 1) for k, s in conditioning.items()}
-    out = family.predict(loaded, torch.zeros(rows, *shape), torch.zeros(rows), text)
+    dtype = next(loaded.modules[family.denoiser].parameters()).dtype
+    text = {k: torch.zeros(rows, *s, dtype=dtype, requires_grad=len(trained) > 1) for k, s in conditioning.items()}
+    out = family.predict(loaded, torch.zeros(rows, *shape, dtype=dtype), torch.zeros(rows), text)
     loss = out.float().square().mean()
     for part in family.encoders if len(trained) > 1 else ():  # what they give is taken as given above; here they give, and are trained
         encoder: Any = loaded.modules[part]

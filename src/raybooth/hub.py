@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from raybooth.errors import RayboothError
-from raybooth.families.folder import plain_name
+from raybooth.families.folder import plain_name, settle_shards
 from raybooth.workspace import file_digest
 
 Choose = Callable[[list[str], Path], list[str]]
@@ -84,6 +84,7 @@ def _tidy(target: Path, names: list[str]) -> None:
     shutil.rmtree(target / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
     for name in names:
         (target / name).rename(target / plain_name(name))
+    settle_shards(target, map(plain_name, names))
 
 
 def fetch_dataset(spec: str, target: Path, suffixes: frozenset[str]) -> Path:

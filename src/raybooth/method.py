@@ -43,5 +43,5 @@ def autocast_dtype(precision: str, device: str) -> "torch.dtype | None":
         if device != "cuda":
             return None  # without AMX or AVX512-BF16, bfloat16 is ten times slower on a CPU (measured)
         # Where there is no GPU to ask, this is a plan for one, and today's have bfloat16.
-        return torch.float16 if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else torch.bfloat16
+        return torch.float16 if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-weights": torch.bfloat16}[precision]

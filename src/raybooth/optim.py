@@ -93,9 +93,9 @@ class StochasticAdamW(torch.optim.Optimizer):
     def _step_one(self, p: Tensor, group: dict[str, Any], place: tuple[int, int]) -> None:
         state = self.state[p]
         if not state:
-            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         state["step"] += 1
-        n, (beta1, beta2) = int(state["step"]), group["betas"]
+        n, (beta1, beta2) = state["step"], group["betas"]
         random = torch.Generator(p.device).manual_seed(generator(self.seed, "rounding", n, *place).initial_seed())
         gradient = p.grad.float()  # type: ignore[union-attr]
         mean = state["exp_avg"].float().lerp_(gradient, 1 - beta1)

@@ -301,15 +301,14 @@ class _Loop:
         tensors["seen"] = seen
         if self.average:
             tensors |= {f"average.{k}": v for k, v in self.average.values.items()}
-        held = self.optimizer.state_dict()
         numbers: dict[str, dict[str, Any]] = {}
-        for name, index in zip(self.parameters, _indices(held), strict=True):
-            for key, value in held["state"].get(index, {}).items():
+        for name, p in self.parameters.items():
+            for key, value in self.optimizer.state.get(p, {}).items():  # as it is: in state_dict() bitsandbytes wraps its own once more
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{name}.{key}"] = value
                 else:
                     numbers.setdefault(name, {})[key] = value
-        groups = [{k: v for k, v in g.items() if isinstance(v, (int, float))} for g in held["param_groups"]]
+        groups = [{k: v for k, v in g.items() if isinstance(v, (int, float))} for g in self.optimizer.param_groups]
         return State(self.done, tensors, {"read_at": self.read_at, "groups": groups, "numbers": numbers, "scaler": self.scaler.state_dict()})
 
     @torch.no_grad()

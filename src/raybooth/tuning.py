@@ -44,8 +44,9 @@ def finetuner(
         folder = stage_folder(storage, "base-model")
         family = family_of(folder)
         trained = family.trainable(finetune.text_encoder)
-        loaded = load(family, folder, family.used_in_training(finetune.text_encoder)).to(group.device)
-        make_ready(family, loaded, finetune, lora, seed)
+        with out_of_memory_explained():
+            loaded = load(family, folder, family.used_in_training(finetune.text_encoder)).to(group.device)
+            make_ready(family, loaded, finetune, lora, seed)
         data = training_set(stage_folder(storage, "latents"), rows, prompts, prior, finetune.text_encoder).to(group.device)
         workspace = Workspace(storage)
         recipe = {"finetune": finetune.model_dump(mode="json"), "lora": lora.model_dump(mode="json"), "seed": seed}

@@ -234,7 +234,9 @@ class Workspace:
         self.pull(stage)
         manifest = read_manifest(self.root / stage)
         if manifest is None:
-            raise RayboothError(f"The storage {self.storage} holds no complete {stage}: run the stages before this one first, or 'raybooth run' for all.")
+            raise RayboothError(
+                f"The storage {self.storage} holds no complete {stage}: run 'raybooth {_VERBS.get(stage, stage)}' first, or 'raybooth run' for all."
+            )
         return manifest
 
     @contextlib.contextmanager
@@ -263,16 +265,18 @@ class Workspace:
         if self._fs is None:
             return
         remote = f"{self._base}/{stage}"
-        manifest = f"{remote}/{MANIFEST}"
-        ours = self.root / stage / MANIFEST
-        same = self._fs.exists(manifest) and ours.exists() and self._fs.cat_file(manifest) == ours.read_bytes()
-        for found in self._fs.find(remote) if self._fs.exists(remote) else []:
-            name = found[len(remote) :].lstrip("/")
+        manifest, ours = f"{remote}/{MANIFEST}", self.root / stage / MANIFEST
+        theirs = self._fs.cat_file(manifest) if self._fs.exists(manifest) else None
+        same = theirs is not None and ours.exists() and theirs == ours.read_bytes()
+        found = {f[len(remote) :].lstrip("/"): f for f in (self._fs.find(remote) if self._fs.exists(remote) else [])}
+        if theirs is not None:  # what an earlier run has left beside is not part of it
+            outputs = json.loads(theirs)["outputs"]
+            found = {name: f for name, f in found.items() if name in outputs or name == MANIFEST or name.startswith(".partial-")}
+        for name in sorted(found, key=lambda name: name == MANIFEST):  # the manifest last: it says that all the others are there
             target = self.root / stage / name
-            if (same or name.startswith(".partial-")) and target.exists():
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(target, self._fs.cat_file(found))
+            if not ((same or name.startswith(".partial-")) and target.exists()):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(target, self._fs.cat_file(found[name]))
 
     def push(self, name: str) -> None:
         """Copy one file to the remote storage, if there is one."""
@@ -314,6 +318,12 @@ class Workspace:
                 raise
             raise RayboothError(f"The storage {self.storage} {sentence} ({error.filename or self.root}).") from error
 
+
+_VERBS = {
+    "base-model": "prepare", "instance-images": "prepare", "latents": "encode",
+    "fine-tuned-model": "finetune", "output-images": "generate", "scores": "evaluate",
+}  # fmt: skip
+"""What makes a stage, where it is called otherwise."""
 
 _DISK_ERRORS = {
     errno.ENOSPC: "is full: free some space, or give another --storage, and run the same command again; what was complete is kept",

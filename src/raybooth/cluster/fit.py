@@ -43,7 +43,8 @@ class Group:
         import ray.train.torch
 
         # Not wrapped where there is one worker; callers must not reach through it (`.module`).
-        return ray.train.torch.prepare_model(module, move_to_device=False)
+        # Of encoders whose last layers nobody reads (SDXL's, SD 3's), these have no gradients to wait for.
+        return ray.train.torch.prepare_model(module, move_to_device=False, parallel_strategy_kwargs={"find_unused_parameters": True})
 
     def total(self, value: Any) -> Any:
         if self.world > 1:
@@ -93,8 +94,13 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
             except RayboothError:  # a mistake: the others' broken connections, which it brings along, do not make it a loss
                 raise
             except Exception as error:
-                if attempt == retries or not _lost_a_worker(error):
+                if not _lost_a_worker(error):
                     raise
+                if attempt == retries:
+                    raise RayboothError(
+                        f"Fine-tuning lost a worker {retries + 1} times, perhaps for lack of memory: look at what 'ray logs' says, take fewer workers or "
+                        "a smaller finetune.batch, and run the same command again; it goes on from the last checkpoint."
+                    ) from error
                 heard({"note": "a worker was lost, the group starts again"})
     raise AssertionError
 

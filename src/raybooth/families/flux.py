@@ -20,9 +20,9 @@ RESOLUTION = 1024  # its configuration does not say
 
 
 def facts(folder: Path) -> Facts:
-    vae, net = parts.config(folder, "vae/config"), parts.config(folder, "transformer/config")
+    vae = parts.config(folder, "vae/config")
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
-    return Facts(min(RESOLUTION, vae.get("sample_size", RESOLUTION)), vae["latent_channels"], downscale, net["guidance_embeds"])
+    return Facts(min(RESOLUTION, vae.get("sample_size", RESOLUTION)), vae["latent_channels"], downscale, embeds_guidance=True)
 
 
 def objective(folder: Path) -> "Flow":
@@ -44,7 +44,7 @@ def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":
 
 
 def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mapping[str, Tensor]") -> "Tensor":
-    """Trained at guidance 1, drawn at what `conditioning` holds as `guidance` (n,)."""
+    """Trained at guidance 1, drawn at what `conditioning` holds as `guidance` (n,). FLUX.1 [schnell] takes none, and no second pass either."""
     import torch
     from diffusers import FluxPipeline
 
@@ -53,7 +53,7 @@ def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mappi
     packed = FluxPipeline._pack_latents(latents, n, c, h, w)
     places = FluxPipeline._prepare_latent_image_ids(n, h // 2, w // 2, latents.device, latents.dtype)
     words = torch.zeros(conditioning["text"].shape[1], 3, device=latents.device, dtype=latents.dtype)
-    guidance = conditioning.get("guidance", torch.ones(n, device=latents.device)) if loaded.facts.embeds_guidance else None
+    guidance = conditioning.get("guidance", torch.ones(n, device=latents.device)) if net.config.guidance_embeds else None
     out = net(
         packed, encoder_hidden_states=conditioning["text"], pooled_projections=conditioning["pooled"], timestep=t / 1000,
         img_ids=places, txt_ids=words, guidance=guidance,

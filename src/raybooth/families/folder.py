@@ -11,6 +11,7 @@ from raybooth.errors import RayboothError
 
 INDEX = "model_index.json"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_SHARDS = ".safetensors.index."  # of a list of shards: model.safetensors.index.json, or .fp16.json
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema|ema)\.|\.(fp16|bf16)-")
 
 
@@ -47,14 +48,14 @@ def needed_files(names: Iterable[str], weights: Iterable[str], settings: Iterabl
         own = [n for n in names if n.startswith(f"{part}/") and n.count("/") == 1]
         if not own:
             raise RayboothError(f"The model {source} has no {part}/ folder: it is not complete, copy or download it again.")
-        chosen += [n for n in own if n.endswith((".json", ".txt", ".model")) and not n.endswith(".index.json")]
+        chosen += [n for n in own if n.endswith((".json", ".txt", ".model")) and _SHARDS not in n]
         if part in weights:
             chosen += _weights_of(part, own, source)
     return chosen
 
 
 def _weights_of(part: str, own: list[str], source: str) -> list[str]:
-    tensors = [n for n in own if n.endswith((".safetensors", ".safetensors.index.json"))]
+    tensors = [n for n in own if n.endswith(".safetensors") or _SHARDS in n]
     full = [n for n in tensors if not _VARIANT.search(n)]
     if full or tensors:
         # A variant's file name is what from_pretrained(variant=...) looks for; it is renamed when it is copied.
@@ -70,6 +71,15 @@ def _weights_of(part: str, own: list[str], source: str) -> list[str]:
 def plain_name(name: str) -> str:
     """The name without its variant: unet/diffusion_pytorch_model.fp16.safetensors -> ....safetensors."""
     return _VARIANT.sub(lambda m: "-" if m.group(0).endswith("-") else ".", name)
+
+
+def settle_shards(folder: Path, names: Iterable[str]) -> None:
+    """Lists of shards name them without their variant, as they are now."""
+    for name in names:
+        if _SHARDS in name:
+            held = json.loads((folder / name).read_text(encoding="utf-8"))
+            held["weight_map"] = {k: plain_name(v) for k, v in held["weight_map"].items()}
+            (folder / name).write_text(json.dumps(held), encoding="utf-8")
 
 
 def check_weights(folder: Path, names: Iterable[str]) -> None:

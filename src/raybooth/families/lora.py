@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from raybooth.config import Lora
+from raybooth.errors import RayboothError
 from raybooth.families.base import Family, Loaded
 from raybooth.families.parts import load
 from raybooth.noise import reseeded
@@ -26,7 +27,7 @@ def add_adapters(family: Family, loaded: Loaded, parts: Iterable[str], how: Lora
     from peft import LoraConfig
 
     for part in parts:
-        targets = how.targets or (family.lora_targets if part == family.denoiser else family.encoder_lora_targets)
+        targets = _targets(family, part, loaded.modules[part], how)
         alpha = how.rank if how.alpha is None else how.alpha
         # transformers 5 does not read back what DoRA adds to a text encoder: there it stays LoRA.
         config = LoraConfig(
@@ -39,6 +40,16 @@ def add_adapters(family: Family, loaded: Loaded, parts: Iterable[str], how: Lora
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+
+
+def _targets(family: Family, part: str, module: nn.Module, how: Lora) -> Iterable[str]:
+    """Those asked for, where the part has them; an encoder that has none of them gets its own."""
+    names = [name for name, _ in module.named_modules()]
+    own = [t for t in how.targets or () if any(n == t or n.endswith(f".{t}") for n in names)]
+    usual = family.lora_targets if part == family.denoiser else family.encoder_lora_targets
+    if how.targets and part == family.denoiser and not own:
+        raise RayboothError(f"lora.targets = {how.targets}: {family.name} has no such layers; leave it out, or name some such as {', '.join(usual[:3])}.")
+    return own or usual
 
 
 @contextlib.contextmanager

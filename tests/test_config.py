@@ -62,3 +62,18 @@ def test_prompts_are_filled_in():
     assert made.fill("{subject} / {token} / {class}") == "zwx dog / zwx / dog"
     assert made.class_prompt == "photo of a dog"
     assert made.subject.prompt == "photo of zwx dog"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["finetune.optimizer=prodigy", "finetune.lr=1", "finetune.text_encoder_lr=1e-4"], "one learning rate for all"),
+        (["finetune.optimizer=adafactor", "finetune.precision=bf16-weights"], "goes with finetune.optimizer = 'adamw'"),
+        (["cluster.gpus_per_worker=0.5", "cluster.workers=2"], "each needs whole GPUs"),
+        (["cluster.gpus_per_worker=1.5"], "each needs whole GPUs"),
+        (["generate.prompts=['{subject[a]}']"], "has a placeholder that is not known"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_at_once(settings: list[str], told: str):
+    with pytest.raises(RayboothError, match=told):
+        config.load(None, ["subject.class=dog", *settings])

@@ -1,5 +1,6 @@
 """Every family at toy size: fit, save, open in plain diffusers, draw; and its parts against diffusers' own."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from toys import MAKERS
+from toys import MAKERS, make_flux
 
 from raybooth.config import Lora, Sampling
+from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.families.base import Family, Loaded
+from raybooth.families.folder import needed_files, plain_name, settle_shards
 from raybooth.families.lora import adapters_off, add_adapters, load_adapters, save_adapters
 from raybooth.families.parts import encode_image, load, save
 from raybooth.noise import normal
@@ -134,3 +137,37 @@ def test_the_targets_are_the_schedulers_own(model: Path):
         # Euler's step of the true velocity, all the way down, is the picture itself.
         assert (objective.noisy(x0, noise, t) - (t / 1000).view(-1, 1, 1, 1) * target - x0).abs().max() < 1e-5
     assert (objective.target(x0, noise, t) - target).abs().max() < 1e-6
+
+
+def test_schnell_takes_no_guidance_and_no_second_pass(tmp_path: Path):
+    folder = make_flux(tmp_path / "schnell", guidance=False)
+    family, loaded = whole(folder)
+    assert family.facts(folder).embeds_guidance
+    low, high = (next(Sampler(family, loaded, Sampling(2, g, "euler", 32), 1).draw(["photo of a dog"], [1])) for g in (0.0, 7.5))
+    assert (low == high).all()
+
+
+def test_adapters_go_where_they_are_asked_to_and_nowhere_is_refused(tmp_path: Path):
+    """An encoder without such layers has its own."""
+    folder = MAKERS["sd1"](tmp_path / "sd1")
+    family, loaded = whole(folder)
+    add_adapters(family, loaded, family.trainable(True), Lora(rank=2, targets=["to_q"]), seed=0)
+    trained = {part: [n for n, _ in loaded.modules[part].named_parameters() if ".lora_A" in n] for part in family.trainable(True)}
+    adapted = {part: {n.partition(".lora_A")[0].rpartition(".")[2] for n in names} for part, names in trained.items()}
+    assert adapted["unet"] == {"to_q"}
+    assert adapted["text_encoder"] == {n.rpartition(".")[2] for n in family.encoder_lora_targets}
+    with pytest.raises(RayboothError, match="has no such layers"):
+        add_adapters(*whole(folder), family.trainable(True), Lora(rank=2, targets=["nonsense"]), seed=0)
+
+
+def test_a_variants_list_of_shards_replaces_none_and_names_what_is_there(tmp_path: Path):
+    """Stable Diffusion 3 has both lists beside one another; others the variant's alone."""
+    both = ["t5/config.json", "t5/model-00001-of-00002.safetensors", "t5/model.safetensors.index.json",
+            "t5/model.fp16-00001-of-00002.safetensors", "t5/model.safetensors.index.fp16.json"]  # fmt: skip
+    assert needed_files(both, ["t5"], [], "it") == ["model_index.json", *both[:3]]
+    alone = needed_files([n for n in both if "fp16" in n or n.endswith("config.json")], ["t5"], [], "it")
+    assert alone == ["model_index.json", "t5/config.json", *both[3:]]
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.fp16-00001-of-00002.safetensors"}}))
+    settle_shards(tmp_path, map(plain_name, alone))
+    assert json.loads((tmp_path / "t5" / "model.safetensors.index.json").read_text())["weight_map"] == {"a": "model-00001-of-00002.safetensors"}

@@ -90,3 +90,16 @@ def test_the_flops_are_those_of_a_real_step(tmp_path: Path, name: str, how: list
         next(steps)
     counted = step_flops(family, without_weights(family, folder, made.finetune, made.lora), made.prior, made.finetune, 32, workers=1)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("how", [BOTH, LORA], ids=["both", "lora"])
+def test_bf16_weights_are_counted_and_planned_like_others(tmp_path: Path, how: list[str], capsys: pytest.CaptureFixture[str]):
+    folder = MAKERS["sd1"](tmp_path / "sd1")
+    counted = []
+    for precision in ("fp32", "bf16-weights"):
+        made = config.load(None, [*how, f"finetune.precision={precision}"], subject={"class": "dog"}, base={"model": str(folder), "resolution": 32})
+        family = whole(folder)[0]
+        counted.append(step_flops(family, without_weights(family, folder, made.finetune, made.lora), made.prior, made.finetune, 32, workers=1))
+    assert counted[0] == counted[1] > 0
+    sets = [part for s in [*how, "finetune.precision=bf16-weights"] for part in ("--set", s)]
+    assert main(["plan", "--class", "dog", "--base", str(folder), *sets]) == 0

@@ -147,3 +147,17 @@ def test_a_remote_storage_is_written_through_and_read_back_elsewhere(tmp_path: P
     third = Workspace(uri)
     assert third.stage("s", {"a": 1}).done(["x", "deep/y", "z"])
     assert json.loads((third.root / "s" / MANIFEST).read_text())["inputs"] == {"a": 1}
+
+
+def test_what_an_earlier_run_has_left_in_a_remote_storage_does_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    uri = f"memory://bucket{tmp_path.name}/run"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    for inputs, name in ((1, "adapters"), (2, "weights")):
+        stage = Workspace(uri).stage("s", {"a": inputs})
+        stage.write(name, b"1")
+        stage.finish(only=[name])
+    for machine in ("one", "two"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        there = Workspace(uri)
+        there.pull("s")
+        assert {p.name for p in (there.root / "s").iterdir()} == {"weights", MANIFEST}

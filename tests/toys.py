@@ -102,13 +102,13 @@ def make_sd3(folder: Path) -> Path:
     return folder
 
 
-def make_flux(folder: Path) -> Path:
+def make_flux(folder: Path, guidance: bool = True) -> Path:
     torch.manual_seed(0)
     words, (long, long_words) = tokenizer(), t5(32)
     FluxPipeline(
         transformer=FluxTransformer2DModel(
             patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+            joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6),
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=256),
         vae=vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1),

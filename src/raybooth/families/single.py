@@ -51,7 +51,8 @@ def _known_configuration(file: Path) -> Path:
     except (LocalEntryNotFoundError, OSError):
         raise RayboothError(
             f"The checkpoint {file} looks like {repo}, and the configuration files of that model are not on this machine: "
-            f'set base.configuration to a folder that has them, or fetch them with \'hf download {repo} --include "*.json" "*.txt" "*.model"\'.'
+            "set base.configuration to a folder that has them, or fetch them with "
+            f'\'hf download {repo} --include "*.json" --include "*.txt" --include "*.model"\'.'
         ) from None
 
 

@@ -1,6 +1,7 @@
 """A Stable Diffusion of toy size, and photographs of it: enough to drive every line without waiting."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 from toys import make_sd
 
 from raybooth.mini.world import render, subject_scenes
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C, and so would what the tests start
 
 
 @pytest.fixture(scope="session")

@@ -120,5 +120,5 @@ def test_an_encoder_that_changed_in_its_folder_is_taken_anew(tmp_path: Path):
         evaluation.prepare_encoders(run)
         assert run.model_digest("encoders") != before
         (encoder / "model.safetensors").rename(encoder / "pytorch_model.bin")
-        with pytest.raises(RayboothError, match="The encoder .*encoder has no model"):
+        with pytest.raises(RayboothError, match=r"The encoder .*encoder has no model"):
             evaluation.prepare_encoders(run)

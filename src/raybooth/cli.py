@@ -30,16 +30,18 @@ def config_of(args: argparse.Namespace) -> "Config":
 
 def _settings_of_storage(args: argparse.Namespace) -> Path | None:
     """A single stage, given no file, goes by what the storage was made with."""
+    if args.verb == "run":
+        return None
     storage = args.storage or "raybooth-run"
+    root = Path(storage)
     if "://" in storage:
         from raybooth.workspace import Workspace
 
-        mirror = Workspace(storage)
-        mirror.pull("config.json")
-        path = mirror.root / "config.json"
-    else:
-        path = Path(storage) / "config.json"
-    return path if args.verb != "run" and path.exists() else None
+        workspace = Workspace(storage)
+        workspace.pull("config.json")
+        root = workspace.root
+    path = root / "config.json"
+    return path if path.exists() else None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,7 +23,7 @@ SchedulerName = Literal["dpmsolver++", "ddim", "pndm", "euler"]
 
 MINI_DEFAULTS: dict[str, dict[str, Any]] = {
     # Without guidance: what is to be kept is what the model draws of itself. Taught its guided pictures and drawn with guidance again, the class narrows.
-    # Half the paper's weight: at 1, five of a hundred of the subject are lost and nothing is gained for the class ('raybooth bench mini').
+    # Half the paper's weight: at 1, four subjects were 5% less like themselves, and nothing was gained for the class (docs/dreambench.md).
     "prior": {"images": 64, "steps": 10, "guidance": 1.0, "weight": 0.5},
     "finetune": {"steps": 400, "batch": 4, "lr": 2e-4, "text_encoder_lr": 1e-4, "schedule": "cosine"},
     "generate": {"steps": 20, "guidance": 2.0},  # at 3 no more of the subject, and pictures of one prompt are more alike

@@ -20,7 +20,7 @@ def prepare_encoders(run: Run) -> None:
     """Both encoders into the storage, from the hub, a folder, or mini."""
     models = {"dino": run.config.evaluate.dino, "clip": run.config.evaluate.clip}
     sources = {part: _mini(part) if model == "mini" else local_source(model) for part, model in models.items()}
-    files = {part: _needed(files_under(source), str(source)) for part, source in sources.items() if source}
+    files = {part: _needed(str(source), files_under(source)) for part, source in sources.items() if source}
     stage = run.workspace.stage("encoders", {p: stats(source, files[p]) if source else models[p] for p, source in sources.items()})
     if stage.done():
         return
@@ -33,7 +33,7 @@ def prepare_encoders(run: Run) -> None:
             repo, _, revision = model.partition("@")
             facts[part] = commit = hub.resolve(repo, revision or None)
             run.say(f"encoders: {repo} at {commit}")
-            hub.fetch_model(repo, commit, target, partial(_chosen, model))
+            hub.fetch_model(repo, commit, target, partial(_needed, model))
         else:
             target.mkdir(parents=True, exist_ok=True)
             for name in files[part]:
@@ -47,11 +47,7 @@ def _mini(part: str) -> Path:
     return mini_folder() / {"dino": "vit", "clip": "clip"}[part]
 
 
-def _chosen(model: str, names: list[str], _: Path) -> list[str]:
-    return _needed(names, model)
-
-
-def _needed(names: list[str], model: str) -> list[str]:
+def _needed(model: str, names: list[str], _: Path | None = None) -> list[str]:
     wanted = [n for n in names if "/" not in n and (n.endswith((".json", ".txt")) or n == "model.safetensors")]
     if "model.safetensors" not in wanted:
         raise RayboothError(

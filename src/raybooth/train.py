@@ -316,7 +316,8 @@ class _Loop:
         self.done, self.read_at = state.step, state.scalars["read_at"]
         self.seen.copy_(state.tensors["seen"] if self.parallel.rank == 0 else torch.zeros_like(self.seen))
         held = self.optimizer.state_dict()
-        for (name, p), index in zip(self.parameters.items(), _indices(held), strict=True):
+        indices = [i for group in held["param_groups"] for i in group["params"]]
+        for (name, p), index in zip(self.parameters.items(), indices, strict=True):
             p.copy_(state.tensors[f"weights.{name}"])
             if self.average:
                 self.average.values[name].copy_(state.tensors[f"average.{name}"])
@@ -332,11 +333,6 @@ class _Loop:
         if self.average:
             self.average.apply()
         self.trained.eval().requires_grad_(False)
-
-
-def _indices(optimizer: dict[str, Any]) -> list[int]:
-    """The numbers of an optimizer's parameters in its state, in the order of its groups."""
-    return [i for group in optimizer["param_groups"] for i in group["params"]]
 
 
 def _noised_rows(

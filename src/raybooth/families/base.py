@@ -18,7 +18,7 @@ class Facts:
 
     Attributes:
         downscale: the side of a picture over the side of its latent.
-        embeds_guidance: whether the guidance scale is an input of the denoiser, and not a second pass without the prompt.
+        embeds_guidance: whether the guidance scale, if the denoiser takes any, is an input of it, and not a second pass without the prompt.
     """
 
     resolution: int

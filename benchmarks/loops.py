@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers import Work, at_random, loop, rate, timed
-from raybooth.cluster.session import LEAN
+from raybooth.cluster.session import allocator
 from raybooth.config import Sampling
 from raybooth.families import Loaded, family_of
 from raybooth.families.parts import load
@@ -148,9 +148,9 @@ SIZE = {"mini": (60, 10, 32, 10), "layout": (8, 2, 4, 4)}
 
 
 def _measured(kind: str, name: str, model: str, folder: Path) -> dict[str, float]:
-    """In a new process, with the memory allocator's settings that raybooth gives its workers."""
+    """In a new process, with the memory allocator that raybooth gives its workers."""
     command = [sys.executable, "-m", "benchmarks.loops", kind, name, model, str(folder)]
-    done = subprocess.run(command, env={**LEAN, **os.environ}, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **allocator()}, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

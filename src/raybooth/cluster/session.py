@@ -2,12 +2,14 @@
 
 import contextlib
 import gc
+import importlib.util
 import logging
 import os
 import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raybooth.errors import RayboothError
@@ -22,10 +24,6 @@ LEAN = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_idle_worker_killing_time_threshold_ms": "600000",  # by default 1 s: processes that keep imports for the next stage must outlive a fine-tuning
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # ours count pictures, Ray's count blocks
-    # glibc: a step's tensors are reused and not given back and taken anew, page by page; 5% of a step on a CPU.
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-    "MALLOC_TOP_PAD_": str(64 << 20),
 }
 
 
@@ -34,6 +32,33 @@ class Resources:
     cpus: int
     gpus: int
     nodes: int
+
+
+def allocator() -> dict[str, str]:
+    """The environment of processes that allocate by the jemalloc that comes with Ray: a step on a CPU takes an eighth less time than by glibc's malloc.
+
+    What a step has freed stays at hand for the next one, also large tensors, and goes back to the system after ten idle seconds.
+    """
+    spec = importlib.util.find_spec("ray")
+    library = Path(spec.origin).parent / "core" / "libjemalloc.so" if spec and spec.origin else None
+    if library is None or not library.exists() or "LD_PRELOAD" in os.environ:
+        return {}
+    return {
+        "LD_PRELOAD": str(library),
+        "RAY_LD_PRELOAD_ON_WORKERS": "1",
+        "MALLOC_CONF": "oversize_threshold:0,background_thread:true,dirty_decay_ms:10000,muzzy_decay_ms:0",
+    }
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """For what is started meanwhile, and not for what this process starts later."""
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key in values:
+            os.environ.pop(key, None)
 
 
 def import_quickly() -> None:
@@ -77,7 +102,8 @@ def _start(address: str | None) -> None:
             if address:
                 ray.init(address=address, **quiet)
             else:
-                ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+                with _environment(allocator()):
+                    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise _no_cluster(address, error) from None
 

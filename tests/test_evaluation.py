@@ -15,7 +15,7 @@ from raybooth.encoders import clip, vit
 from raybooth.errors import RayboothError
 from raybooth.mini import FOLDER
 from raybooth.mini.world import render, subject_scenes
-from raybooth.score import Score, among, diversity, scored, to_prompt, to_subject
+from raybooth.score import Score, among, diversity, scored, to_prompt, to_subject, variety
 from raybooth.session import Run
 from raybooth.stages import STAGES
 
@@ -72,6 +72,7 @@ def test_diversity_is_none_among_equals_and_grows_with_difference(subject: list[
     a, b = torch.from_numpy(various[:1]), torch.from_numpy(various[1:2])
     by_hand = (2 - 2 * torch.cosine_similarity(a, b, dim=-1)).mean()  # the squared distance of unit vectors
     assert diversity([various[:2]])[0] == pytest.approx(float(by_hand), abs=1e-5)
+    assert variety(various).mean() == pytest.approx(diversity([various])[0], abs=1e-6)
 
 
 def test_the_interval_is_that_of_a_mean():
@@ -94,7 +95,7 @@ def test_the_stage_scores_a_run_and_does_nothing_twice(tmp_path: Path, photos: P
         for stage in (*STAGES.values(), evaluation.evaluate):
             stage(run)
         scores = evaluation.read(run)
-        assert set(scores) == {"dino", "clip_i", "clip_t", "pres", "div"}
+        assert set(scores) == {"dino", "clip_i", "clip_t", "pres", "div", "class_div"}
         for name, score in scores.items():
             assert isinstance(score, Score)
             assert score.low <= score.value <= score.high, name

@@ -88,12 +88,15 @@ def _plain(results: Results) -> dict[str, Any]:
 
 def table(results: Results, published: bool = False) -> str:
     """Markdown: means over the subjects, beside them the photographs' own or the base model's."""
-    lines = ["| | DINO (of the photographs' own) | CLIP-I (same) | CLIP-T (of the base's) | PRES (base's) | DIV (of the base's) |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | DINO (of the photographs' own) | CLIP-I (same) | CLIP-T (of the base's) | PRES (base's) | DIV (of the base's) | DIV of the class (same) |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for recipe, by in results.items():
-        cells = [_cell([s[name] for s in by.values() if name in s], name) for name in ("dino", "clip_i", "clip_t", "pres", "div")]
+        cells = [_cell([s[name] for s in by.values() if name in s], name) for name in ("dino", "clip_i", "clip_t", "pres", "div", "class_div")]
         lines.append(f"| {recipe} | {' | '.join(cells)} |")
     for name, scores in PUBLISHED.items() if published else ():
-        cells = ["-" if x is None else f"{x:.3f}" for x in (*scores, None, None)]
+        cells = ["-" if x is None else f"{x:.3f}" for x in (*scores, None, None, None)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

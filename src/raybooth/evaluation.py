@@ -7,7 +7,7 @@ from pathlib import Path
 from raybooth.drawing import class_rows, draw, output_rows
 from raybooth.features import features, prepare_encoders, scored_prompt
 from raybooth.photos import contact_sheet, png
-from raybooth.score import Array, Score, among, diversity, scored, to_prompt, to_subject
+from raybooth.score import Array, Score, among, diversity, scored, to_prompt, to_subject, variety
 from raybooth.session import Run
 from raybooth.workspace import write_atomically
 
@@ -20,16 +20,17 @@ NAMES = {
     "clip_t": "CLIP-T  shows what the prompt says",
     "pres": "PRES    'a {class}' looks like the subject (lower is better)",
     "div": "DIV     pictures of one prompt differ",
+    "class_div": "DIV     pictures of 'a {class}' differ",
 }
 
 
 def evaluate(run: Run) -> None:
-    """DINO, CLIP-I, CLIP-T, PRES and DIV, each with its interval, the base model's and the photographs' own."""
+    """DINO, CLIP-I, CLIP-T, PRES and DIV (of the subject's pictures, and of the class's), each with its interval, the base model's and the photographs' own."""
     prepare_encoders(run)  # first: what cannot be fetched shows before anything is drawn
     _draw_comparisons(run)
     found = measured(run)
     drawn = {kind: [run.outputs(stage)[n] for n in names] for kind, (stage, names) in pictures(run).items()}
-    stage = run.workspace.stage("scores", {"encoders": run.model_digest("encoders"), "pictures": drawn})
+    stage = run.workspace.stage("scores", {"encoders": run.model_digest("encoders"), "pictures": drawn, "scores": list(NAMES)})
     if not stage.done():
         stage.write(SCORES, json.dumps({name: asdict(score) for name, score in _scores(run, found).items()}, indent=1).encode())
         stage.finish()
@@ -79,6 +80,8 @@ def _scores(run: Run, found: dict[str, dict[str, Array]]) -> dict[str, Score]:
         "clip_t": scored(to_prompt(after["clip"], texts), float(to_prompt(before["clip"], texts).mean())),
         "pres": similar(class_after, class_before, "dino"),
     }
+    if len(class_after["patches"]) > 1:
+        scores["class_div"] = scored(variety(class_after["patches"]), float(variety(class_before["patches"]).mean()))
     if each > 1:
         alike = float(diversity([photographs["patches"]])[0]) if several else None
         scores["div"] = scored(diversity(by_prompt(after)), float(diversity(by_prompt(before)).mean()), alike)

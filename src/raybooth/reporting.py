@@ -34,6 +34,7 @@ WORDS = {
         "PRES: how much pictures of the class look like the subject. As much as the base model's is good, more is bad.",
     ),
     "div": ("Do pictures of one prompt differ?", "DIV: the mean distance of pictures of the same prompt. One subject differs less than many do."),
+    "class_div": ("Is there still more than one {class}?", "DIV of the class: as much as the base model's is good, less means that it has narrowed."),
 }
 
 

@@ -35,6 +35,11 @@ def diversity(patches: Sequence[Array]) -> Array:
     return np.array([np.mean([_distance(a, b) for a, b in combinations(one, 2)]) for one in patches if len(one) > 1], dtype=np.float32)
 
 
+def variety(patches: Array) -> Array:
+    """DIV of many pictures of one prompt, whose patches are (n, p, d): of each its mean distance to the others, (n,)."""
+    return np.array([np.mean([_distance(a, b) for k, b in enumerate(patches) if k != i]) for i, a in enumerate(patches)], dtype=np.float32)
+
+
 def _distance(a: Array, b: Array) -> float:
     return float(((a - b) ** 2).sum(axis=-1).mean())
 

@@ -365,7 +365,7 @@ def test_a_picture_is_in_memory_once(page: Page):
     expect(page.get_by_role("button", name="Draw")).to_be_enabled()
     assert page.evaluate("came.length") == 3
     page.context.new_cdp_session(page).send("HeapProfiler.collectGarbage")
-    page.wait_for_function("came.every((bytes) => !bytes.deref())")
+    assert page.evaluate("came.every((bytes) => !bytes.deref())")
 
 
 @pytest.mark.usefixtures("subject")

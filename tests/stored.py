@@ -45,6 +45,11 @@ def make_run(storage: Path, base: Path, seed: int | None, sets: tuple[str, ...] 
     stage = workspace.stage("instance-images", {})
     stage.write("00.png", png(Image.new("RGB", (32, 32), (seed or 0, 0, 0))))
     stage.finish({"pictures": ["00.png"]})
+    make_model(workspace, base, seed, **how)
+    return storage
+
+
+def make_model(workspace: Workspace, base: Path, seed: int | None, **how: Any) -> None:
     stage = workspace.stage("fine-tuned-model", {"seed": seed, **how})
     stage.clear()
     if seed is None:
@@ -52,7 +57,6 @@ def make_run(storage: Path, base: Path, seed: int | None, sets: tuple[str, ...] 
     else:
         make_adapters(base, stage.partial, seed, **how)
     stage.finish(only=files_under(stage.partial))
-    return storage
 
 
 def whole(base: Path, stage: Stage) -> None:

@@ -17,7 +17,7 @@ import stand_in
 import uvicorn
 from images_api import Easel, app, colour_of
 from PIL import Image
-from test_runs import PHOTOS, SETTINGS, command
+from test_runs import MINI, PHOTOS, SETTINGS, command
 
 from raybooth.serving import uploads
 from raybooth.serving.queue import Queue
@@ -44,7 +44,7 @@ class Served:
 
     def __init__(self, root: Path, key: str | None = None):
         self.root, self.easel = root, Easel()
-        made = app(root, self.easel, runs_router(root, "mini", SETTINGS, Queue(command, grace=1)), [key] if key else [])
+        made = app(root, self.easel, runs_router(root, MINI, SETTINGS, Queue(command, grace=1)), [key] if key else [])
         self.server = uvicorn.Server(uvicorn.Config(made, port=0, log_level="error"))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
@@ -105,7 +105,7 @@ def upload(page: Page, class_name: str = "dog", name: str | None = None, token: 
 def subject(page: Page, served: Served) -> None:
     """my-dog, learnt before."""
     storage = served.root / "my-dog"
-    uploads.store(storage, uploads.settings(storage, "mini", {"class": "dog"}, SETTINGS), [uploads.Photo(f"{i}.png", p) for i, p in enumerate(PHOTOS)])
+    uploads.store(storage, uploads.settings(storage, MINI.base, {"class": "dog"}, SETTINGS), [uploads.Photo(f"{i}.png", p) for i, p in enumerate(PHOTOS)])
     stand_in.run(storage)
     page.reload()
     expect(page.get_by_role("radio", name="my-dog")).to_be_checked()
@@ -333,6 +333,56 @@ def test_the_request_as_code(page: Page):
     said = subprocess.run([sys.executable, "-c", fake + page.locator("#snippet").inner_text()], capture_output=True, text=True, check=True).stdout
     rest = {"model": "my-dog", "prompt": prompt, "n": 4, "response_format": "b64_json"}
     assert json.loads(said) == rest | {"extra_body": {"seed": seed, "steps": 7}}
+
+
+@pytest.mark.usefixtures("subject")
+def test_enter_while_it_draws_does_not_draw_again(page: Page, served: Served):
+    served.easel.slow = 0.3
+    for _ in range(4):
+        page.get_by_label("Prompt", exact=True).press("Enter")
+    shots = page.locator("#gallery figure button.frame img")
+    expect(shots).to_have_count(4)
+    expect(page.get_by_role("button", name="Draw")).to_be_enabled()
+    assert len(served.easel.rows) == 4
+    page.get_by_label("Prompt", exact=True).press("Enter")
+    expect(shots).to_have_count(8)
+
+
+@pytest.mark.usefixtures("subject")
+def test_a_picture_is_in_memory_once(page: Page):
+    """As what the image shows, and not as the bytes that came too."""
+    page.evaluate("""() => {
+      const from = Uint8Array.from;
+      window.came = [];
+      Uint8Array.from = function (...how) {
+        const made = from.apply(this, how);
+        came.push(new WeakRef(made));
+        return made;
+      };
+    }""")
+    draw(page, n=3)
+    expect(page.locator("#gallery figure button.frame img")).to_have_count(3)
+    expect(page.get_by_role("button", name="Draw")).to_be_enabled()
+    assert page.evaluate("came.length") == 3
+    page.context.new_cdp_session(page).send("HeapProfiler.collectGarbage")
+    assert page.evaluate("came.every((bytes) => !bytes.deref())")
+
+
+@pytest.mark.usefixtures("subject")
+def test_what_happens_elsewhere_is_seen(page: Page, served: Served):
+    """Runs that others start, and subjects that go, a few seconds later; what one has before oneself stays."""
+    page.get_by_label("Prompt", exact=True).fill("photo of unqtkn dog with a hat")
+    fido, radio = served.root / "fido", page.get_by_role("radio", name="fido")
+    shutil.copytree(served.root / "my-dog", fido)
+    expect(radio).to_be_visible()
+    expect(page.locator(".run[data-id=fido]")).to_have_count(1)
+    expect(page.get_by_role("radio", name="my-dog")).to_be_checked()
+    shutil.rmtree(fido)
+    expect(radio).to_have_count(0)
+    expect(page.locator(".run[data-id=fido]")).to_have_count(0)
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("photo of unqtkn dog with a hat")
+    shutil.copytree(served.root / "my-dog", fido)
+    expect(page.locator(".run[data-id=fido]")).to_have_count(1)
 
 
 @pytest.mark.usefixtures("subject")

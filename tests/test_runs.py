@@ -1,31 +1,41 @@
 """Upload and run over HTTP: what is taken, what is refused, what a restart of the server remembers."""
 
+import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from stored import make_model, make_run
 
-from raybooth.config import load
+from raybooth.base_model import prepare_base
+from raybooth.config import Config, load
+from raybooth.errors import RayboothError
 from raybooth.families import mini_folder
+from raybooth.families.lora import WEIGHTS
 from raybooth.mini.world import render, subject_scenes
 from raybooth.photos import png
 from raybooth.serving import errors, runs, uploads
 from raybooth.serving.queue import Queue
 from raybooth.serving.queue import command as real_command
-from raybooth.serving.runs import runs_router
-from raybooth.serving.server import Options, _runs
-from raybooth.serving.subjects import of_base
+from raybooth.serving.runs import Surroundings, runs_router
+from raybooth.serving.server import Options, _runs, _section
+from raybooth.serving.subjects import Subjects, of_base
+from raybooth.session import Run
+from raybooth.workspace import read_manifest
 
 PHOTOS = [png(render(scene)) for scene in subject_scenes(1, "dog", 5)]
+MINI = Surroundings({"model": "mini"})
 SETTINGS = ["prior.images=4", "finetune.steps=40", "generate.images_per_prompt=1"]
 
 
@@ -36,7 +46,7 @@ def command(storage: Path) -> list[str]:
 def serve(root: Path, **queue: Any) -> TestClient:
     app = FastAPI()
     errors.install(app)
-    app.include_router(runs_router(root, "mini", SETTINGS, Queue(command, **{"grace": 1, **queue})))
+    app.include_router(runs_router(root, MINI, SETTINGS, Queue(command, **{"grace": 1, **queue})))
     return TestClient(app)
 
 
@@ -85,7 +95,7 @@ def test_from_photographs_to_a_subject(client: TestClient, tmp_path: Path):
 
 def test_the_command_makes_what_the_settings_say(tmp_path: Path):
     """The real one, as far as its configuration: it must be read back as it was written."""
-    config = uploads.settings(tmp_path / "rex", "mini", {"class": "dog"}, SETTINGS)
+    config = uploads.settings(tmp_path / "rex", MINI.base, {"class": "dog"}, SETTINGS)
     uploads.store(tmp_path / "rex", config, [uploads.Photo("a.png", PHOTOS[0])])
     from raybooth.cli import config_of, parser
 
@@ -100,6 +110,14 @@ def test_names_that_are_no_names(client: TestClient, tmp_path: Path, name: str):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["fine-tuned-model", "config.json", "Config.JSON", "x.safetensors", "X.SafeTensors", "pytorch_lora_weights.safetensors"])
+def test_names_that_would_hide_the_others(client: TestClient, tmp_path: Path, name: str):
+    refused = upload(client, name)
+    assert refused.status_code == 400
+    assert "files of a run are called so" in message(refused)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_name_is_taken_once(client: TestClient, tmp_path: Path):
     (tmp_path / "mine").mkdir()
     assert upload(client, "mine").status_code == 409
@@ -107,6 +125,23 @@ def test_a_name_is_taken_once(client: TestClient, tmp_path: Path):
     assert upload(client).status_code == 202
     assert upload(client).status_code == 409
     assert not list((tmp_path / "mine").iterdir())
+
+
+def test_names_that_other_subjects_have(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file beside it, a run in another folder, and one that cannot be drawn just now."""
+    monkeypatch.setattr(runs, "Queue", lambda: Queue(command))
+    make_run(tmp_path / "elsewhere" / "rex", toy, 1)
+    (make_run(tmp_path / "elsewhere" / "broken", toy, 1) / "config.json").write_text("{")
+    (tmp_path / "runs").mkdir()
+    shutil.copyfile(tmp_path / "elsewhere" / "rex" / "fine-tuned-model" / WEIGHTS, tmp_path / "runs" / "lassie.safetensors")
+    paths = [str(tmp_path / "runs"), str(tmp_path / "elsewhere")]
+    app = FastAPI()
+    errors.install(app)
+    app.include_router(_runs(Options(paths), Subjects(paths))[0])
+    with TestClient(app) as client:
+        for name in ("lassie", "rex", "broken"):
+            assert upload(client, name).status_code == 409, name
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["lassie.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +174,53 @@ def test_too_much_is_not_taken(client: TestClient, tmp_path: Path):
     assert "Too many files" in message(upload(client, photos=PHOTOS[:1] * 51))
     assert client.post("/api/runs", json={"name": "rex"}).status_code == 400
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("charset", ["punycode", "idna", "utf-7", "unicode_escape", '"a b"'])
+def test_forms_in_other_encodings(client: TestClient, tmp_path: Path, charset: str):
+    body = b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\n\xff+2AA-\\ud800\r\n--b--\r\n'
+    answer = client.post("/api/runs", content=body, headers={"Content-Type": f"multipart/form-data; boundary=b; charset={charset}"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_content_type")
+    assert not list(tmp_path.iterdir())
+
+
+def test_few_uploads_at_once(tmp_path: Path):
+    """Their photographs lie in memory together."""
+    held, arrived = asyncio.Event(), asyncio.Event()
+    count = 0
+
+    async def slow() -> AsyncIterator[bytes]:
+        nonlocal count
+        count += 1
+        if count == runs.MOST_UPLOADS:
+            arrived.set()
+        yield b"--b\r\n"
+        await held.wait()
+        yield b"--b--\r\n"
+
+    async def scenario() -> None:
+        app = serve(tmp_path).app
+        how: Any = {"base_url": "http://x", "headers": {"Content-Type": "multipart/form-data; boundary=b"}}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), **how) as http:
+            uploads = [asyncio.create_task(http.post("/api/runs", content=slow())) for _ in range(runs.MOST_UPLOADS)]
+            await arrived.wait()
+            refused = await http.post("/api/runs", content=b"")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_uploads")
+            assert "retry-after" in refused.headers
+            held.set()
+            assert [u.status_code for u in await asyncio.gather(*uploads)] == [400] * runs.MOST_UPLOADS
+            assert (await http.post("/api/runs", content=b"")).status_code == 400, "there is room again"
+
+    asyncio.run(scenario())
+
+
+def test_an_upload_that_finds_no_place_leaves_nothing(client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Others have taken the last one while it travelled."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Queue, "put", lambda self, storage: False)
+        assert upload(client).status_code == 429
+    assert not list(tmp_path.iterdir())
+    assert upload(client).status_code == 202
 
 
 def test_one_runs_and_few_wait(tmp_path: Path):
@@ -210,7 +292,7 @@ def test_a_restart_forgets_nothing(tmp_path: Path):
 def test_a_run_whose_server_was_killed_is_seen_and_stopped(tmp_path: Path):
     with serve(tmp_path) as client:
         (tmp_path / "hold").touch()
-        config = uploads.settings(tmp_path / "rex", "mini", {"class": "dog"}, SETTINGS)
+        config = uploads.settings(tmp_path / "rex", MINI.base, {"class": "dog"}, SETTINGS)
         uploads.store(tmp_path / "rex", config, [uploads.Photo("a.png", PHOTOS[0])])
         orphan = subprocess.Popen(command(tmp_path / "rex"), start_new_session=True, stderr=subprocess.DEVNULL)
         until(client, lambda r: r["step"] == 10)
@@ -243,11 +325,11 @@ def test_settings_of_another_version_do_not_hide_the_others(client: TestClient, 
 
 def test_only_a_folder_of_runs_takes_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runs, "Queue", lambda: Queue(command))
-    base = of_base(mini_folder())
     (tmp_path / "runs").mkdir()
     (tmp_path / "one" / "fine-tuned-model").mkdir(parents=True)
-    assert _runs(Options([str(tmp_path / "one"), "memory://somewhere"]), base) == []
-    (router,) = _runs(Options([str(tmp_path / "one"), str(tmp_path / "runs")], set=["finetune.steps=7"]), base)
+    subjects = Subjects([str(tmp_path / "one"), str(tmp_path / "runs")], mini_folder())
+    assert _runs(Options([str(tmp_path / "one"), "memory://somewhere"]), subjects) == []
+    (router,) = _runs(Options([str(tmp_path / "one"), str(tmp_path / "runs")], set=["finetune.steps=7"]), subjects)
     app = FastAPI()
     app.include_router(router)
     with TestClient(app) as client:
@@ -255,3 +337,75 @@ def test_only_a_folder_of_runs_takes_new_ones(tmp_path: Path, monkeypatch: pytes
         client.delete("/api/runs/rex")
     config = load(tmp_path / "runs" / "rex" / "config.json")
     assert (config.base.model, config.finetune.steps, config.finetune.method) == ("mini", 7, "lora")
+
+
+def test_a_run_knows_where_its_base_comes_from(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """And not only in which run's folder the server has found it."""
+    monkeypatch.setattr(runs, "Queue", lambda: Queue(lambda storage: [sys.executable, "-c", ""]))
+    source = tmp_path / "models" / "toy"
+    shutil.copytree(toy, source)
+    kennel = tmp_path / "runs"
+    with Run(Config(subject={"class": "dog"}, base={"model": str(source), "resolution": 32}, storage=str(kennel / "rex")), quiet=True) as run:  # type: ignore[arg-type]
+        prepare_base(run)
+    make_model(run.workspace, source, 1)
+    run.save_config()
+    app = FastAPI()
+    app.include_router(_runs(Options([str(kennel)]), Subjects([str(kennel)]))[0])
+    with TestClient(app) as client:
+        assert upload(client, "lassie").status_code == 202
+    config = load(kennel / "lassie" / "config.json")
+    assert (config.base.model, config.base.resolution) == (str(source), 32)
+    shutil.rmtree(kennel / "rex")
+    with Run(config) as run:
+        copied = read_manifest(run.base_folder)
+        assert copied is not None
+        prepare_base(run)
+        assert "base-model: up to date" in capsys.readouterr().err, "it has a copy of the server's"
+        assert read_manifest(run.base_folder) == copied
+        shutil.rmtree(source)
+        prepare_base(run)
+        assert "the copy of it is kept" in capsys.readouterr().err
+    assert _section(of_base(make_run(tmp_path / "whole", toy, None) / "fine-tuned-model")) == {"model": str(tmp_path / "whole" / "fine-tuned-model")}
+    other = config.model_copy(update={"base": config.base.model_copy(update={"model": str(tmp_path / "other")})})
+    with Run(other) as run, pytest.raises(RayboothError):
+        prepare_base(run)
+
+
+def removed(storage: Path) -> None:
+    """As somebody does who clears up while a run still writes there."""
+    storage.rename(storage.with_name(".bin"))
+    shutil.rmtree(storage.with_name(".bin"), ignore_errors=True)
+
+
+def test_a_run_that_is_removed_does_not_keep_the_others_from_their_turn(client: TestClient, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "hold").touch()
+    for name in ("rex", "second", "third"):
+        upload(client, name)
+    until(client, lambda r: r["step"] == 10)
+    removed(tmp_path / "second")  # one that waits
+    assert client.get("/api/runs/second").status_code == 404
+    pid = int((tmp_path / "rex" / ".lock").read_text().rpartition(" ")[2])
+    os.kill(pid, signal.SIGSTOP)
+    removed(tmp_path / "rex")  # the one that runs: its last words have no place to go to
+    os.kill(pid, signal.SIGKILL)
+    (tmp_path / "hold").unlink()
+    until(client, lambda r: r["state"] == "done", "third")
+    assert [r["id"] for r in client.get("/api/runs").json()["runs"]] == ["third"]
+    assert "second cannot be started" in caplog.text
+    assert upload(client, "second").status_code == 202
+    until(client, lambda r: r["state"] == "done", "second")
+
+
+def test_a_run_that_goes_while_it_is_asked_for_is_not_there(client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    upload(client)
+    until(client, lambda r: r["state"] == "done")
+    known = runs.progress
+
+    def late(storage: Path, state: Any) -> Any:
+        shutil.rmtree(storage, ignore_errors=True)
+        (storage / "photographs").mkdir(parents=True)
+        (storage / "config.json").write_text('{"subject": {"class": "dog"}}')
+        return known(storage, state)
+
+    monkeypatch.setattr(runs, "progress", late)
+    assert client.get("/api/runs/rex").status_code == 404

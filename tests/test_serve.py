@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2 as httpx
@@ -20,6 +21,10 @@ import pytest
 from stored import make_run
 
 from raybooth.cli import main
+from raybooth.cluster.serving import served
+from raybooth.cluster.session import Resources
+from raybooth.options import parser
+from raybooth.serving.server import _application
 
 GENERATIONS = "/v1/images/generations"
 
@@ -52,7 +57,7 @@ def serving(*arguments: str) -> Iterator[tuple[str, int]]:
 
 def replicas(pid: int) -> list[psutil.Process]:
     found = psutil.Process(pid).children(recursive=True)
-    return [p for p in found if "ServeReplica:raybooth:Drawer" in " ".join(p.cmdline())]
+    return [p for p in found if re.search(r"ServeReplica:raybooth-\S+:Drawer", " ".join(p.cmdline()))]
 
 
 def asked(model: str, seed: int, **more: Any) -> dict[str, Any]:
@@ -103,12 +108,40 @@ def test_a_replica_is_killed_under_load_and_a_subject_comes_and_goes(tmp_path: P
                 await asyncio.sleep(0.2)
             seconds = time.monotonic() - began
             print(f"whole again {seconds:.1f} s after SIGKILL")
-            assert seconds < 120  # 20 s on two cores that are free; a bound against never
+            assert seconds < 20 * max(1, os.getloadavg()[0] / 2)  # 20 s on two cores that are free
             assert replicas(pid) != [replica]
             assert (await http.get("/healthz")).json() == {"status": "ok"}
 
     with serving(str(folder), "--replicas", "1") as (url, pid):
         asyncio.run(scenario(url, pid))
+
+
+def test_servers_and_others_share_a_cluster(ray: None):
+    """What one of them leaves, the others keep."""
+    from ray import serve
+
+    class Other:
+        pass
+
+    other: Any = serve.deployment(ray_actor_options={"num_cpus": 0.1})(Other)
+    how: Any = {"have": Resources(2, 0, 1), "model_bytes": 0, "replicas": (1, 1), "batch": 1, "queue": 1, "joined": True}
+    try:
+        serve.run(other.bind(), name="other", route_prefix=None)
+        with served(SimpleNamespace, "raybooth-one", **how) as one:
+            with served(SimpleNamespace, "raybooth-two", **how) as two:
+                assert one.pids.remote().result() != two.pids.remote().result()
+            assert set(serve.status().applications) == {"other", "raybooth-one"}
+            assert asyncio.run(one.healthy())
+            assert not asyncio.run(two.healthy())
+        assert set(serve.status().applications) == {"other"}
+    finally:
+        serve.shutdown()
+
+
+def test_servers_have_names_of_their_own():
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        assert _application(one) != _application(two)
+        assert _application(one) == _application(one)
 
 
 @pytest.mark.parametrize(
@@ -130,3 +163,12 @@ def test_what_it_does_not_start_with(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert main(["serve", *given, *port]) == 2
     assert told in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_how_long_a_request_may_take():
+    given = ["serve", "x", "--timeout"]
+    assert parser().parse_args([*given[:2]]).timeout == 120
+    assert parser().parse_args([*given, "2.5"]).timeout == 2.5
+    for wrong in ("0", "-1", "nan", "inf", "1e9", "99999"):
+        with pytest.raises(SystemExit):
+            parser().parse_args([*given, wrong])

@@ -1,8 +1,13 @@
 """Many subjects on one base: a picture is the same alone, in a mixed batch, in another slot; and as PEFT merges it. What is found, and raybooth.load."""
 
+import asyncio
+import contextlib
+import os
 import shutil
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from stored import make_adapters, make_run
 from toys import MAKERS
 
@@ -19,6 +26,9 @@ from raybooth.families import family_of
 from raybooth.families.lora import WEIGHTS, load_adapters, plain_rank
 from raybooth.jobs import for_inference, sampler
 from raybooth.sample import Sampler
+from raybooth.serving import engine
+from raybooth.serving.adapters import slot_bytes
+from raybooth.serving.desk import Desk, Drawn, Job
 from raybooth.serving.engine import Engine, Row
 from raybooth.serving.subjects import BASE, Subject, Subjects
 from raybooth.workspace import model_digest, read_manifest
@@ -137,6 +147,84 @@ def test_a_model_that_is_gone_or_is_being_replaced_says_so(runs: Path, tmp_path:
         engine.draw(rows_of(subjects, "b"), subjects["b"].sampling)
     shutil.rmtree(tmp_path / "a")
     assert len(engine.draw(rows_of(subjects, BASE), subjects[BASE].sampling)) == 1, "the base stays, wherever it was read from"
+
+
+@pytest.fixture
+def misfit(runs: Path, tmp_path: Path) -> Path:
+    """A folder of two files of adapters: one that fits, and one whose matrices are of another base."""
+    shutil.copyfile(runs / "subject-0" / "fine-tuned-model" / WEIGHTS, tmp_path / "good.safetensors")
+    held = load_file(tmp_path / "good.safetensors")
+    with safe_open(tmp_path / "good.safetensors", "pt") as file:
+        told = file.metadata()
+    save_file({k: v.repeat(1, 2) if "lora_A" in k else v for k, v in held.items()}, tmp_path / "bad.safetensors", told)
+    return tmp_path
+
+
+def test_adapters_that_do_not_fit_fail_alone(runs: Path, misfit: Path):
+    subjects = Subjects([str(misfit)], runs / "subject-0" / "base-model").found()
+    desk = Desk(Engine(subjects[BASE], 16))
+
+    async def drawn(name: str) -> list[Drawn]:
+        row = Row(subjects[name], PROMPT, 5)
+        return [picture async for picture in desk.draw(Job((row,), replace(subjects[BASE].sampling, steps=1)))]
+
+    async def scenario() -> None:
+        good, bad, base = await asyncio.gather(*map(drawn, ("good", "bad", BASE)), return_exceptions=True)
+        assert isinstance(bad, RayboothError)
+        assert "'bad' cannot be loaded" in str(bad)
+        for one in (good, base):
+            assert isinstance(one, list), one
+            assert one[0].batch == 2
+
+    asyncio.run(scenario())
+
+
+def test_slots_are_as_many_as_there_is_memory_for(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    subjects = found(runs)
+    base = subjects[BASE]
+    roomy = Engine(base, 16)
+    assert roomy.adapters.slots == 32
+    each = slot_bytes([roomy.adapters.modules["unet"], roomy.adapters.modules["text_encoder"]], 16)
+    for held, slots in ((5 * each, 5), (0, base.batch)):
+        monkeypatch.setattr(engine, "MEMORY", held)
+        made = Engine(base, 16)
+        assert made.adapters.slots == slots
+        made.draw(rows_of(subjects, "subject-0", "subject-1"), replace(base.sampling, steps=1))
+        taken = sum(t.nbytes for layer in made.adapters.layers.values() for t in (layer.down, layer.up))
+        assert 0 < taken <= (slots + 1) * each
+
+
+@contextlib.contextmanager
+def nobody() -> Iterator[None]:
+    """Not root, who may read everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("locked", ["runs/subject-0", "runs/subject-0/fine-tuned-model", "more"])
+def test_what_cannot_be_read_is_passed_over_once(runs: Path, locked: str):
+    said: list[str] = []
+    with tempfile.TemporaryDirectory() as name:  # under which everybody may look, as not everywhere that pytest has its own
+        root = Path(name)
+        for i in range(2):
+            shutil.copytree(runs / f"subject-{i}", root / "runs" / f"subject-{i}")
+        (root / "more").mkdir()
+        subjects = Subjects([str(root / "runs"), str(root / "more")], every=0, say=said.append)
+        assert set(subjects.found()) == {BASE, "subject-0", "subject-1"}
+        for path in (root, *root.rglob("*")):
+            path.chmod(0o755)
+        (root / locked).chmod(0o000)
+        with nobody():
+            left = [set(subjects.found()) for _ in range(3)]
+        assert left == [{BASE, "subject-1"} | ({"subject-0"} if locked == "more" else set())] * 3
+        assert [line.partition(" is passed over")[0] for line in said] == [str(root / locked.removesuffix("/fine-tuned-model"))]
+        (root / locked).chmod(0o755)
+        assert set(subjects.found()) == {BASE, "subject-0", "subject-1"}
 
 
 def test_subjects_appear_and_disappear(runs: Path, tmp_path: Path):

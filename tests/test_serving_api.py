@@ -20,19 +20,24 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
+import stand_in
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from PIL import Image
 from stored import make_run
+from test_runs import MINI, PHOTOS, SETTINGS
 
 from raybooth.errors import RayboothError
+from raybooth.serving import uploads
 from raybooth.serving.api import create_app
 from raybooth.serving.desk import Desk, Drawn, Job
 from raybooth.serving.engine import Engine
 from raybooth.serving.generations import Draw, UnavailableError
 from raybooth.serving.guard import LOOPBACK, read_keys
+from raybooth.serving.queue import Queue
+from raybooth.serving.runs import MOST_UPLOADS, runs_router
 from raybooth.serving.schemas import Limits
-from raybooth.serving.server import slot_rank
+from raybooth.serving.server import Options, _hosts, slot_rank
 from raybooth.serving.subjects import Subjects
 
 GENERATIONS = "/v1/images/generations"
@@ -226,6 +231,53 @@ def test_the_queue_is_bounded_and_time_too(subjects: Subjects):
     asyncio.run(scenario())
 
 
+def test_when_to_try_again_follows_from_what_was_drawn(subjects: Subjects):
+    """Of late, and not from how long those waited who wanted them: with forty before them that is forty times as much."""
+    one_at_a_time = asyncio.Lock()
+
+    async def draw(job: Job) -> AsyncGenerator[Drawn, None]:
+        async with one_at_a_time:
+            async for drawn in quick(wait=0.05)(job):
+                yield drawn
+
+    async def scenario() -> None:
+        async with client(create_app(subjects, draw, Limits(queue=40))) as http:
+            for _ in range(2):
+                answers = await asyncio.gather(*(http.post(GENERATIONS, json=ASKED) for _ in range(41)))
+                assert [a.status_code for a in answers] == [200] * 40 + [429]
+            assert int(answers[-1].headers["retry-after"]) <= 3  # half of forty are a second
+
+    asyncio.run(scenario())
+
+
+def test_under_which_names_it_is_asked(subjects: Subjects, tmp_path: Path):
+    """A page elsewhere can have its own name point here, and never an address."""
+    (tmp_path / "keys").write_text("k")
+
+    def options(**how: Any) -> Options:
+        return Options(["x"], **how)
+
+    local, key = {"localhost": 200, "127.0.0.1:8000": 200, "[::1]:80": 200}, {"api_key_file": tmp_path / "keys"}
+    cases: list[tuple[Options, dict[str, int]]] = [
+        (options(), local | {"evil.example": 400, "draw.example": 400, "": 400}),
+        (options(allow_host=["Draw.example"]), local | {"draw.example:443": 200, "evil.example": 400}),
+        (options(host="0.0.0.0", insecure=True), local | {"10.0.0.7:8000": 200, "evil.example": 400}),
+        (options(host="box.lan", insecure=True, allow_host=["draw.example"]), {"box.lan": 200, "draw.example": 200, "evil.example": 400}),
+        (options(host="0.0.0.0", **key), {"any.example": 200}),
+        (options(host="0.0.0.0", allow_host=["draw.example"], **key), {"draw.example": 200, "evil.example": 400}),
+    ]
+
+    async def scenario() -> None:
+        for given, names in cases:
+            async with client(create_app(subjects, quick(), hosts=_hosts(given))) as http:
+                for name, status in names.items():
+                    answer = await http.get("/healthz", headers={"Host": name})
+                    assert answer.status_code == status, (given, name)
+                    assert status == 200 or answer.json()["error"]["code"] == "wrong_host"
+
+    asyncio.run(scenario())
+
+
 def test_what_breaks_is_a_clean_error(subjects: Subjects, caplog: pytest.LogCaptureFixture):
     def failing(error: Exception, after: int = 0) -> Draw:
         async def draw(job: Job) -> AsyncGenerator[Drawn, None]:
@@ -293,6 +345,20 @@ def test_a_client_that_goes_away_frees_its_place(subjects: Subjects, desk: Desk)
         asyncio.run(scenario(stream))
 
 
+def test_an_upload_that_is_broken_off_is_nobodys_mistake(subjects: Subjects, kennel: Path, capfd: pytest.CaptureFixture[str]):
+    with live(create_app(subjects, quick(), routers=[runs_router(kennel, MINI, SETTINGS, Queue(nothing))])) as url:
+        host, port = url.removeprefix("http://").split(":")
+        for _ in range(MOST_UPLOADS + 1):
+            with socket.create_connection((host, int(port))) as half:
+                half.sendall(sent("POST", "/api/runs", "multipart/form-data; boundary=b", "999", b"--b\r\n"))
+                time.sleep(0.1)
+        counted = httpx.get(f"{url}/metrics").text
+        assert 'path="/api",status="499"' in counted
+        assert 'path="/api",status="5' not in counted
+        assert httpx.post(f"{url}/api/runs").status_code == 400, "their places are free"
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_what_the_safety_checker_keeps_back(subjects: Subjects, desk: Desk):
     async def scenario() -> None:
         strict = Desk(desk.engine, lambda images: [True] * len(images))
@@ -333,6 +399,20 @@ def test_keys_from_a_file(tmp_path: Path):
             read_keys(file)
 
 
+@pytest.fixture
+def kennel(tmp_path: Path) -> Path:
+    """rex, learnt before."""
+    storage = tmp_path / "rex"
+    uploads.store(storage, uploads.settings(storage, MINI.base, {"class": "dog"}, SETTINGS), [uploads.Photo("a.png", PHOTOS[0])])
+    stand_in.run(storage)
+    return tmp_path
+
+
+def nothing(storage: Path) -> list[str]:
+    """What a run does here."""
+    return [sys.executable, "-c", ""]
+
+
 def nonsense(r: random.Random) -> Any:
     kinds = [
         lambda: None, lambda: r.choice([True, False]), lambda: r.choice([-1, 0, 2**31, 2**63, 10**30, 1e308, -0.0, 0.5]),
@@ -355,6 +435,29 @@ def malformed(r: random.Random) -> bytes:
     method = r.choice(["POST"] * 12 + ["GET"] * 4 + ["PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "BREW"])
     length = r.choice([str(len(body))] * 20 + ["-1", "9" * 30, "x"])
     kind = r.choice(["application/json"] * 8 + ["text/plain", "", "application/json; charset=utf-16", "multipart/form-data", "\xff"])
+    return sent(method, path, kind, length, body)
+
+
+def malformed_upload(r: random.Random) -> bytes:
+    """The same for runs."""
+    called = ["", *(f'; filename="{f}"' for f in ("a.png", "../../../etc/cron.d/x", "\x00", "a" * 300))]
+    values = [b"rex", b"fido", b"dog", b"../x", b"\xff\xfe", b"\x00", b"+2AA-", b"\\ud800", b"", b"a" * 5000, r.randbytes(50), PHOTOS[0]]
+    names = [r.choice(["photos", "name", "class", "token", "nonsense", "", "é\xff"]) for _ in range(r.randrange(5))]
+    rows = names if r.random() < 0.5 else ["photos", "name", "class"]
+    parts = [f'--b\r\nContent-Disposition: form-data; name="{n}"{r.choice(called)}\r\n\r\n'.encode() + r.choice(values) + b"\r\n" for n in rows]
+    body = b"".join(parts) + r.choice([b"--b--\r\n"] * 6 + [b"", b"--b", b"--c--\r\n"])
+    if r.random() < 0.2:
+        body = r.choice([body[: r.randrange(len(body) + 1)], r.randbytes(99), b"", b"--b\r\n" * 300, b"--b\r\nContent-Disposition: " + b"x" * 9000])
+    encodings = ["punycode", "idna", "utf-7", "unicode_escape", "utf-16", "zlib", "nonsense", '"a\\0b"', "utf-8"]
+    kind = r.choice(["multipart/form-data; boundary=b"] * 8 + ["multipart/form-data", "multipart/form-data; boundary=", "application/json", "\xff"])
+    kind += r.choice([""] * 8 + [f"; charset={e}" for e in encodings])
+    files = ["rex/pictures/..%2fconfig.json", "rex/pictures/photographs/00.png", "%2e%2e", "rex%00"]
+    run = r.choice(["rex", "fido", "..", "", "rex/resume", "none/resume", *files])
+    method, path = r.choice([("POST", "/api/runs")] * 5 + [(m, f"/api/runs/{run}") for m in ("GET", "POST", "DELETE", "PUT")])
+    return sent(method, path, kind, str(len(body)), body)
+
+
+def sent(method: str, path: str, kind: str, length: str, body: bytes) -> bytes:
     head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n"
     return head.encode("latin-1", "replace") + body
 
@@ -372,8 +475,8 @@ def answered(url: str, request: bytes) -> tuple[int, bytes]:
     return (int(said.split(b" ", 2)[1]) if said else 0), said
 
 
-def test_malformed_requests_are_the_senders_mistake(subjects: Subjects):
-    """Five hundred at a socket: no answer of 500 or above, errors in their shape, and no file opened that does not lie in the storage."""
+def test_malformed_requests_are_the_senders_mistake(subjects: Subjects, kennel: Path):
+    """Five hundred at a socket, and three hundred uploads: no answer of 500 or above, errors in their shape, no file opened outside of the storage."""
     opened: list[str] = []
     watching = True
 
@@ -382,11 +485,11 @@ def test_malformed_requests_are_the_senders_mistake(subjects: Subjects):
             opened.append(os.fsdecode(args[0]))
 
     r, seen = random.Random(0), Counter[int]()
-    with live(create_app(subjects, quick())) as url:
+    with live(create_app(subjects, quick(), routers=[runs_router(kennel, MINI, SETTINGS, Queue(nothing))])) as url:
         answered(url, b"GET /openapi.json HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")  # which imports
         sys.addaudithook(hook)
-        for i in range(500):
-            request = malformed(r)
+        for i in range(800):
+            request = malformed(r) if i < 500 else malformed_upload(r)
             status, said = answered(url, request)
             seen[status] += 1
             assert status < 500, (i, request[:300], said)
@@ -402,11 +505,11 @@ def test_malformed_requests_are_the_senders_mistake(subjects: Subjects):
     assert seen[200] > 2
     assert seen[0] < 25, "given up without an answer: those whose body never came"
     storage = next(iter(subjects._paths))
-    allowed = (str(storage), "/proc/self", "/dev/null", sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]))
+    allowed = (str(storage), str(kennel), "/proc/self", "/dev/null", sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]))
     assert not [f for f in opened if not f.startswith(allowed)]
 
 
-def test_it_does_what_its_description_says(subjects: Subjects):
+def test_it_does_what_its_description_says(subjects: Subjects, kennel: Path):
     """Schemathesis: requests as described and others, and whether the answers are those that are described."""
     import schemathesis
     from hypothesis import HealthCheck, given, settings
@@ -415,7 +518,7 @@ def test_it_does_what_its_description_says(subjects: Subjects):
     from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
 
     checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(subjects, quick()))
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(subjects, quick(), routers=[runs_router(kennel, MINI, SETTINGS, Queue(nothing))]))
     tried = set()
     for found in schema.get_all_operations():
         operation: Any = found
@@ -424,8 +527,10 @@ def test_it_does_what_its_description_says(subjects: Subjects):
             @settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
             @given(case=operation.ok().as_strategy(generation_mode=mode))
             def check(case: Any) -> None:
-                if isinstance(case.body, dict) and case.body.get("n") != 1:  # half of them ask for what is there
+                if case.path == GENERATIONS and isinstance(case.body, dict) and case.body.get("n") != 1:  # half of them ask for what is there
                     case.body |= {"model": "rex", "size": "auto"}
+                if len(str(case.path_parameters.get("run", ""))) % 2:
+                    case.path_parameters["run"] = "rex"
                 tried.add((case.path, case.call_and_validate(checks=checks).status_code))
 
             try:
@@ -434,3 +539,4 @@ def test_it_does_what_its_description_says(subjects: Subjects):
                 if "Unsatisfiable" not in type(error).__name__:  # there is nothing wrong to be said where nothing is asked
                     raise
     assert {(GENERATIONS, 200), (GENERATIONS, 400), ("/v1/models", 200), ("/v1/models/{model}", 404), ("/healthz", 200)} <= tried
+    assert {("/api/runs", 200), ("/api/runs", 400), ("/api/runs/{run}", 200), ("/api/runs/{run}", 404), ("/api/runs/{run}/resume", 409)} <= tried

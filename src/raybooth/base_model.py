@@ -8,7 +8,7 @@ from typing import Any
 from raybooth.config import Config
 from raybooth.errors import RayboothError
 from raybooth.session import Run
-from raybooth.workspace import Stage, files_under
+from raybooth.workspace import Stage, files_under, read_manifest
 
 
 def prepare_base(run: Run) -> None:
@@ -17,6 +17,8 @@ def prepare_base(run: Run) -> None:
 
     base = run.config.base
     source = local_source(base.model)
+    if source is not None and not source.exists() and _kept_of(run) == base.model:
+        return run.say(f"base-model: {base.model} has gone; the copy of it is kept")
     if source is None:
         stage = run.workspace.stage("base-model", {"repo": base.model, "revision": base.pinned_revision})
     elif source.is_file():
@@ -42,6 +44,11 @@ def prepare_base(run: Run) -> None:
         settle_shards(stage.partial, map(plain_name, names))
     check_weights(stage.partial, [n for n in files_under(stage.partial) if n.endswith(".safetensors")])
     stage.finish(facts, only=files_under(stage.partial))
+
+
+def _kept_of(run: Run) -> str | None:
+    """What the complete base model in the storage was copied from."""
+    return (read_manifest(run.base_folder) or {"facts": {}})["facts"].get("source")
 
 
 def stats(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:

@@ -1,6 +1,7 @@
 """The verbs of the command line, and what each takes."""
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,11 +80,19 @@ def _serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
     serve.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys of which requests must carry one, one a line")
     serve.add_argument("--insecure", action="store_true", help="listen beyond this machine without keys")
+    serve.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a name under which it may be asked, such as a reverse proxy's")
+    serve.add_argument("--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="for a request, upload included (default: %(default)g)")
     serve.add_argument("--safety", choices=("on", "off"), default="on", help="the safety checker of the base, if it has one (default: %(default)s)")
     serve.add_argument("--replicas", metavar="N", help="how many draw at once, as 2 or 1-4 (default: up to one a GPU, or one a core for small models)")
     serve.add_argument("--base", metavar="MODEL", help="local folder or mini, where no run tells (default: the first run's)")
     serve.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a setting of the runs that are started from the page")
     serve.add_argument("--address", help="of a Ray cluster, 'auto' for the one this machine is in (default: start Ray here)")
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text) or not 0 < float(text) <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text} is not a time: give seconds, such as 300")
+    return float(text)
 
 
 def _rank(text: str) -> int:

@@ -11,8 +11,6 @@ from raybooth.cluster.rows import SMALL, threads_of
 from raybooth.cluster.session import Resources, causes, import_quickly
 from raybooth.errors import RayboothError
 
-NAME = "raybooth"
-
 
 class Draws(Protocol):
     """What a replica is made of."""
@@ -53,11 +51,12 @@ def replica_range(have: Resources, model_bytes: int) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def served(
-    make: Callable[[], Draws], *, have: Resources, model_bytes: int, replicas: tuple[int, int], batch: int, queue: int, joined: bool
+    make: Callable[[], Draws], name: str, *, have: Resources, model_bytes: int, replicas: tuple[int, int], batch: int, queue: int, joined: bool
 ) -> Iterator["Served"]:
     """Replicas of `make()`, which must be picklable, for as long as it lasts.
 
     Args:
+        name: of the application. It takes the place of one of the same name, and leaves those of others that share the cluster alone.
         replicas: fewest and most.
         batch: jobs that one replica can do together.
         queue: jobs that may wait for a replica.
@@ -65,8 +64,8 @@ def served(
     """
     from ray import serve
 
-    for name in ("ray.serve", "ray.serve._private"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for logger in ("ray.serve", "ray.serve._private"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     fewest, most = replicas
     deployment = serve.deployment(Drawer).options(
         name="Drawer",
@@ -83,18 +82,18 @@ def served(
     # No proxies of Ray's: they listen, and they read whole bodies before anybody can refuse them.
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR", "enable_access_log": False})
     try:
-        handle = serve.run(deployment.bind(pickle.dumps(make), threads_of(have, model_bytes)), name=NAME, route_prefix=None)
-        yield Served(handle)
+        handle = serve.run(deployment.bind(pickle.dumps(make), threads_of(have, model_bytes)), name=name, route_prefix=None)
+        yield Served(handle, name)
     finally:
         if joined:
-            serve.shutdown()
+            serve.delete(name)
 
 
 class Served:
     """Draws by whichever replica is free."""
 
-    def __init__(self, handle: Any, retries: int = 3):
-        self.retries = retries
+    def __init__(self, handle: Any, name: str, retries: int = 3):
+        self.name, self.retries = name, retries
         self.pids = handle.options(method_name="pid")
         self._draw = handle.options(method_name="draw", stream=True)
 
@@ -141,7 +140,7 @@ class Served:
         from ray import serve
 
         try:
-            status = (await asyncio.to_thread(serve.status)).applications[NAME]
+            status = (await asyncio.to_thread(serve.status)).applications[self.name]
         except Exception:  # the controller is away
             return False
         return any(d.replica_states.get("RUNNING", 0) for d in status.deployments.values())

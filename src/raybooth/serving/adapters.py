@@ -1,7 +1,7 @@
 """Many subjects' low-rank adapters on one base model, in one batch: each row of a pass is led through its own subject's."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,12 @@ class Stacked(nn.Module):
         beside = torch.bmm(torch.bmm(rows, self.down[slot].transpose(1, 2)), self.up[slot].transpose(1, 2))
         out: Tensor = self.layer(x)
         return out + beside.view(out.shape)
+
+
+def slot_bytes(parts: Iterable[nn.Module], rank: int) -> int:
+    """What a slot takes if adapters come for every linear layer of `parts`."""
+    linear = [m for part in parts for m in part.modules() if isinstance(m, nn.Linear)]
+    return sum(rank * (m.in_features + m.out_features) * m.weight.element_size() for m in linear)
 
 
 class Adapters:

@@ -9,6 +9,7 @@ import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
+from starlette.requests import ClientDisconnect
 
 from raybooth import __version__
 from raybooth.serving import errors
@@ -47,6 +48,7 @@ def create_app(
     metrics = Metrics()
     errors.install(app)
     app.add_exception_handler(ClientGoneError, _gone)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.include_router(_models(subjects, metrics), prefix="/v1", responses=_errors(400, 401, 404))
     app.include_router(_generations(subjects, Office(draw, limits, metrics), limits))
     app.include_router(_house(metrics, healthy))

@@ -19,12 +19,13 @@ from raybooth.families.lora import load_adapters, read_adapters
 from raybooth.families.parts import unloaded
 from raybooth.jobs import for_inference
 from raybooth.sample import Sampler
-from raybooth.serving.adapters import Adapters
+from raybooth.serving.adapters import Adapters, slot_bytes
 from raybooth.serving.subjects import Subject
 from raybooth.workspace import file_digest, model_digest, read_manifest
 
 Look = Callable[[Sequence[int]], np.ndarray]
 """Indices of rows -> (n, h, w, 3) uint8: what they will be, as far as one can see by now."""
+MEMORY = 2 << 30  # bytes of all adapters together
 HASHED = 1 << 26  # bytes: of larger files the size must do
 Watch = Callable[[int, Look], None]
 """Hears after each step how many are done, and may look. What it raises ends the drawing."""
@@ -44,6 +45,7 @@ class Engine:
 
     Args:
         rank: of the largest adapters that share the base; larger ones count as models of their own.
+        slots: at most; fewer where those of this rank would take more than MEMORY, but as many as a batch may need.
     """
 
     def __init__(self, base: Subject, rank: int, slots: int = 32, whole: int = 2):
@@ -53,7 +55,8 @@ class Engine:
         loaded = _without_its_folder(for_inference(folder, (family.denoiser, "vae", *family.encoders)))
         with torch.device("meta"):
             self._hollow = unloaded(family, folder, family.trainable(True)).modules
-        self.adapters = Adapters(loaded.modules, max(slots, self.batch), rank)
+        room = MEMORY // slot_bytes([loaded.modules[part] for part in self._hollow], rank)
+        self.adapters = Adapters(loaded.modules, max(min(slots, room), self.batch), rank)
         self.sampler = Sampler(family, loaded, base.sampling, self.batch, self.adapters.use)
         self._models: OrderedDict[str, Sampler] = OrderedDict()
 
@@ -87,7 +90,7 @@ class Engine:
         """Have its weights in memory.
 
         Raises:
-            RayboothError: if they are gone or damaged.
+            RayboothError: if they are gone, damaged, or do not fit the base.
         """
         try:
             if not self.shared(subject):
@@ -98,7 +101,9 @@ class Engine:
                 matrices = read_adapters(self.family, self._hollow, subject.weights)
                 _check(subject)
                 self.adapters.put(subject.model, matrices)
-        except (OSError, KeyError, ValueError, AttributeError) as error:  # whatever libraries make of files that go or change under them
+        except RayboothError:
+            raise
+        except Exception as error:  # whatever libraries make of files that go, change under them or do not fit: nobody else's pictures shall fail by it
             raise RayboothError(f"The model '{subject.id}' cannot be loaded: {error}") from error
 
     def _load_whole(self, subject: Subject) -> None:

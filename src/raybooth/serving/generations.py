@@ -8,6 +8,7 @@ import logging
 import math
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,13 +38,35 @@ class ClientGoneError(Exception):
     """The client has left."""
 
 
+class Pace:
+    """Seconds between pictures, of late, in the times when some were waited for."""
+
+    def __init__(self) -> None:
+        self._gaps: deque[float] = deque([0.5], maxlen=64)  # more than a batch, whose pictures come together
+        self._last = 0.0
+
+    def begin(self) -> None:
+        """Somebody waits again, after nobody has."""
+        self._last = time.monotonic()
+
+    def note(self) -> None:
+        """A picture is done."""
+        now = time.monotonic()
+        self._gaps.append(now - self._last)
+        self._last = now
+
+    @property
+    def seconds(self) -> float:
+        return sum(self._gaps) / len(self._gaps)
+
+
 @dataclass
 class Office:
     """Takes requests in, up to the queue's length, and sees to it that each ends in time.
 
     Attributes:
         pending: pictures that are waited for.
-        pace: seconds a picture of late, for what Retry-After says.
+        pace: for what Retry-After says.
     """
 
     draw: Draw
@@ -51,14 +74,15 @@ class Office:
     metrics: Metrics
     kept: Kept = field(init=False)
     pending: int = 0
-    pace: float = 0.5
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
         self.kept = Kept(self.limits)
 
     @property
     def retry_after(self) -> int:
-        return max(1, min(60, math.ceil(self.pending * self.pace / 2)))
+        """Seconds until half of what is waited for is drawn."""
+        return max(1, min(60, math.ceil(self.pending * self.pace.seconds / 2)))
 
     async def drawn(self, job: Job, request: Request) -> Drawing:
         """The job's pictures. Ends with a ApiError when there are too many, it takes too long, or something breaks; with ClientGoneError when nobody listens.
@@ -70,8 +94,10 @@ class Office:
         n = len(job.rows)
         if self.pending + n > self.limits.queue:
             raise ApiError(429, f"{self.pending} pictures are waited for already: try again in a moment.", "queue_full", retry_after=self.retry_after)
+        if not self.pending:
+            self.pace.begin()
         self._add(n)
-        began, done = time.monotonic(), 0
+        done = 0
         try:
             async with contextlib.aclosing(_while_there(self.draw(job), request, self.limits.seconds)) as pictures:
                 async for picture in pictures:
@@ -80,10 +106,10 @@ class Office:
                     if picture.partial is None:
                         done += 1
                         self._add(-1)
+                        self.pace.note()
                         self.metrics.pictures.labels(job.rows[picture.row].subject.id).inc()
                         self.metrics.batch.observe(picture.batch)
                     yield picture
-            self.pace += 0.1 * ((time.monotonic() - began) / n - self.pace)
         except TimeoutError:
             problem = ApiError(503, f"It took longer than {self.limits.seconds:g} s: try again later.", "timeout", retry_after=self.retry_after)
             raise problem from None

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from raybooth.errors import RayboothError
 from raybooth.serving.errors import ApiError
 from raybooth.serving.schemas import Limits
 
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+LOOPBACK = frozenset({"localhost"})
+"""What this machine calls itself."""
 
 
 def read_keys(file: Path) -> list[str]:
@@ -52,7 +54,7 @@ class Guard:
 
     Args:
         keys: that open /v1, /api and /metrics; none: they are open.
-        hosts: names under which the server is asked, against pages elsewhere that point theirs at this machine; None: any.
+        hosts: names under which the server is asked, beside addresses, against pages elsewhere that point their own name at this machine; None: any.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], hosts: frozenset[str] | None, limits: Limits):
@@ -82,8 +84,10 @@ class Guard:
 
     def _problem(self, scope: Scope, headers: Headers, most: int) -> ApiError | None:
         path = scope["path"]
-        if self.hosts is not None and _name(headers.get("host", "")) not in self.hosts:
-            return ApiError(400, "This server answers on this machine only, under 127.0.0.1 or localhost.", "wrong_host")
+        host = _name(headers.get("host", ""))
+        if self.hosts is not None and host not in self.hosts and not _is_address(host):
+            names = ", ".join(sorted(self.hosts))
+            return ApiError(400, f"This server answers to its address and to {names} only: start it with --allow-host for another name.", "wrong_host")
         origin = headers.get("origin")
         if origin and scope["method"] not in ("GET", "HEAD") and origin.partition("://")[2] != headers.get("host", ""):
             return ApiError(403, "Pages of other origins may not ask this server for anything.", "wrong_origin")
@@ -126,6 +130,13 @@ class _StalledError(Exception):
 
 def _too_large(most: int) -> ApiError:
     return ApiError(413, f"The body is larger than the {most} bytes that are allowed.", "request_too_large")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
 
 
 def _name(host: str) -> str:

@@ -46,6 +46,9 @@ class Measured:
 
         try:
             await self.app(scope, receive, noted)
+        except Exception:
+            status = 500  # answered further out
+            raise
         finally:
             self.metrics.requests.labels(path, status).inc()
             self.metrics.seconds.labels(path).observe(time.monotonic() - began)

@@ -1,6 +1,7 @@
 """Runs one after another, each `raybooth run` in a process and session of its own, with its log in the storage."""
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from raybooth.serving.progress import LOG, State, held
 
 Command = Callable[[Path], list[str]]
+log = logging.getLogger("raybooth.serving")
 
 
 def command(storage: Path) -> list[str]:
@@ -28,6 +30,7 @@ class Queue:
 
     What it knows dies with the server; what has become of a run is told by its storage and its log.
     A run outlives a server that is killed (its lock tells), and ends with one that is closed.
+    A storage may go at any time, with whatever was to be done in it: the others are not kept from their turn.
     """
 
     def __init__(self, command: Command = command, running: int = 1, waiting: int = 8, grace: float = 20):
@@ -46,8 +49,9 @@ class Queue:
         with self._lock:
             if self.full:
                 return False
-            (storage / LOG).write_bytes(b"")
-            self._waiting.append(storage)
+            if storage not in self._waiting:
+                (storage / LOG).write_bytes(b"")
+                self._waiting.append(storage)
             self._begin()
         return True
 
@@ -81,26 +85,38 @@ class Queue:
     def _begin(self) -> None:
         while self._waiting and len(self._live) < self.running:
             storage = self._waiting.popleft()
-            with (storage / LOG).open("wb") as log:
-                process = subprocess.Popen(
-                    self.command(storage), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                    # People wait for pictures: the server's workers do not give way to others, those of a run do.
-                    env={k: v for k, v in os.environ.items() if k != "RAY_worker_niceness"},
-                )  # fmt: skip
+            try:
+                process = self._started(storage)
+            except OSError as error:
+                log.warning("the run in %s cannot be started: %s", storage, error)
+                continue
             self._live[storage] = process
             threading.Thread(target=self._watch, args=(storage, process), daemon=True).start()
 
+    def _started(self, storage: Path) -> "subprocess.Popen[bytes]":
+        with (storage / LOG).open("wb") as said:
+            return subprocess.Popen(
+                self.command(storage), stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+                # People wait for pictures: the server's workers do not give way to others, those of a run do.
+                env={k: v for k, v in os.environ.items() if k != "RAY_worker_niceness"},
+            )  # fmt: skip
+
     def _watch(self, storage: Path, process: "subprocess.Popen[bytes]") -> None:
         status = process.wait()
-        with self._lock, (storage / LOG).open("a") as log:
-            if storage in self._stopping:
-                log.write("\nraybooth: stopped.\n")
-            elif status < 0:
-                log.write(f"\nraybooth: the run was ended by {signal.Signals(-status).name}, perhaps for lack of memory. Resumed, it goes on from there.\n")
-            (storage / LOG).touch()  # its end, whatever it said
+        with self._lock:
+            with contextlib.suppress(OSError):
+                self._note_end(storage, status)
             self._stopping.discard(storage)
             del self._live[storage]
             self._begin()
+
+    def _note_end(self, storage: Path, status: int) -> None:
+        with (storage / LOG).open("a") as said:
+            if storage in self._stopping:
+                said.write("\nraybooth: stopped.\n")
+            elif status < 0:
+                said.write(f"\nraybooth: the run was ended by {signal.Signals(-status).name}, perhaps for lack of memory. Resumed, it goes on from there.\n")
+        (storage / LOG).touch()  # its end, whatever it said
 
     def _end(self, pid: int, gone: Callable[[], bool]) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -117,5 +133,8 @@ def _holder(storage: Path) -> int | None:
     """The process of this machine that holds the storage, left behind by a server that was killed."""
     if not held(storage):
         return None
-    found = re.search(r"@(\S+), process (\d+)$", (storage / ".lock").read_text())
+    try:
+        found = re.search(r"@(\S+), process (\d+)$", (storage / ".lock").read_text())
+    except FileNotFoundError:
+        return None
     return int(found[2]) if found and found[1] == socket.gethostname() else None

@@ -10,14 +10,15 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from raybooth import config as configuration
 from raybooth.base_model import local_source
 from raybooth.errors import RayboothError
 from raybooth.families import mini_folder
-from raybooth.families.lora import WEIGHTS
-from raybooth.serving.subjects import Subject, Subjects, of_base
-from raybooth.workspace import files_under
+from raybooth.serving.schemas import Limits
+from raybooth.serving.subjects import MARKS, Subject, Subjects, folder_of, of_base
+from raybooth.workspace import files_under, read_manifest
 
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
@@ -33,6 +34,8 @@ class Options:
 
     Attributes:
         set: settings of the runs that are started here.
+        timeout: seconds for a request, from its arrival to its last picture.
+        allow_host: names under which it may be asked, beside its own: those of a reverse proxy.
         replicas: as "2", or "1-4" for fewest and most; None: as many as there are GPUs, or cores for small models.
     """
 
@@ -46,6 +49,8 @@ class Options:
     base: str | None = None
     address: str | None = None
     set: Sequence[str] = ()
+    timeout: float = Limits.seconds
+    allow_host: Sequence[str] = ()
 
 
 def serve(options: Options) -> None:
@@ -54,7 +59,7 @@ def serve(options: Options) -> None:
     Raises:
         RayboothError: if it may not or cannot start.
     """
-    from raybooth.serving.guard import LOOPBACK, read_keys
+    from raybooth.serving.guard import read_keys
 
     _need_the_extra()
     keys = read_keys(options.api_key_file) if options.api_key_file else []
@@ -75,18 +80,15 @@ def serve(options: Options) -> None:
     from raybooth.cluster.serving import replica_range, served
     from raybooth.cluster.session import connected
     from raybooth.serving.api import create_app
-    from raybooth.serving.schemas import Limits
     from raybooth.serving.static import PAGE
 
     os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers give way to everything else; people wait for these
-    limits, size = Limits(), sum((base.weights / n).stat().st_size for n in files_under(base.weights))
+    limits, size = Limits(seconds=options.timeout), sum((base.weights / n).stat().st_size for n in files_under(base.weights))
     with connected(options.address) as have:
         fewest, most = fixed or replica_range(have, size)
-        with served(
-            make, have=have, model_bytes=size, replicas=(fewest, most), batch=base.batch, queue=limits.queue, joined=options.address is not None
-        ) as drawers:
-            hosts = LOOPBACK if local else None
-            app = create_app(subjects, drawing(drawers), limits, keys, hosts, drawers.healthy, _runs(options, base), PAGE)
+        how: dict[str, Any] = {"replicas": (fewest, most), "batch": base.batch, "queue": limits.queue, "joined": options.address is not None}
+        with served(make, _application(listening), have=have, model_bytes=size, **how) as drawers:
+            app = create_app(subjects, drawing(drawers), limits, keys, _hosts(options), drawers.healthy, _runs(options, subjects), PAGE)
             names = ", ".join(subjects.found())
             port = listening.getsockname()[1]
             host = f"[{options.host}]" if ":" in options.host else options.host
@@ -103,8 +105,7 @@ def desk(paths: Sequence[str], base: Subject, rank: int, safety: Path | None) ->
     from raybooth.serving.engine import Engine
 
     if not base.weights.is_dir():
-        left = Subjects([p for p in paths if "://" in p or Path(p).expanduser().exists()]).found().values()
-        folder = next((s.base_folder for s in left if s.base == base.base and s.base_folder), None)
+        folder = folder_of(base, Subjects([p for p in paths if "://" in p or Path(p).expanduser().exists()]).found())
         if folder is None:
             raise RayboothError(f"The base model {base.weights} has gone, and no run that is left has it.")
         base = replace(base, weights=folder, base_folder=folder)
@@ -118,15 +119,25 @@ def slot_rank(subjects: Subjects) -> int:
     return max(16, 1 << (most - 1).bit_length()) if most else 16
 
 
-def _runs(options: Options, base: Subject) -> "list[APIRouter]":
+def _runs(options: Options, subjects: Subjects) -> "list[APIRouter]":
     """Runs may be started where a folder of runs is served: they go into the first one."""
-    from raybooth.serving.runs import runs_router
+    from raybooth.serving.runs import Surroundings, runs_router
 
     local = [Path(p).expanduser() for p in options.paths if "://" not in p]
-    folders = [p for p in local if p.is_dir() and not any((p / name).exists() for name in ("config.json", "fine-tuned-model", WEIGHTS))]
-    # mini by its name, which brings its own settings along.
-    name = "mini" if of_base(mini_folder()).base == base.base else str(base.weights)
-    return [runs_router(folders[0], name, options.set)] if folders else []
+    folders = [p for p in local if p.is_dir() and not any((p / name).exists() for name in MARKS)]
+    base = subjects.base
+    served = Surroundings(_section(base), lambda: folder_of(base, subjects.found()), subjects.names)
+    return [runs_router(folders[0], served, options.set)] if folders else []
+
+
+def _section(base: Subject) -> dict[str, Any]:
+    """The base model in a configuration: as the run that it was found in names it, and not by that run's folder, which may go."""
+    if of_base(mini_folder()).base == base.base:
+        return {"model": "mini"}  # by its name, which brings its own settings along
+    config = base.weights.parent / "config.json"
+    if (read_manifest(base.weights) or {}).get("stage") == "base-model" and config.exists():
+        return configuration.load(config).base.model_dump()
+    return {"model": str(base.weights.absolute())}
 
 
 def drawing(drawers: "Served") -> "Draw":
@@ -168,6 +179,15 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _hosts(options: Options) -> frozenset[str] | None:
+    """Names under which it may be asked; None: any. Where keys are needed, a page elsewhere that has its name point here does not have one."""
+    from raybooth.serving.guard import LOOPBACK
+
+    if options.api_key_file and not options.allow_host and not _is_loopback(options.host):
+        return None
+    return LOOPBACK | {name.lower() for name in (options.host, *options.allow_host)}
+
+
 def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, proto, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -177,6 +197,12 @@ def _bound(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise RayboothError(f"--host {host} --port {port} cannot be listened at ({error}): choose another --port, or 0 for any that is free.") from None
     return made
+
+
+def _application(listening: socket.socket) -> str:
+    """Its name among those of a cluster: another server has another one, and this one again has the same, whatever it has left behind."""
+    host, port, *_ = listening.getsockname()
+    return re.sub(r"[^A-Za-z0-9.]+", "-", f"raybooth-{socket.gethostname()}-{host}-{port}")
 
 
 def _base_folder(name: str | None) -> Path | None:

@@ -6,7 +6,7 @@ An id is only ever looked up among those that were found, so that no name become
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,8 @@ from raybooth.workspace import MANIFEST, Workspace, digest, file_digest, files_u
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 BASE = "base"
 """The id of the base model itself, which is a model too."""
+MARKS = ("config.json", "fine-tuned-model", WEIGHTS)
+"""What tells the storage of a run, or the folder of a LoRA, from a folder of them: nothing in such a folder may be called so."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,14 @@ def _sampling(config: Config, base_folder: Path) -> Sampling:
 
 def of_file(file: Path, base: Subject) -> Subject:
     """Adapters alone, taken to belong to `base`."""
-    name = file.parent.name if file.name == WEIGHTS else file.stem
     sha = digest({WEIGHTS: file_digest(file)})
-    return Subject(name, "lora", file, base.base_folder, base.base, sha, base.sampling, base.batch, int(file.stat().st_mtime), plain_rank(file))
+    return Subject(_id_of_file(file), "lora", file, base.base_folder, base.base, sha, base.sampling, base.batch, int(file.stat().st_mtime), plain_rank(file))
+
+
+def folder_of(base: Subject, found: Mapping[str, Subject]) -> Path | None:
+    """Where a base model lies now: it is the same in every run's folder, and the one that it was found in may have gone meanwhile."""
+    places = [base.weights, *(s.base_folder for s in found.values() if s.base == base.base and s.base_folder)]
+    return next((p for p in places if p.is_dir()), None)
 
 
 class Subjects:
@@ -165,15 +172,19 @@ class Subjects:
                 self._looked = time.monotonic()
             return self._found
 
+    def names(self) -> set[str]:
+        """Ids that are taken: of what can be drawn, and of what lies there and cannot be drawn, or not yet."""
+        return {*self.found(), *map(self._id, self._known)}
+
     def _look(self) -> dict[str, Subject]:
-        candidates = list(dict.fromkeys(c for path in self._paths for c in _candidates(path)))
+        candidates = list(dict.fromkeys(c for path in self._paths for c in self._candidates(path)))
         self._known = {c: self._known.get(c, ((), None)) for c in candidates}
-        runs = [s for c in candidates if c.suffix != ".safetensors" and (s := self._read(c))]
+        runs = [s for c in candidates if not _is_file_of_adapters(c) and (s := self._read(c))]
         if self._base is None and runs:
             first = runs[0]
             assert first.base_folder is not None
             self._base = of_base(first.base_folder, configuration.load(first.base_folder.parent / "config.json"), first.base)
-        files = [s for c in candidates if c.suffix == ".safetensors" and self._base and (s := self._read(c))]
+        files = [s for c in candidates if _is_file_of_adapters(c) and self._base and (s := self._read(c))]
         found = {BASE: self._base} if self._base else {}
         for subject in [*runs, *files]:
             if not ID.fullmatch(subject.id):
@@ -184,16 +195,38 @@ class Subjects:
 
     def _read(self, path: Path) -> Subject | None:
         """Anew only where its files have changed."""
-        before = _state(path)
+        before: tuple[int, ...] = ()
         held, subject = self._known[path]
-        if held != before or subject is None:
-            try:
-                subject = of_file(path, self._base) if self._base and path.suffix == ".safetensors" else of_run(path, self._paths.get(path, path.name))
-            except (RayboothError, OSError, ValueError, KeyError, TypeError) as error:  # whatever lies there, the others are served
-                subject = f"{path} is passed over: {error}"
-                self._note(subject)
-            self._known[path] = before, subject
+        try:
+            before = _state(path)
+            if held != before or subject is None:
+                subject = of_file(path, self._base) if self._base and _is_file_of_adapters(path) else of_run(path, self._id(path))
+        except (RayboothError, OSError, ValueError, KeyError, TypeError) as error:  # whatever lies there, the others are served
+            subject = f"{path} is passed over: {error}"
+            self._note(subject)
+        self._known[path] = before, subject
         return subject if isinstance(subject, Subject) else None
+
+    def _candidates(self, path: Path) -> Iterator[Path]:
+        """Storages of runs and files of adapters, in the order of their names. What cannot be looked into is passed over."""
+        try:
+            own = _candidate(path)
+            children = [] if own or not path.is_dir() else sorted(p for p in path.iterdir() if not p.name.startswith("."))
+        except OSError as error:
+            return self._note(f"{path} is passed over: {error}")
+        if own:
+            yield own
+        for child in children:
+            try:
+                found = _candidate(child)
+            except OSError as error:
+                self._note(f"{child} is passed over: {error}")
+            else:
+                if found:
+                    yield found
+
+    def _id(self, path: Path) -> str:
+        return _id_of_file(path) if _is_file_of_adapters(path) else self._paths.get(path, path.name)
 
     def _note(self, text: str) -> None:
         if text not in self._said:
@@ -214,18 +247,19 @@ def _local(path: str) -> tuple[Path, str]:
     return workspace.root, path.rstrip("/").rpartition("/")[2]
 
 
-def _candidates(path: Path) -> Iterator[Path]:
-    """Storages of runs and files of adapters, in the order of their names."""
-    if path.suffix == ".safetensors" or (path / "fine-tuned-model").is_dir():
-        yield path
-    elif (path / WEIGHTS).is_file():
-        yield path / WEIGHTS
-    elif path.is_dir():
-        for child in sorted(p for p in path.iterdir() if not p.name.startswith(".")):
-            if (child / "fine-tuned-model").is_dir() or (child.suffix == ".safetensors" and child.is_file()):
-                yield child
-            elif (child / WEIGHTS).is_file():
-                yield child / WEIGHTS
+def _candidate(path: Path) -> Path | None:
+    """A storage of a run or a file of adapters: `path` itself, or the one that it is the folder of."""
+    if _is_file_of_adapters(path) or (path / "fine-tuned-model").is_dir():
+        return path
+    return path / WEIGHTS if (path / WEIGHTS).is_file() else None
+
+
+def _is_file_of_adapters(path: Path) -> bool:
+    return path.suffix == ".safetensors" and not path.is_dir()
+
+
+def _id_of_file(file: Path) -> str:
+    return file.parent.name if file.name == WEIGHTS else file.stem
 
 
 _PARTS = ("fine-tuned-model/manifest.json", "base-model/manifest.json", "instance-images/manifest.json", "config.json")
@@ -233,5 +267,5 @@ _PARTS = ("fine-tuned-model/manifest.json", "base-model/manifest.json", "instanc
 
 def _state(path: Path) -> tuple[int, ...]:
     """Times of the files that a subject is read from; those of a folder itself change too often."""
-    files = [path] if path.suffix == ".safetensors" else [path / p for p in _PARTS]
+    files = [path] if _is_file_of_adapters(path) else [path / p for p in _PARTS]
     return tuple(f.stat().st_mtime_ns if f.exists() else 0 for f in files)

@@ -4,10 +4,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -18,8 +19,8 @@ from raybooth.errors import RayboothError
 from raybooth.photos import SUFFIXES, Photo, refuse_duplicates, square
 from raybooth.serving.errors import ApiError
 from raybooth.serving.progress import LOG
-from raybooth.serving.subjects import BASE, ID
-from raybooth.workspace import write_atomically
+from raybooth.serving.subjects import BASE, ID, MARKS
+from raybooth.workspace import MANIFEST, read_manifest, write_atomically
 
 MOST_PHOTOGRAPHS = 50
 FORM = {
@@ -44,8 +45,8 @@ async def read(request: Request) -> tuple[dict[str, str], list[Photo]]:
     Raises:
         ApiError: if it is none, or too much.
     """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise ApiError(400, "Send the photographs as multipart/form-data, with the fields photos, name and class.", "invalid_content_type")
+    if not _is_form(request.headers.get("content-type", "")):
+        raise ApiError(400, "Send the photographs as multipart/form-data in UTF-8, with the fields photos, name and class.", "invalid_content_type")
     try:
         async with request.form(max_files=MOST_PHOTOGRAPHS, max_fields=8, max_part_size=4096) as form:
             files = [f for f in form.getlist("photos") if isinstance(f, UploadFile)]
@@ -57,17 +58,25 @@ async def read(request: Request) -> tuple[dict[str, str], list[Photo]]:
         raise ApiError(400, f"The upload cannot be read ({error.detail.rstrip('.')}): send 1 to {MOST_PHOTOGRAPHS} photographs.", "invalid_value") from None
 
 
-def check_name(name: str) -> None:
-    """Raises: ApiError, if it is not one that a folder and a model may have."""
+def _is_form(content_type: str) -> bool:
+    """In no other encoding than UTF-8: some of Python's fail in ways of their own, others decode to what is no text."""
+    kind, told = parse_options_header(content_type)
+    return kind == b"multipart/form-data" and told.get(b"charset", b"utf-8").lower() in (b"utf-8", b"utf8")
+
+
+def check_name(name: str, taken: Container[str]) -> None:
+    """Raises: ApiError, if it is not one that a folder and a model may have, or another has it."""
     if not ID.fullmatch(name):
         message = f"The name {name!r} is not possible: use letters, digits, dots, dashes and underscores, at most 64, a letter or digit first."
         raise ApiError(400, message, "invalid_value", "name")
-    if name.lower() == BASE:
+    if name.lower() in MARKS or name.lower().endswith(".safetensors"):
+        raise ApiError(400, f"The name {name} is not possible: files of a run are called so. Choose another.", "invalid_value", "name")
+    if name.lower() == BASE or name in taken:
         raise _taken(name)
 
 
-def settings(storage: Path, base: str, fields: dict[str, str], overrides: Iterable[str] = ()) -> Config:
-    """The configuration of a run started here: adapters on the server's base, and `overrides` as the command line's --set.
+def settings(storage: Path, base: dict[str, Any], fields: dict[str, str], overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a run started here: adapters on the server's base (a section of the configuration), and `overrides` as the command line's --set.
 
     Raises:
         RayboothError: naming the field, what is wrong with it and what to do.
@@ -75,12 +84,15 @@ def settings(storage: Path, base: str, fields: dict[str, str], overrides: Iterab
     subject: dict[str, Any] = {"photos": [str(storage / "photographs")], "class": fields.get("class", "")}
     if fields.get("token"):
         subject["token"] = fields["token"]
-    values = {"subject": subject, "base": {"model": base}, "storage": str(storage)}
-    return configuration.load(None, overrides, **merged(ADAPTERS_ON_MINI if base == "mini" else ADAPTERS, values))
+    values = {"subject": subject, "base": base, "storage": str(storage)}
+    return configuration.load(None, overrides, **merged(ADAPTERS_ON_MINI if base["model"] == "mini" else ADAPTERS, values))
 
 
-def store(storage: Path, config: Config, photos: list[Photo]) -> None:
+def store(storage: Path, config: Config, photos: list[Photo], base: Path | None = None) -> None:
     """A storage with the photographs, under numbers (the names that came with them go nowhere), and the configuration: whole or not at all.
+
+    Args:
+        base: where the base model lies now. Another storage's is copied, as it is: the run need not fetch what the server has.
 
     Raises:
         RayboothError: if a photograph is none, is too small, or is there twice.
@@ -100,6 +112,8 @@ def store(storage: Path, config: Config, photos: list[Photo]) -> None:
         text = json.dumps(config.model_dump(by_alias=True, mode="json"), indent=1, ensure_ascii=False)
         write_atomically(scratch / "config.json", text.encode())
         write_atomically(scratch / LOG, b"")
+        if base:
+            _copy_base(base, scratch / "base-model")
         scratch.chmod(0o755)  # mkdtemp's are for their owner alone
         refuse_taken(storage)
         os.rename(scratch, storage)
@@ -108,6 +122,26 @@ def store(storage: Path, config: Config, photos: list[Photo]) -> None:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _copy_base(folder: Path, target: Path) -> None:
+    """What its manifest names, as links where the file system has them: stages replace their files and never write into them."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.get("stage") != target.name:
+        return  # a model of the user's: the run copies it by itself
+    try:
+        for name in [*manifest["outputs"], MANIFEST]:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(folder / name, target / name)
+    except FileNotFoundError:  # that storage is just being removed: the run has the base from where it came from
+        shutil.rmtree(target)
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def refuse_taken(storage: Path) -> None:

@@ -52,7 +52,7 @@ function coming(tile, picture) {
     },
     async done(bytes) {
       this.drawn = true;
-      picture.bytes = bytes;
+      picture.bytes = new Blob([bytes]);
       try {
         picture.id = await gallery.keep(picture);
       } catch {

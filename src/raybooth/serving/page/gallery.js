@@ -27,6 +27,7 @@ async function within(mode, work) {
 }
 
 // A picture: { group, time, of, title, steps } of its request, and { model, prompt, seed, base, bytes } of its own; `base` if it is there for comparison.
+// `bytes` is a Blob, which the browser holds once, and once on its disk, however often it is shown.
 // Returns its id.
 export async function keep(picture) {
   const id = await within("readwrite", (store) => store.add(picture));

@@ -12,14 +12,19 @@ const IDEAS = ["in the snow", "on the beach", "in the city", "at night", "in the
 let subjects = [];
 let subject = null;
 let drawing = null; // what cancels it
+let listed = ""; // the subjects on the page, as the server told of them
 
 // --- subjects
 
 async function loadSubjects(select) {
   const { data } = await json("/v1/models");
+  if (JSON.stringify(data) === listed && !select) return;
+  listed = JSON.stringify(data);
   subjects = data.sort((a, b) => (a.id === "base") - (b.id === "base") || b.created - a.created);
   const wanted = subjects.find((s) => s.id === (select ?? subject?.id)) ?? subjects[0];
+  const focused = $("subject-list").contains(document.activeElement);
   $("subject-list").replaceChildren(...subjects.map((s) => card(s, s === wanted)));
+  if (focused) $("subject-list").querySelector(":checked")?.focus();
   $("welcome").hidden = subjects.some((s) => s.id !== "base");
   if (wanted) choose(wanted);
 }
@@ -104,6 +109,7 @@ const roll = () => {
 // --- drawing
 
 async function submit() {
+  if (drawing) return; // Enter asks the form, and not its button, which is off by now
   if ($("fresh").checked) roll();
   const wanted = request();
   const requests = [wanted];
@@ -120,6 +126,7 @@ async function submit() {
   say(`${tiles.filter((t) => t.drawn).length} of ${pictures.length} pictures drawn.`);
   const wrong = ended.find((e) => e.reason && e.reason.name !== "AbortError");
   tell($("trouble"), wrong?.reason.message);
+  drawing = null;
   $("draw").disabled = false;
   $("cancel").hidden = true;
 }
@@ -161,7 +168,7 @@ $("compose").onsubmit = (event) => {
 };
 $("compose").oninput = changed;
 $("prompt").onkeydown = (event) => {
-  if (event.key === "Enter" && !event.shiftKey) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
     $("compose").requestSubmit();
   }
@@ -175,8 +182,11 @@ $("copy").onclick = code.copy;
 
 roll();
 setUpFeed(again);
-const refreshRuns = runs.setUp((run) => waitFor(run.id));
+const own = new Set(JSON.parse(sessionStorage.getItem("raybooth-runs") ?? "[]")); // runs that were started in this tab: they are waited for
+const refreshRuns = runs.setUp((run) => (own.has(run.id) ? waitFor(run.id) : loadSubjects()), () => loadSubjects());
 upload.setUp((run) => {
+  own.add(run.id);
+  sessionStorage.setItem("raybooth-runs", JSON.stringify([...own]));
   say(`${run.id} begins to learn.`);
   refreshRuns();
 });

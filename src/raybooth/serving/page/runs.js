@@ -10,41 +10,58 @@ const TITLES = {
   finetune: "Learning",
   generate: "First pictures",
 };
+const OFTEN = 1000; // milliseconds between looks while something runs
+const SELDOM = 10_000; // and else: others may start and remove runs and subjects
 const STATES = { queued: "waits its turn", running: "running", done: "ready", failed: "failed", stopped: "stopped" };
 
 const cards = new Map(); // id -> what is on the page of a run
 let timer = null;
 let trouble = null;
 
-// `finished(run)` hears of every run that becomes ready while the page is open.
-export function setUp(finished) {
+// `finished(run)` hears of every run that becomes ready while the page is open; `looked()` of every other look, which may be one at the subjects too.
+export function setUp(finished, looked) {
+  let offered = true;
+  const look = async () => {
+    try {
+      const { runs } = offered ? await json("/api/runs") : { runs: [] };
+      showAll(runs, finished, refresh);
+      told(null);
+      if (runs.some((r) => r.state === "running" || r.state === "queued")) return OFTEN;
+    } catch (error) {
+      if (error.status === 401) return null; // without the key there is nothing to be seen: the next action asks for it again
+      offered = error.status !== 404; // a server that starts no runs
+      if (offered) told(error.message);
+    }
+    await looked().catch(() => null);
+    if (!offered) $("new-subject").hidden = $("welcome").hidden = true;
+    return SELDOM;
+  };
   const refresh = async () => {
     clearTimeout(timer);
-    let runs = [];
-    try {
-      ({ runs } = await json("/api/runs"));
-      trouble?.remove();
-      trouble = null;
-    } catch (error) {
-      if (error.status === 404) return without(); // a server that starts no runs
-      if (!trouble) $("runs").prepend((trouble = el("p", { className: "soft" }, error.message)));
-      timer = setTimeout(refresh, 5000);
-      return;
-    }
-    showAll(runs, finished, refresh);
-    if (runs.some((r) => r.state === "running" || r.state === "queued")) timer = setTimeout(refresh, 1000);
+    timer = null;
+    const pause = document.hidden ? null : await look();
+    clearTimeout(timer); // of another look, meanwhile
+    if (pause) timer = setTimeout(refresh, pause);
   };
+  document.addEventListener("visibilitychange", () => document.hidden || refresh());
   return refresh;
 }
 
-function without() {
-  $("new-subject").hidden = $("welcome").hidden = true;
+function told(why) {
+  if (why && !trouble) $("runs").prepend((trouble = el("p", { className: "soft" })));
+  if (why) trouble.textContent = why;
+  else trouble?.remove();
+  if (!why) trouble = null;
 }
 
 function showAll(runs, finished, refresh) {
   const shown = new Set(runs.map((r) => r.id));
   const first = cards.size === 0;
-  for (const [id, card] of cards) if (!shown.has(id)) card.element.remove();
+  for (const [id, card] of cards) {
+    if (shown.has(id)) continue;
+    card.element.remove();
+    cards.delete(id);
+  }
   for (const run of runs) {
     const known = cards.get(run.id);
     const card = known ?? made(run, refresh);
@@ -57,7 +74,7 @@ function showAll(runs, finished, refresh) {
     }
     if (known && known.state !== run.state) {
       say(`${run.id}: ${STATES[run.state]}${run.error ? `. ${run.error}` : ""}`);
-      if (run.state === "done") finished(run);
+      if (run.state === "done") finished(run).catch(() => null); // the next look is another try
     }
     card.update(run);
     card.state = run.state;

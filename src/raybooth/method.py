@@ -16,8 +16,6 @@ def make_ready(family: Family, loaded: Loaded, finetune: Finetune, lora: Lora, s
     denoiser: Any = loaded.modules[family.denoiser]
     if finetune.channels_last:
         denoiser.to(memory_format=torch.channels_last)
-    if finetune.precision == "bf16-weights":
-        loaded.to(torch.bfloat16)
     if finetune.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
         for part in family.trainable_encoders if finetune.text_encoder else ():
@@ -35,8 +33,16 @@ def make_ready(family: Family, loaded: Loaded, finetune: Finetune, lora: Lora, s
             loaded.modules[part].requires_grad_(True)
 
 
+def held_in(finetune: Finetune, device: str) -> "torch.dtype":
+    """What weights are held in: float32 to be trained, what the forward pass is cast to under adapters, which are float32 themselves."""
+    import torch
+
+    frozen_or_rounded = finetune.method == "lora" or finetune.precision == "bf16-weights"
+    return (frozen_or_rounded and autocast_dtype(finetune.precision, device)) or torch.float32
+
+
 def autocast_dtype(precision: str, device: str) -> "torch.dtype | None":
-    """What the forward pass is cast to over float32 weights; None for plain float32."""
+    """What the forward pass is cast to; None for plain float32."""
     import torch
 
     if precision == "auto":

@@ -60,9 +60,9 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
     family = family_of(folder)
     finetune, trained = config.finetune, family.trainable(config.finetune.text_encoder)
     with torch.device("meta"):
-        loaded = unloaded(family, folder, (*family.used_in_training(False), "vae", *family.encoders))
+        loaded = unloaded(family, folder, (family.denoiser, "vae", *family.encoders))
         parameters = {part: count(module) for part, module in loaded.modules.items()}
-    used = without_weights(family, folder, finetune, config.lora)
+    used = without_weights(family, folder, finetune, config.lora, device)
     workers = config.cluster.worker_range[0]
     side = config.base.resolution or loaded.facts.resolution
     flops = step_flops(family, used, config.prior, finetune, side, workers)
@@ -104,8 +104,8 @@ class _Tracker(MemTracker):
                 self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
 
 
-def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ...], side: int, device: str) -> dict[str, int]:
-    """Memory at the peak, by part, of the second step of one worker: the optimizer has its state then."""
+def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ...], side: int, device: str) -> tuple[dict[str, int], int]:
+    """Memory at the peak, by part, of the second step of one worker: the optimizer has its state then. And the bytes of a checkpoint."""
     finetune, tracker = config.finetune, _Tracker()
     rows = rows_of_pass(config.prior, finetune, config.cluster.worker_range[0])
     modules = [loaded.modules[part] for part in trained]

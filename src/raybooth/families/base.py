@@ -1,6 +1,6 @@
 """What a model family is: a small file of callables, detected from the model folder. Nothing else asks which it is."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,8 @@ class Family:
         facts: of a model folder, without reading weights.
         objective: of a model folder: its forward process and what its denoiser predicts.
         conditioning: of a model folder: the shapes of one prompt's conditioning.
-        encode_text: (loaded, prompts) -> conditioning. The empty prompt is the one of classifier-free guidance.
+        encode_text: (loaded, prompts, known=None) -> conditioning. The empty prompt is the one of classifier-free guidance. `known` is their
+            conditioning by the base model: what the encoders that are never trained say is taken from it, and they need not be loaded.
         predict: (loaded, z_t, t, conditioning) -> the denoiser's output.
         scheduler: (folder, sampler's name, steps, latent shape, device) -> one of diffusers' schedulers with its timesteps set.
         lora_targets: the layers of the denoiser that get adapters; `encoder_lora_targets`: of its text encoders.
@@ -76,7 +77,7 @@ class Family:
     facts: Callable[[Path], Facts]
     objective: "Callable[[Path], Objective]"
     conditioning: Callable[[Path], dict[str, tuple[int, ...]]]
-    encode_text: "Callable[[Loaded, Sequence[str]], dict[str, Tensor]]"
+    encode_text: "Callable[..., dict[str, Tensor]]"
     predict: "Callable[[Loaded, Tensor, Tensor, Mapping[str, Tensor]], Tensor]"
     scheduler: "Callable[[Path, str, int, tuple[int, int, int], torch.device], Any]"
     lora_targets: tuple[str, ...]
@@ -86,6 +87,6 @@ class Family:
         """Names of the parts that are fine-tuned."""
         return (self.denoiser, *self.trainable_encoders) if text_encoder else (self.denoiser,)
 
-    def used_in_training(self, text_encoder: bool) -> tuple[str, ...]:
-        """Names of the parts that must be loaded to fine-tune."""
-        return (self.denoiser, *self.encoders) if text_encoder else (self.denoiser,)
+    def has_frozen_encoders(self, text_encoder: bool) -> bool:
+        """Whether some text encoders stay as they are: what they say is then encoded once, before."""
+        return not set(self.encoders) <= set(self.trainable(text_encoder))

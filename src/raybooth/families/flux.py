@@ -36,11 +36,12 @@ def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
     return {"text": (512, net["joint_attention_dim"]), "pooled": (net["pooled_projection_dim"],)}
 
 
-def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":
+def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":
     """`text` (n, 512, T5's width), `pooled` (n, CLIP's width)."""
+    pipe, texts = parts.text_pipeline(loaded, FAMILY.pipeline), list(prompts)
     device = next(loaded.modules["text_encoder"].parameters()).device
-    text, pooled, _ = parts.text_pipeline(loaded, FAMILY.pipeline).encode_prompt(list(prompts), list(prompts), device=device)
-    return {"text": text, "pooled": pooled}
+    text = known["text"] if known else pipe._get_t5_prompt_embeds(texts, device=device)
+    return {"text": text, "pooled": pipe._get_clip_prompt_embeds(texts, device=device)}
 
 
 def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mapping[str, Tensor]") -> "Tensor":

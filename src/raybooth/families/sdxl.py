@@ -17,7 +17,7 @@ def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
     return {**sd.conditioning(folder), "pooled": (pooled,)}
 
 
-def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":
+def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":
     """`text` (n, 77, both widths), `pooled` (n, width of the second)."""
     import torch
 

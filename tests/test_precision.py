@@ -14,7 +14,7 @@ from raybooth.families import family_of
 from raybooth.families.base import Family, Loaded
 from raybooth.families.lora import add_adapters, load_adapters, save_adapters
 from raybooth.families.parts import load
-from raybooth.method import autocast_dtype, held_in, make_ready
+from raybooth.method import autocast_dtype, drawing_dtype, held_in, make_ready
 from raybooth.train import Parallel, fit
 
 LORA = Finetune(method="lora", precision="bf16", text_encoder=True)
@@ -126,3 +126,12 @@ def test_workers_agree_on_a_bf16_base(tmp_path: Path):
         assert [s.metrics.loss for s in steps if s.metrics] == pytest.approx(losses, rel=1e-5)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_flows_are_drawn_in_bfloat16_where_there_is_any(tmp_path: Path, name: str):
+    family = family_of(MAKERS[name](tmp_path / name))
+    flow = name in ("sd3", "flux")
+    assert drawing_dtype(family, "cuda", bfloat16=True) == (torch.bfloat16 if flow else torch.float16)
+    assert drawing_dtype(family, "cuda", bfloat16=False) == (torch.float32 if flow else torch.float16)
+    assert drawing_dtype(family, "cpu", bfloat16=True) == torch.float32

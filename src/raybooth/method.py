@@ -48,6 +48,20 @@ def autocast_dtype(precision: str, device: str) -> "torch.dtype | None":
     if precision == "auto":
         if device != "cuda":
             return None  # without AMX or AVX512-BF16, bfloat16 is ten times slower on a CPU (measured)
-        # Where there is no GPU to ask, this is a plan for one, and today's have bfloat16.
-        return torch.float16 if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
+        return torch.bfloat16 if has_bfloat16() else torch.float16
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-weights": torch.bfloat16}[precision]
+
+
+def drawing_dtype(family: Family, device: str, bfloat16: bool) -> "torch.dtype":
+    """The family's half precision on a GPU, where it halves the time; float32 on a CPU, where it does not, and on a GPU without `bfloat16` that needs it."""
+    import torch
+
+    possible = device == "cuda" and (bfloat16 or family.half == "float16")
+    return getattr(torch, family.half) if possible else torch.float32
+
+
+def has_bfloat16() -> bool:
+    """Whether the GPU has it. Where there is none to ask, this is a plan for one, and today's do."""
+    import torch
+
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # drivers ask a family for its files and sizes, and need not wait for torch
     import torch
@@ -18,13 +18,20 @@ class Facts:
 
     Attributes:
         downscale: the side of a picture over the side of its latent.
+        patch: the side of the denoiser's patches, in latents.
         embeds_guidance: whether the guidance scale, if the denoiser takes any, is an input of it, and not a second pass without the prompt.
     """
 
     resolution: int
     latent_channels: int
     downscale: int
+    patch: int = 1
     embeds_guidance: bool = False
+
+    @property
+    def multiple(self) -> int:
+        """What a picture's side must be a multiple of, in pixels."""
+        return self.downscale * self.patch
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         return self.latent_channels, resolution // self.downscale, resolution // self.downscale
@@ -64,6 +71,8 @@ class Family:
             conditioning by the base model: what the encoders that are never trained say is taken from it, and they need not be loaded.
         predict: (loaded, z_t, t, conditioning) -> the denoiser's output.
         scheduler: (folder, sampler's name, steps, latent shape, device) -> one of diffusers' schedulers with its timesteps set.
+        samplers: names of those that it can be drawn with; `min_snr`: whether min-SNR weighs its timesteps.
+        half: the half precision that it is drawn in where there is a GPU for it. FLUX and SD 3 overflow in float16.
         lora_targets: the layers of the denoiser that get adapters; `encoder_lora_targets`: of its text encoders.
     """
 
@@ -80,6 +89,9 @@ class Family:
     encode_text: "Callable[..., dict[str, Tensor]]"
     predict: "Callable[[Loaded, Tensor, Tensor, Mapping[str, Tensor]], Tensor]"
     scheduler: "Callable[[Path, str, int, tuple[int, int, int], torch.device], Any]"
+    samplers: tuple[str, ...]
+    min_snr: bool
+    half: Literal["float16", "bfloat16"]
     lora_targets: tuple[str, ...]
     encoder_lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 

@@ -22,7 +22,7 @@ RESOLUTION = 1024  # its configuration does not say
 def facts(folder: Path) -> Facts:
     vae = parts.config(folder, "vae/config")
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
-    return Facts(min(RESOLUTION, vae.get("sample_size", RESOLUTION)), vae["latent_channels"], downscale, embeds_guidance=True)
+    return Facts(min(RESOLUTION, vae.get("sample_size", RESOLUTION)), vae["latent_channels"], downscale, patch=2, embeds_guidance=True)
 
 
 def objective(folder: Path) -> "Flow":
@@ -89,5 +89,8 @@ FAMILY = Family(
     encode_text=encode_text,
     predict=predict,
     scheduler=scheduler,
+    samplers=SD3.samplers,
+    min_snr=False,
+    half="bfloat16",
     lora_targets=SD3.lora_targets,
 )

@@ -29,7 +29,7 @@ def config(folder: Path, name: str) -> dict[str, Any]:
 def facts(folder: Path, denoiser: str) -> Facts:
     vae, net = config(folder, "vae/config"), config(folder, f"{denoiser}/config")
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
-    return Facts(net["sample_size"] * downscale, vae["latent_channels"], downscale)
+    return Facts(net["sample_size"] * downscale, vae["latent_channels"], downscale, net.get("patch_size", 1))
 
 
 def load(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.dtype | None" = None) -> Loaded:

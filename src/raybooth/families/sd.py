@@ -84,5 +84,8 @@ FAMILY = Family(
     encode_text=encode_text,
     predict=predict,
     scheduler=scheduler,
+    samplers=tuple(_SAMPLERS),
+    min_snr=True,
+    half="float16",
     lora_targets=UNET_TARGETS,
 )

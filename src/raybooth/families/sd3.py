@@ -89,6 +89,9 @@ FAMILY = Family(
     encode_text=encode_text,
     predict=predict,
     scheduler=scheduler,
+    samplers=("euler", "dpmsolver++"),
+    min_snr=False,
+    half="bfloat16",
     lora_targets=(
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     ),

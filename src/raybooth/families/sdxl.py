@@ -54,5 +54,8 @@ FAMILY = Family(
     encode_text=encode_text,
     predict=predict,
     scheduler=sd.scheduler,
+    samplers=sd.FAMILY.samplers,
+    min_snr=True,
+    half="float16",
     lora_targets=sd.UNET_TARGETS,
 )

@@ -20,7 +20,7 @@ from raybooth.families import Family, Loaded, family_of
 from raybooth.families.parts import unloaded
 from raybooth.flops import loss_without_data, rows_of_pass, step_flops, without_weights
 from raybooth.method import autocast_dtype
-from raybooth.optim import make_optimizer
+from raybooth.optim import Average, Outline, make_optimizer
 
 GIB = 1 << 30
 
@@ -69,12 +69,11 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
     with FakeTensorMode():
         for module in used.modules.values():
             _without_data(module)
-        memory = _step(family, used, config, trained, side, device)
+        memory, checkpoint = _step(family, used, config, trained, side, device)
     moving = sum(p.numel() for part in trained for p in used.modules[part].parameters() if p.requires_grad)
     drawn, pictures = config.prior.drawn, len(config.generate.prompts) * config.generate.images_per_prompt
     base = 4 * sum(parameters.values())
     result = 4 * moving if finetune.method == "lora" else base
-    checkpoint = moving * (4 + 8 + (4 if finetune.ema else 0))
     picture = side * side * 3  # a PNG of a photograph is about as large as its pixels
     stored = base + result + finetune.checkpoints * checkpoint + (drawn + pictures) * picture
     return Plan(parameters, moving, memory, flops, finetune.steps, drawn, pictures, stored)
@@ -110,14 +109,16 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
     rows = rows_of_pass(config.prior, finetune, config.cluster.worker_range[0])
     modules = [loaded.modules[part] for part in trained]
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
-    optimizer = make_optimizer("adamw", [{"params": parameters, "lr": finetune.lr}], finetune.weight_decay, 0)
+    groups, kind = [{"params": parameters, "lr": finetune.lr}], finetune.optimizer
+    optimizer = make_optimizer(kind, groups, finetune.weight_decay, 0) if kind == "adamw" else Outline(kind, groups)
+    average = Average({str(i): p for i, p in enumerate(parameters)}, finetune.ema) if finetune.ema else None
     for frozen in (p for m in loaded.modules.values() for p in m.parameters() if not p.requires_grad):
         # The tracker would put hooks on their gradients, which they do not have: it finds them there already.
         tracker._param_to_grad_hook_handles[frozen] = (RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict()))
-    tracker.track_external(*loaded.modules.values(), optimizer)
+    tracker.track_external(*loaded.modules.values(), optimizer, *(average.values.values() if average else ()))
     dtype = autocast_dtype(finetune.precision, device)
     with tracker:
-        for _ in range(2):
+        for step in range(2):
             for _ in range(finetune.accumulate):
                 tracker.reset_mod_stats()
                 with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
@@ -126,10 +127,15 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    names = {"Parameter": "weights", "Buffer": "weights", "Gradient": "gradients", "Optstate": "optimizer", "Activation": "activations"}
-    memory = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "temporary"), 0)
+    names = {
+        "Parameter": "weights", "Buffer": "weights", "Gradient": "gradients", "Optstate": "optimizer", "Other": "average", "Activation": "activations",
+    }  # fmt: skip
+    memory = dict.fromkeys(("weights", "gradients", "optimizer", "average", "activations", "temporary"), 0)
     for kind, size in peak.items():
         name = str(getattr(kind, "value", kind))
         if name != "Total":
+            if average:
+                average.update(step + 1)
             memory[names.get(name, "temporary")] += size
-    return memory
+    kept = [*parameters, *(t for s in optimizer.state.values() for t in s.values()), *(average.values.values() if average else ())]
+    return memory, sum(t.numel() * t.element_size() for t in kept if isinstance(t, torch.Tensor))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from toys import make_flux
 
 from tests.hub_server import COMMIT, Hub, serving
 
@@ -78,6 +79,15 @@ def test_a_file_with_another_hash_than_stated_is_refused(hub: Hub, tmp_path: Pat
     assert not (tmp_path / "run" / "base-model" / "manifest.json").exists()
     hub.lies = set()
     assert prepare(hub, tmp_path / "run").returncode == 0
+
+
+def test_a_model_that_cannot_do_it_is_refused_before_its_weights_come(hub: Hub, tmp_path: Path):
+    hub.folders["models/me/toy"] = make_flux(tmp_path / "flux")
+    done = prepare(hub, tmp_path / "run", "--set=generate.scheduler=ddim")
+    assert done.returncode == 2
+    assert "generate.scheduler = 'ddim' is not possible with FLUX.1" in done.stderr
+    assert fetched(hub)
+    assert not [f for f in fetched(hub) if f.endswith(".safetensors")]
 
 
 @pytest.mark.parametrize(

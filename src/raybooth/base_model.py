@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,18 @@ def prepare_base(run: Run) -> None:
         stage = run.workspace.stage("base-model", {"files": stats(source.parent, [source.name]), "configuration": base.configuration})
     else:
         names = _needed_of_folder(source)
+        check_fits(run.config, source)
         check_weights(source, names)
         stage = run.workspace.stage("base-model", {"files": stats(source, names)})
     if stage.done():
+        check_fits(run.config, stage.folder)
         return run.say("base-model: up to date")
     facts: dict[str, Any] = {"source": base.model}
     if source is None:
         facts = _fetch(run, stage)
     elif source.is_file():
         _unpack(run, source, stage.partial)
+        check_fits(run.config, stage.partial)
     else:
         facts["license"] = _licence(source)
         for name in run.progress(names, len(names), "base-model: copying", "file"):
@@ -42,6 +46,27 @@ def prepare_base(run: Run) -> None:
         settle_shards(stage.partial, map(plain_name, names))
     check_weights(stage.partial, [n for n in files_under(stage.partial) if n.endswith(".safetensors")])
     stage.finish(facts, only=files_under(stage.partial))
+
+
+def check_fits(config: Config, folder: Path) -> None:
+    """Whether the model in `folder`, of which the configuration files suffice, can do what is asked of it.
+
+    Raises:
+        RayboothError: if not, naming the setting.
+    """
+    from raybooth.families import family_of
+
+    family = family_of(folder)
+    drawn = {"generate.scheduler": config.generate.scheduler} | ({"prior.scheduler": config.prior.scheduler} if config.prior.drawn else {})
+    for key, name in drawn.items():
+        if name not in family.samplers:
+            raise RayboothError(f"{key} = '{name}' is not possible with {family.name}: choose {' or '.join(family.samplers)}.")
+    if config.finetune.min_snr_gamma and not family.min_snr:
+        raise RayboothError(f"finetune.min_snr_gamma is for models of epsilon or velocity, and {family.name} is a flow: leave it out.")
+    side, multiple = config.base.resolution, family.facts(folder).multiple
+    if side and side % multiple:
+        next_one = (side // multiple + 1) * multiple
+        raise RayboothError(f"base.resolution = {side} is not possible with {family.name}: it must be a multiple of {multiple}, such as {next_one}.")
 
 
 def stats(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:
@@ -118,5 +143,5 @@ def _fetch(run: Run, stage: Stage) -> dict[str, Any]:
         return needed_files(names, family.weights, family.settings, base.model)
 
     run.say(f"base-model: {base.model} at {commit}")
-    licence = hub.fetch_model(base.model, commit, stage.partial, choose)
+    licence = hub.fetch_model(base.model, commit, stage.partial, choose, partial(check_fits, run.config))
     return {"source": base.model, "commit": commit, "license": licence}

@@ -15,6 +15,7 @@ from raybooth.families.folder import plain_name, settle_shards
 from raybooth.workspace import file_digest
 
 Choose = Callable[[list[str], Path], list[str]]
+Check = Callable[[Path], None]
 
 
 def resolve(repo: str, revision: str | None) -> str:
@@ -25,8 +26,10 @@ def resolve(repo: str, revision: str | None) -> str:
         return str(HfApi().model_info(repo, revision=revision).sha)
 
 
-def fetch_model(repo: str, revision: str, target: Path, choose: Choose) -> str | None:
+def fetch_model(repo: str, revision: str, target: Path, choose: Choose, check: Check = lambda folder: None) -> str | None:
     """Download the files that `choose(all names, folder with model_index.json)` names into `target`; a stop is gone on from.
+
+    `check(target)` may refuse the model when all but its large files have come.
 
     Returns:
         The licence that its card names.
@@ -42,11 +45,13 @@ def fetch_model(repo: str, revision: str, target: Path, choose: Choose) -> str |
         if "model_index.json" in siblings:
             hf_hub_download(repo, "model_index.json", revision=revision, local_dir=target)
         names = choose(list(siblings), target)
+        large = {name: lfs for name in names if (lfs := siblings[name].lfs)}
         for name in names:
-            lfs = siblings[name].lfs
-            if lfs is None:
+            if name not in large:
                 hf_hub_download(repo, name, revision=revision, local_dir=target)
-            elif not (target / name).exists():
+        check(target)
+        for name, lfs in large.items():
+            if not (target / name).exists():
                 _fetch_weights(hf_hub_url(repo, name, revision=revision), target / name, lfs.size, lfs.sha256)
     _tidy(target, names)
     return info.card_data.get("license") if info.card_data else None

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.hooks import RemovableHandle
 
+from raybooth.base_model import check_fits
 from raybooth.config import Config
 from raybooth.families import Family, Loaded, family_of
 from raybooth.families.parts import unloaded
@@ -56,7 +57,12 @@ class Plan:
 
 
 def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
-    """Of `config` on the model in `folder`. `device` decides what precision "auto" means."""
+    """Of `config` on the model in `folder`. `device` decides what precision "auto" means.
+
+    Raises:
+        RayboothError: if the model cannot do what the configuration asks of it.
+    """
+    check_fits(config, folder)
     family = family_of(folder)
     finetune, trained = config.finetune, family.trainable(config.finetune.text_encoder)
     with torch.device("meta"):
@@ -126,6 +132,8 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if average:
+                average.update(step + 1)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     names = {
         "Parameter": "weights", "Buffer": "weights", "Gradient": "gradients", "Optstate": "optimizer", "Other": "average", "Activation": "activations",
@@ -134,8 +142,6 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
     for kind, size in peak.items():
         name = str(getattr(kind, "value", kind))
         if name != "Total":
-            if average:
-                average.update(step + 1)
             memory[names.get(name, "temporary")] += size
     kept = [*parameters, *(t for s in optimizer.state.values() for t in s.values()), *(average.values.values() if average else ())]
     return memory, sum(t.numel() * t.element_size() for t in kept if isinstance(t, torch.Tensor))

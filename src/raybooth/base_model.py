@@ -102,13 +102,13 @@ def model_configuration(config: Config) -> Path:
 
 
 def local_source(model: str) -> Path | None:
-    """The folder that `base.model` names, or None where it names a repository of the hub."""
+    """The folder that `base.model` or an encoder names, or None where it is a repository of the hub, as owner/name or owner/name@revision."""
     if model == "mini":
         from raybooth.families import mini_folder
 
         return mini_folder()
     path = Path(model).expanduser()
-    looks_local = path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
+    looks_local = path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.partition("@")[0].count("/") != 1
     return path if looks_local else None
 
 

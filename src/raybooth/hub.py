@@ -16,6 +16,8 @@ from raybooth.workspace import file_digest
 
 Choose = Callable[[list[str], Path], list[str]]
 Check = Callable[[Path], None]
+CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
+"""The hub's bot, and what it calls its pull requests, as transformers looks for them."""
 
 
 def resolve(repo: str, revision: str | None) -> str:
@@ -24,6 +26,29 @@ def resolve(repo: str, revision: str | None) -> str:
 
     with _explained(repo, revision):
         return str(HfApi().model_info(repo, revision=revision).sha)
+
+
+def resolve_with(file: str, repo: str, revision: str | None) -> str:
+    """As resolve(); where the main branch, asked for by no name, has no `file`, the commit in which the hub's converter to safetensors proposes it."""
+    from huggingface_hub import HfApi
+
+    with _explained(repo, revision):
+        info = HfApi().model_info(repo, revision=revision)
+        has_it = any(f.rfilename == file for f in info.siblings or [])
+        return str(info.sha if revision or has_it else _converted(repo, str(info.sha)) or info.sha)
+
+
+def _converted(repo: str, main: str) -> str | None:
+    """The converter's open pull request on top of the commit `main`. Only its own, as transformers has it: weights of anybody's could be anything."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    for proposed in api.get_repo_discussions(repo, author=CONVERTER, discussion_type="pull_request", discussion_status="open"):
+        if (proposed.author, proposed.title) == (CONVERTER, CONVERSION):
+            newest, *older = [commit.commit_id for commit in api.list_repo_commits(repo, revision=proposed.git_reference)]
+            if older[:1] == [main]:
+                return newest
+    return None
 
 
 def fetch_model(repo: str, revision: str, target: Path, choose: Choose, check: Check = lambda folder: None) -> str | None:

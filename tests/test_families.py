@@ -151,13 +151,18 @@ def test_an_encoder_that_is_never_trained_runs_once_a_prompt(tmp_path: Path, mon
     folder, latents = MAKERS[name](tmp_path / "base-model"), tmp_path / "latents"
     encoded: list[int] = []
     forward = T5EncoderModel.forward
-    monkeypatch.setattr(T5EncoderModel, "forward", lambda self, ids, *args, **how: encoded.append(len(ids)) or forward(self, ids, *args, **how))
+
+    def counted(self: T5EncoderModel, ids: torch.Tensor, *args: Any, **how: Any) -> Any:
+        encoded.append(len(ids))
+        return forward(self, ids, *args, **how)
+
+    monkeypatch.setattr(T5EncoderModel, "forward", counted)
     noise = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    made = {f"{i}.safetensors": {"picture": png(Image.fromarray(pixels))} for i, pixels in enumerate(noise)}
+    made: dict[str, dict[str, Any]] = {f"{i}.safetensors": {"picture": png(Image.fromarray(pixels))} for i, pixels in enumerate(noise)}
     made |= {prompt_name(p): {"prompt": p} for p in PROMPTS}
     latents.mkdir()
-    for file, data in zip(made, encoder(str(tmp_path), prompts=True)(list(made.values())), strict=True):
-        (latents / file).write_bytes(data)
+    for file, tensors in zip(made, encoder(str(tmp_path), prompts=True)(list(made.values())), strict=True):
+        (latents / file).write_bytes(tensors)
     assert encoded == [1, 1]
     family, names = family_of(folder), list(made)[:3]
     data = training_set(latents, {"instance": names[:2], "class": names[2:]}, dict(zip(("instance", "class"), PROMPTS, strict=True)), Prior(), True)

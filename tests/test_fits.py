@@ -45,5 +45,5 @@ def test_another_setting_on_the_same_base_is_refused_too(photos: Path, tmp_path:
     """Though nothing is left to copy; and class pictures that nobody draws need no sampler."""
     arguments = ["prepare", f"--photos={photos}", "--class=dog", f"--base={make_flux(tmp_path / 'flux')}", f"--storage={tmp_path / 'run'}"]
     assert main([*arguments, "--set=prior.scheduler=ddim", "--set=prior.images=0"]) == 0
-    assert main([*arguments, "--set=prior.scheduler=ddim"]) == 2
+    assert main([*arguments, "--set=prior.scheduler=ddim", "--set=prior.images=4"]) == 2
     assert "prior.scheduler = 'ddim'" in capsys.readouterr().err

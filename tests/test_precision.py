@@ -1,12 +1,16 @@
 """What weights are held in, and that all families train and draw so. A CPU takes the types that a GPU would, slowly."""
 
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from test_families import draw, rows, settings, whole
+from torch.nn.parallel import DistributedDataParallel
 from toys import MAKERS
 
 from raybooth.config import Finetune, Lora
@@ -14,9 +18,11 @@ from raybooth.families import family_of
 from raybooth.families.base import Family, Loaded
 from raybooth.families.lora import add_adapters, load_adapters, save_adapters
 from raybooth.families.parts import load
+from raybooth.jobs import for_inference
 from raybooth.method import autocast_dtype, drawing_dtype, held_in, make_ready
-from raybooth.train import Parallel, fit
+from raybooth.train import Parallel, State, Step, fit
 
+Wrap = Callable[[torch.nn.Module], torch.nn.Module]
 LORA = Finetune(method="lora", precision="bf16", text_encoder=True)
 
 
@@ -28,12 +34,18 @@ def adapted(folder: Path, how: Finetune = LORA, lora: Lora | None = None) -> tup
     return family, loaded
 
 
-def taught(family: Family, folder: Path, loaded: Loaded, how: Finetune = LORA, teacher: bool = False, **more):
+def taught(
+    folder: Path, family: Family, loaded: Loaded, how: Finetune = LORA, teacher: bool = False, wrap: Wrap = lambda module: module,
+    start: State | None = None, **more: Any,
+) -> Iterator[Step]:  # fmt: skip
     data = rows(*whole(folder), how.text_encoder, teacher)
     lr = dict.fromkeys(family.trainable(how.text_encoder), 0.01)
     changed = settings(family, how.text_encoder, lr=lr, autocast=autocast_dtype(how.precision, "cpu"), **more)
-    parallel = more.pop("parallel", Parallel())
-    return fit(family, loaded, data, changed, parallel)
+    return fit(family, loaded, data, changed, Parallel(wrap=wrap), start)
+
+
+def losses(steps: Iterable[Step]) -> list[float]:
+    return [s.metrics.loss for s in steps if s.metrics]
 
 
 @pytest.mark.parametrize(
@@ -55,10 +67,9 @@ def test_float32_adapters_on_a_bf16_base_learn(tmp_path: Path, name: str, lora: 
     family, loaded = adapted(folder, lora=lora)
     parameters = [p for m in loaded.modules.values() for p in m.parameters()]
     before = [p.clone() for p in parameters]
-    steps = list(taught(family, folder, loaded, ema=0.5))
+    steps = list(taught(folder, family, loaded, ema=0.5))
     kept = steps[-1].state().tensors
-    losses = [s.metrics.loss for s in steps if s.metrics]
-    assert np.isfinite(losses).all()
+    assert np.isfinite(losses(steps)).all()
     assert {t.dtype for k, t in kept.items() if k.startswith(("weights", "optimizer", "average"))} == {torch.float32}
     adapters = [i for i, p in enumerate(parameters) if p.dtype == torch.float32]
     assert 0 < len(adapters) < len(parameters)
@@ -67,9 +78,9 @@ def test_float32_adapters_on_a_bf16_base_learn(tmp_path: Path, name: str, lora: 
     # The same on float32 weights, which are cast in every layer: as near as bfloat16 is.
     plain = load(family, folder, family.trainable(True))
     make_ready(family, plain, LORA, lora, 0)
-    assert losses == pytest.approx([s.metrics.loss for s in taught(family, folder, plain, ema=0.5) if s.metrics], rel=0.02)
+    assert losses(steps) == pytest.approx(losses(taught(folder, family, plain, ema=0.5)), rel=0.02)
     save_adapters(family, loaded.modules, tmp_path / "lora")
-    load_adapters(*whole(folder), tmp_path / "lora")
+    load_adapters(family, whole(folder)[1], tmp_path / "lora")
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -90,42 +101,29 @@ def test_a_bf16_base_teaches_its_own_adapters(tmp_path: Path, name: str):
     """Before they have moved they say, to the bit, what it says without them."""
     folder, how = MAKERS[name](tmp_path / name), LORA.model_copy(update={"text_encoder": False})
     family, loaded = adapted(folder, how)
-    priors = [s.metrics.prior for s in taught(family, folder, loaded, how, teacher=True) if s.metrics]
+    priors = [s.metrics.prior for s in taught(folder, family, loaded, how, teacher=True) if s.metrics]
     assert priors[0] == 0
     assert priors[-1] > 0
 
 
 def test_a_run_on_a_bf16_base_goes_on_in_the_same_bits(tmp_path: Path):
     folder = MAKERS["sd3"](tmp_path / "sd3")
-    whole_run = adapted(folder)
-    steps = list(taught(whole_run[0], folder, whole_run[1], steps=4))
-    first = adapted(folder)
-    half = next(s for s in taught(first[0], folder, first[1], steps=4) if s.number == 2).state()
-    again = adapted(folder)
-    data = rows(*whole(folder), True)
-    lr = dict.fromkeys(again[0].trainable(True), 0.01)
-    rest = list(fit(*again, data, settings(again[0], True, lr=lr, autocast=torch.bfloat16, steps=4), start=half))
+    steps = list(taught(folder, *adapted(folder), steps=4))
+    half = next(s for s in taught(folder, *adapted(folder), steps=4) if s.number == 2).state()
+    rest = list(taught(folder, *adapted(folder), start=half, steps=4))
     assert [s.metrics for s in rest] == [s.metrics for s in steps[2:]]
 
 
 def test_workers_agree_on_a_bf16_base(tmp_path: Path):
     """DistributedDataParallel sends the frozen weights to all once and waits for the adapters' gradients alone."""
     folder = MAKERS["sdxl"](tmp_path / "sdxl")
-    alone = adapted(folder)
-    losses = [s.metrics.loss for s in taught(alone[0], folder, alone[1]) if s.metrics]
+    alone = losses(taught(folder, *adapted(folder)))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        wrapped = adapted(folder)
-
-        def wrap(module: torch.nn.Module) -> torch.nn.Module:
-            return torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
-
-        data = rows(*whole(folder), True)
-        lr = dict.fromkeys(wrapped[0].trainable(True), 0.01)
-        steps = fit(*wrapped, data, settings(wrapped[0], True, lr=lr, autocast=torch.bfloat16), Parallel(wrap=wrap))
-        assert [s.metrics.loss for s in steps if s.metrics] == pytest.approx(losses, rel=1e-5)
+        together = losses(taught(folder, *adapted(folder), wrap=partial(DistributedDataParallel, find_unused_parameters=True)))
     finally:
         dist.destroy_process_group()
+    assert together == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -135,3 +133,15 @@ def test_flows_are_drawn_in_bfloat16_where_there_is_any(tmp_path: Path, name: st
     assert drawing_dtype(family, "cuda", bfloat16=True) == (torch.bfloat16 if flow else torch.float16)
     assert drawing_dtype(family, "cuda", bfloat16=False) == (torch.float32 if flow else torch.float16)
     assert drawing_dtype(family, "cpu", bfloat16=True) == torch.float32
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_draws_and_encodes_is_loaded_so(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    """But for the VAE."""
+    monkeypatch.setattr("raybooth.method.drawing_dtype", lambda family, device, bfloat16: drawing_dtype(family, "cuda", bfloat16=True))
+    folder = MAKERS[name](tmp_path / name)
+    family = family_of(folder)
+    loaded = for_inference(folder, (family.denoiser, "vae", *family.encoders))
+    types = {part: next(module.parameters()).dtype for part, module in loaded.modules.items()}
+    assert types.pop("vae") == torch.float32
+    assert set(types.values()) == {getattr(torch, family.half)}

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.hooks import RemovableHandle
 
 from raybooth.base_model import check_fits
-from raybooth.config import Config
+from raybooth.config import Config, Finetune
 from raybooth.families import Family, Loaded, family_of
 from raybooth.families.parts import unloaded
 from raybooth.flops import loss_without_data, rows_of_pass, step_flops, without_weights
@@ -113,15 +113,14 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
     """Memory at the peak, by part, of the second step of one worker: the optimizer has its state then. And the bytes of a checkpoint."""
     finetune, tracker = config.finetune, _Tracker()
     rows = rows_of_pass(config.prior, finetune, config.cluster.worker_range[0])
-    modules = [loaded.modules[part] for part in trained]
-    parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
-    groups, kind = [{"params": parameters, "lr": finetune.lr}], finetune.optimizer
-    optimizer = make_optimizer(kind, groups, finetune.weight_decay, 0) if kind == "adamw" else Outline(kind, groups)
-    average = Average({str(i): p for i, p in enumerate(parameters)}, finetune.ema) if finetune.ema else None
+    parameters = {f"{part}.{k}": p for part in trained for k, p in loaded.modules[part].named_parameters() if p.requires_grad}
+    optimizer = _optimizer(finetune, list(parameters.values()))
+    average = Average(parameters, finetune.ema) if finetune.ema else None
+    averages = list(average.values.values()) if average else []
     for frozen in (p for m in loaded.modules.values() for p in m.parameters() if not p.requires_grad):
         # The tracker would put hooks on their gradients, which they do not have: it finds them there already.
         tracker._param_to_grad_hook_handles[frozen] = (RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict()))
-    tracker.track_external(*loaded.modules.values(), optimizer, *(average.values.values() if average else ()))
+    tracker.track_external(*loaded.modules.values(), optimizer, *averages)
     dtype = autocast_dtype(finetune.precision, device)
     with tracker:
         for step in range(2):
@@ -134,14 +133,24 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
             optimizer.zero_grad(set_to_none=True)
             if average:
                 average.update(step + 1)
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    kept = [*parameters.values(), *averages, *(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))]
+    return _by_part(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]), sum(t.numel() * t.element_size() for t in kept)
+
+
+def _optimizer(finetune: Finetune, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """That of the configuration: AdamW itself, of others what they hold."""
+    groups: list[dict[str, Any]] = [{"params": parameters, "lr": finetune.lr}]
+    return make_optimizer("adamw", groups, finetune.weight_decay, 0) if finetune.optimizer == "adamw" else Outline(finetune.optimizer, groups)
+
+
+def _by_part(snapshot: Mapping[Any, int]) -> dict[str, int]:
+    """A snapshot of the tracker in the words of a plan."""
     names = {
         "Parameter": "weights", "Buffer": "weights", "Gradient": "gradients", "Optstate": "optimizer", "Other": "average", "Activation": "activations",
     }  # fmt: skip
     memory = dict.fromkeys(("weights", "gradients", "optimizer", "average", "activations", "temporary"), 0)
-    for kind, size in peak.items():
+    for kind, size in snapshot.items():
         name = str(getattr(kind, "value", kind))
         if name != "Total":
             memory[names.get(name, "temporary")] += size
-    kept = [*parameters, *(t for s in optimizer.state.values() for t in s.values()), *(average.values.values() if average else ())]
-    return memory, sum(t.numel() * t.element_size() for t in kept if isinstance(t, torch.Tensor))
+    return memory

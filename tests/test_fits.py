@@ -41,8 +41,7 @@ def test_what_a_flow_cannot_do_is_refused_before_any_work(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_another_setting_on_the_same_base_is_refused_too(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Though nothing is left to copy; and class pictures that nobody draws need no sampler."""
+def test_class_pictures_that_nobody_draws_need_no_sampler(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     arguments = ["prepare", f"--photos={photos}", "--class=dog", f"--base={make_flux(tmp_path / 'flux')}", f"--storage={tmp_path / 'run'}"]
     assert main([*arguments, "--set=prior.scheduler=ddim", "--set=prior.images=0"]) == 0
     assert main([*arguments, "--set=prior.scheduler=ddim", "--set=prior.images=4"]) == 2

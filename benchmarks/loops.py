@@ -56,7 +56,7 @@ def ours(folder: Path, steps: int) -> Iterator[Any]:
     from raybooth.train import Settings, TrainingSet, fit
 
     family = family_of(folder)
-    loaded, rows = _loaded(folder, family.used_in_training(True)), 69
+    loaded, rows = _loaded(folder, family.trainable(True)), 69
     shape = loaded.facts.latent_shape(loaded.facts.resolution)
     of_class = torch.arange(rows) >= 5
     data = TrainingSet(
@@ -71,7 +71,7 @@ def ours(folder: Path, steps: int) -> Iterator[Any]:
 def bare(folder: Path, steps: int, channels_last: bool) -> Iterator[Any]:
     """4 rows of two prompts, as in `ours`."""
     family = family_of(folder)
-    loaded = _loaded(folder, family.used_in_training(True))
+    loaded = _loaded(folder, family.trainable(True))
     modules: Any = loaded.modules
     unet, text = modules["unet"].train().requires_grad_(True), modules["text_encoder"].train().requires_grad_(True)
     optimizer = torch.optim.AdamW([*unet.parameters(), *text.parameters()], lr=1e-4, fused=True)

@@ -11,17 +11,19 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 COMMIT = "b95be7d6f134c3a9e62ee616f310733567f069ce"
+PROPOSED = "0123456789012345678901234567890123456789"
 
 
 class Hub:
     """Repositories "models/owner/name" or "datasets/owner/name" -> folder, all at one commit. `asked` is what was requested.
 
     `cut_after` ends the connection after so many bytes of any weights, and refuses them from then on.
-    `lies` are files whose stated hash is wrong.
+    `lies` are files whose stated hash is wrong. `proposed` are what pull request 1 of a repository would make of it: its author, and the folder.
     """
 
     def __init__(self) -> None:
         self.folders: dict[str, Path] = {}
+        self.proposed: dict[str, tuple[str, Path]] = {}
         self.asked: list[tuple[str, str, str]] = []  # method, path, Range
         self.cut_after: int | None = None
         self.lies: set[str] = set()
@@ -47,10 +49,12 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, body: bool) -> None:
         path = unquote(urlparse(self.path).path)
         self.hub.asked.append((self.command, path, self.headers.get("Range", "")))
-        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self.info(f"{found[1]}/{found[2]}", found[3], body)
         elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/.*)?", path):
             self.tree(f"{found[1]}/{found[2]}", body)
+        elif found := re.fullmatch(r"/api/(models/[^/]+/[^/]+)/(discussions|commits)(?:/.*)?", path):
+            self.history(found[1], found[2], body)
         elif found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.file(f"{'datasets' if found[1] else 'models'}/{found[2]}", found[3], found[4], body)
         else:
@@ -65,6 +69,8 @@ class _Handler(BaseHTTPRequestHandler):
     def known(self, repo: str, revision: str | None) -> Path | None:
         if repo not in self.hub.folders:
             self.refuse("RepoNotFound")
+        elif repo in self.hub.proposed and revision in ("refs/pr/1", PROPOSED):
+            return self.hub.proposed[repo][1]
         elif revision not in (None, "main", COMMIT):
             self.refuse("RevisionNotFound")
         else:
@@ -94,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "id": repo.partition("/")[2],
                 "modelId": repo.partition("/")[2],
-                "sha": COMMIT,
+                "sha": COMMIT if folder == self.hub.folders[repo] else PROPOSED,
                 "siblings": siblings,
                 "tags": [],
                 "private": False,
@@ -103,6 +109,14 @@ class _Handler(BaseHTTPRequestHandler):
             },
             body,
         )
+
+    def history(self, repo: str, what: str, body: bool) -> None:
+        """The pull requests of a repository, or the commits of the only one."""
+        day = "2023-01-01T00:00:00.000Z"
+        about = {"title": "Adding `safetensors` variant of this model", "status": "open", "isPullRequest": True, "createdAt": day}
+        found = [about | {"num": 1, "author": {"name": who}, "repo": {"name": repo, "type": "model"}} for who, _ in [self.hub.proposed[repo]]]
+        commits = [{"id": sha, "authors": [], "date": day, "title": "", "message": ""} for sha in (PROPOSED, COMMIT)]
+        self.json({"discussions": found, "count": 1, "start": 0} if what == "discussions" else commits, body)
 
     def tree(self, repo: str, body: bool) -> None:
         folder = self.hub.folders[repo]

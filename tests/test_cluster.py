@@ -1,5 +1,6 @@
-"""A cluster of three nodes that loses one: in the middle of class images, and again in the middle of fine-tuning."""
+"""A cluster that loses a node: in the middle of class images, and in the middle of fine-tuning, by a group of a fixed size and by an elastic one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,15 +8,15 @@ from pathlib import Path
 
 from test_pipeline import LONGER as SETTINGS
 from test_pipeline import apart, command, contents
+from test_resume import with_stages_before
 
 WITHOUT = {"RAY_AUTH_MODE": "disabled", "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
 
 
-def lose_a_node(storage: Path, pattern: str, word: str, arguments: list[str]) -> str:
-    script = Path(__file__).parent / "three_nodes.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(storage), pattern, word, *arguments], env=os.environ | WITHOUT, capture_output=True, text=True, timeout=500
-    )  # fmt: skip
+def lose_a_node(nodes: int, storage: Path, pattern: str, word: str, arguments: list[str]) -> str:
+    script = Path(__file__).parent / "losing_a_node.py"
+    command = [sys.executable, str(script), str(nodes), str(storage), pattern, word, *arguments]
+    done = subprocess.run(command, env=os.environ | WITHOUT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 
@@ -25,10 +26,23 @@ def test_the_result_is_the_same_when_nodes_go(tmp_path: Path, unbroken: Path, to
     arguments = command("class-images", tmp_path, toy, photos, **sets)[3:]
     prepared = command("prepare", tmp_path, toy, photos, **sets)
     subprocess.run(prepared, check=True, capture_output=True)
-    lose_a_node(tmp_path, "class-images/.partial-*/*.png", "ray::", arguments)
+    lose_a_node(3, tmp_path, "class-images/.partial-*/*.png", "ray::", arguments)
     assert contents(tmp_path / "class-images") == contents(unbroken / "class-images")
-    said = lose_a_node(tmp_path, "checkpoints/[!.]*", "RayTrainWorker", command("run", tmp_path, toy, photos, **sets)[3:])
+    said = lose_a_node(3, tmp_path, "checkpoints/[!.]*", "RayTrainWorker", command("run", tmp_path, toy, photos, **sets)[3:])
     assert "a worker was lost, the group starts again" in said
     assert "goes on from the checkpoint of step" in said
     # A worker of a node of one core steps with one thread: the last bits differ, nothing else.
+    assert apart(tmp_path, unbroken) < 0.02
+
+
+def test_an_elastic_group_goes_on_with_fewer(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
+    """Two workers, a node each; then one, for there is no other node."""
+    with_stages_before(unbroken, tmp_path)
+    sets = {**SETTINGS, "cluster__workers": "1-2", "finetune__trackers": []}
+    said = lose_a_node(2, tmp_path, "checkpoints/[!.]*", "RayTrainWorker", command("finetune", tmp_path, toy, photos, **sets)[3:])
+    assert "2 nodes ran it" in said
+    assert "a worker was lost, the group starts again" in said
+    assert "goes on from the checkpoint of step" in said
+    facts = json.loads((tmp_path / "fine-tuned-model" / "manifest.json").read_text())["facts"]
+    assert facts["where"].startswith("1 worker on")
     assert apart(tmp_path, unbroken) < 0.02

@@ -1,6 +1,7 @@
 """Every family at toy size: fit, save, open in plain diffusers, draw; and its parts against diffusers' own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,23 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from toys import MAKERS, make_flux
+from transformers import T5EncoderModel
 
-from raybooth.config import Lora, Sampling
+from raybooth.config import Lora, Prior, Sampling
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.families.base import Family, Loaded
 from raybooth.families.folder import needed_files, plain_name, settle_shards
 from raybooth.families.lora import adapters_off, add_adapters, load_adapters, save_adapters
 from raybooth.families.parts import encode_image, load, save
+from raybooth.jobs import encoder, prompt_name
 from raybooth.noise import normal
+from raybooth.photos import png
 from raybooth.sample import Sampler
 from raybooth.train import Settings, TrainingSet, fit
+from raybooth.tuning import training_set
 
 PROMPTS = ["photo of unqtkn dog", "photo of a dog"]
 SAMPLING = Sampling(4, 3.0, "euler", 32)
@@ -45,7 +51,7 @@ def rows(family: Family, loaded: Loaded, text_encoder: bool, teacher: bool = Fal
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         mean, std = encode_image(loaded, torch.rand(6, 3, 32, 32, generator=g) * 2 - 1)
-        conditioning = None if text_encoder else family.encode_text(loaded, PROMPTS)
+        conditioning = family.encode_text(loaded, PROMPTS) if family.has_frozen_encoders(text_encoder) else None
     of_class = torch.arange(6) >= 3
     return TrainingSet(mean, std, of_class.long(), torch.ones(6), PROMPTS, 3, conditioning, teacher)
 
@@ -137,6 +143,35 @@ def test_the_targets_are_the_schedulers_own(model: Path):
         # Euler's step of the true velocity, all the way down, is the picture itself.
         assert (objective.noisy(x0, noise, t) - (t / 1000).view(-1, 1, 1, 1) * target - x0).abs().max() < 1e-5
     assert (objective.target(x0, noise, t) - target).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_an_encoder_that_is_never_trained_runs_once_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    """In the stage that encodes, not in the training, which does without it and has the losses of one that runs it at every step."""
+    folder, latents = MAKERS[name](tmp_path / "base-model"), tmp_path / "latents"
+    encoded: list[int] = []
+    forward = T5EncoderModel.forward
+
+    def counted(self: T5EncoderModel, ids: torch.Tensor, *args: Any, **how: Any) -> Any:
+        encoded.append(len(ids))
+        return forward(self, ids, *args, **how)
+
+    monkeypatch.setattr(T5EncoderModel, "forward", counted)
+    noise = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    made: dict[str, dict[str, Any]] = {f"{i}.safetensors": {"picture": png(Image.fromarray(pixels))} for i, pixels in enumerate(noise)}
+    made |= {prompt_name(p): {"prompt": p} for p in PROMPTS}
+    latents.mkdir()
+    for file, tensors in zip(made, encoder(str(tmp_path), prompts=True)(list(made.values())), strict=True):
+        (latents / file).write_bytes(tensors)
+    assert encoded == [1, 1]
+    family, names = family_of(folder), list(made)[:3]
+    data = training_set(latents, {"instance": names[:2], "class": names[2:]}, dict(zip(("instance", "class"), PROMPTS, strict=True)), Prior(), True)
+    light, heavy = load(family, folder, family.trainable(True)), load(family, folder, (family.denoiser, *family.encoders))
+    once = [s.metrics.loss for s in fit(family, light, data, settings(family, True)) if s.metrics]
+    assert encoded == [1, 1]
+    always = [s.metrics.loss for s in fit(family, heavy, replace(data, conditioning=None), settings(family, True)) if s.metrics]
+    assert encoded == [1, 1, 2, 2, 2]
+    assert once == pytest.approx(always, rel=1e-6)
 
 
 def test_schnell_takes_no_guidance_and_no_second_pass(tmp_path: Path):

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from toys import make_flux
 
-from tests.hub_server import COMMIT, Hub, serving
+from raybooth.mini import FOLDER
+from tests.hub_server import COMMIT, PROPOSED, Hub, serving
 
 UNET = "diffusion_pytorch_model.safetensors"
 
@@ -78,6 +80,46 @@ def test_a_file_with_another_hash_than_stated_is_refused(hub: Hub, tmp_path: Pat
     assert not (tmp_path / "run" / "base-model" / "manifest.json").exists()
     hub.lies = set()
     assert prepare(hub, tmp_path / "run").returncode == 0
+
+
+@pytest.fixture
+def pickled_clip(hub: Hub, tmp_path: Path) -> Hub:
+    """mini's CLIP as an old repository has it; its pull request has safetensors."""
+    for folder in (tmp_path / "clip", tmp_path / "converted"):
+        shutil.copytree(FOLDER / "clip", folder)
+    (tmp_path / "clip" / "model.safetensors").rename(tmp_path / "clip" / "pytorch_model.bin")
+    hub.folders["models/me/clip"] = tmp_path / "clip"
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("author", "clip", "found"),
+    [("SFconvertbot", "me/clip", True), ("somebody", "me/clip", False), ("somebody", "me/clip@refs/pr/1", True)],
+    ids=["the hub's converter", "anybody", "anybody, by name"],
+)
+def test_safetensors_in_a_pull_request_are_taken_from_the_hubs_converter_or_when_named(pickled_clip: Hub, tmp_path: Path, author: str, clip: str, found: bool):
+    pickled_clip.proposed["models/me/clip"] = author, tmp_path / "converted"
+    done = prepare(pickled_clip, tmp_path / "run", "--set=evaluate.select=balance", f"--set=evaluate.clip={clip}", "--set=evaluate.dino=mini")
+    assert (done.returncode == 0) == found, done.stderr
+    if found:
+        manifest = json.loads((tmp_path / "run" / "encoders" / "manifest.json").read_text())
+        assert manifest["facts"]["clip"] == PROPOSED
+        assert (tmp_path / "run" / "encoders" / "clip" / "model.safetensors").exists()
+    else:
+        assert "owner/name@refs/pr/3" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not [path for _, path, _ in pickled_clip.asked if path.endswith(".bin")]
+
+
+def test_a_model_that_cannot_do_it_is_refused_before_its_weights_come(hub: Hub, tmp_path: Path):
+    hub.folders["models/me/toy"] = make_flux(tmp_path / "flux")
+    done = prepare(hub, tmp_path / "run", "--set=generate.scheduler=ddim")
+    assert done.returncode == 2
+    assert "generate.scheduler = 'ddim' is not possible with FLUX.1" in done.stderr
+    assert fetched(hub)
+    assert not [f for f in fetched(hub) if f.endswith(".safetensors")]
+    assert prepare(hub, tmp_path / "run").returncode == 0
+    assert "is not possible with FLUX.1" in prepare(hub, tmp_path / "run", "--set=generate.scheduler=ddim").stderr  # with nothing left to fetch, too
 
 
 @pytest.mark.parametrize(

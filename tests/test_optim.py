@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from raybooth.errors import RayboothError
-from raybooth.optim import Average, StochasticAdamW, learning_rate_factor, make_optimizer, round_stochastically
+from raybooth.optim import Average, StochasticAdamW, learning_rate_factor, make_optimizer, round_stochastically, state_like
 
 
 def test_the_schedules_warm_up_and_end_where_they_should():
@@ -62,3 +62,20 @@ def test_an_optimizer_that_is_not_installed_says_how_to_get_it(name: str, monkey
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(RayboothError, match=rf"pip install 'raybooth\[{name}\]'"):
         make_optimizer(name, [{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}], 0.0, 0)
+
+
+def test_the_state_of_a_plan_is_what_adafactor_holds():
+    """Of matrices, convolutions and vectors; the other two are known from their packages alone."""
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in ((40, 30), (8, 6, 3, 3), (50,))]
+    optimizer = make_optimizer("adafactor", [{"params": parameters, "lr": 1e-3}], 0.0, 0)
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for p in parameters:
+        held = {k: v.shape for k, v in optimizer.state[p].items() if k != "step"}
+        assert {k: v.shape for k, v in state_like("adafactor", p).items()} == held
+
+
+def test_an_8_bit_state_has_a_byte_a_moment_and_a_scale_a_block():
+    sizes = {n: sum(t.numel() * t.element_size() for t in state_like("adamw8bit", torch.empty(n)).values()) for n in (4095, 4096, 1 << 20)}
+    assert sizes == {4095: 8 * 4095, 4096: 2 * 4096 + 2 * 16 * 4, 1 << 20: (2 << 20) + 2 * 4096 * 4}

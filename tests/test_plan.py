@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,26 +14,30 @@ from toys import MAKERS
 
 from raybooth import config
 from raybooth.cli import main
-from raybooth.families.lora import add_adapters
+from raybooth.config import Finetune
+from raybooth.families import family_of
+from raybooth.families.parts import load
 from raybooth.flops import step_flops, without_weights
-from raybooth.method import make_ready
-from raybooth.plan import plan
+from raybooth.method import autocast_dtype, held_in, make_ready
+from raybooth.plan import Plan, plan
 from raybooth.train import fit
 
 BATCH = 8
+OPTIMIZERS = get_args(Finetune.model_fields["optimizer"].annotation)
 
 
 def measured_peak(folder: Path, made: config.Config) -> int:
     """Bytes at the peak of fit(), from the allocator's own record, with the weights that were there before."""
-    family, loaded = whole(folder)
-    text_encoder, lora = made.finetune.text_encoder, made.finetune.method == "lora"
-    data = rows(family, loaded, text_encoder)
-    loaded.modules = {part: loaded.modules[part] for part in family.used_in_training(text_encoder)}
-    if lora:
-        add_adapters(family, loaded, family.trainable(text_encoder), made.lora, 0)
+    how, family = made.finetune, family_of(folder)
+    data = rows(*whole(folder), how.text_encoder)
+    loaded = load(family, folder, family.trainable(how.text_encoder), held_in(how, "cpu"))
+    make_ready(family, loaded, how, made.lora, 0)
+    set_up = settings(
+        family, how.text_encoder, batch=BATCH, optimizer=how.optimizer, ema=how.ema, autocast=autocast_dtype(how.precision, "cpu")
+    )  # fmt: skip
     held = sum(t.numel() * t.element_size() for m in loaded.modules.values() for t in (*m.parameters(), *m.buffers()))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        list(fit(family, loaded, data, settings(family, text_encoder, batch=BATCH)))
+        list(fit(family, loaded, data, set_up))
     now = peak = 0
     for event in sorted((e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
         now += event.nbytes()
@@ -44,13 +49,44 @@ BOTH: list[str] = []
 DENOISER, LORA = ["finetune.text_encoder=false"], ["finetune.method=lora", "finetune.text_encoder=false"]
 
 
-@pytest.mark.parametrize(("name", "how"), [("sd1", BOTH), ("sdxl", DENOISER), ("sd3", LORA)], ids=["sd1", "sdxl, denoiser alone", "sd3, lora"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("sd1", BOTH), ("sdxl", DENOISER), ("sd3", LORA), ("sd3", [*LORA, "finetune.precision=bf16"]), ("sd3", BOTH),
+        ("sd1", ["finetune.ema=0.9"]), ("sd1", ["finetune.optimizer=adafactor"]), ("sd1", ["finetune.precision=bf16-weights"]),
+    ],
+    ids=["sd1", "sdxl, denoiser alone", "sd3, lora", "sd3, lora in bf16", "sd3", "sd1, average", "sd1, adafactor", "sd1, bf16 weights"],
+)  # fmt: skip
 def test_the_peak_is_within_15_percent_of_a_real_step(tmp_path: Path, name: str, how: list[str]):
     folder = MAKERS[name](tmp_path / name)
     made = config.load(None, [f"finetune.batch={BATCH}", "finetune.precision=fp32", *how], subject={"class": "dog"}, base={"model": str(folder)})
     planned, measured = plan(folder, made), measured_peak(folder, made)
     print(name, how, planned.memory, planned.peak, measured)
     assert planned.peak == pytest.approx(measured, rel=0.15)
+
+
+def planned(folder: Path, *how: str) -> Plan:
+    return plan(folder, config.load(None, list(how), subject={"class": "dog"}, base={"model": str(folder)}))
+
+
+def test_optimizers_and_the_average_take_what_they_hold(tmp_path: Path):
+    folder = MAKERS["sd1"](tmp_path / "sd1")
+    plain, averaged = planned(folder), planned(folder, "finetune.ema=0.9")
+    assert plain.memory["average"] == 0
+    assert averaged.memory["average"] == 4 * plain.trained
+    assert averaged.peak - plain.peak == 4 * plain.trained
+    took = {name: planned(folder, f"finetune.optimizer={name}", "finetune.lr=1").memory["optimizer"] / plain.trained for name in OPTIMIZERS}
+    assert took["adamw"] == pytest.approx(8, rel=0.01)
+    assert took["prodigy"] == pytest.approx(16, rel=0.01)
+    assert took["adafactor"] < took["adamw8bit"] < 4
+    assert planned(folder, "finetune.precision=bf16-weights").memory["optimizer"] == pytest.approx(4 * plain.trained, rel=0.05)
+
+
+def test_adapters_lie_on_weights_of_half_the_size(tmp_path: Path):
+    folder = MAKERS["sd3"](tmp_path / "sd3")
+    whole_size, half = (planned(folder, *LORA, f"finetune.precision={p}").memory["weights"] for p in ("fp32", "bf16"))
+    adapters = 4 * planned(folder, *LORA).trained
+    assert half - adapters == pytest.approx((whole_size - adapters) / 2, rel=0.01)
 
 
 def test_it_counts_what_is_there(tmp_path: Path):
@@ -82,7 +118,7 @@ def test_the_flops_are_those_of_a_real_step(tmp_path: Path, name: str, how: list
     family, loaded = whole(folder)
     text_encoder, teacher = made.finetune.text_encoder, made.prior.method == "base-prediction"
     data = rows(family, loaded, text_encoder, teacher)
-    loaded.modules = {part: loaded.modules[part] for part in family.used_in_training(text_encoder)}
+    loaded.modules = {part: loaded.modules[part] for part in family.trainable(text_encoder)}
     make_ready(family, loaded, made.finetune, made.lora, 0)
     steps = fit(family, loaded, data, settings(family, text_encoder, steps=1))
     # The CPU's own attention is an operation that the counter does not know; by matrix products it is counted.

@@ -13,9 +13,13 @@ import psutil
 import pytest
 from test_pipeline import LONGER as SETTINGS
 from test_pipeline import apart, call, command, contents
+from toys import make_sd3
+
+from raybooth.cli import main
 
 pytestmark = pytest.mark.usefixtures("ray")
 KILLS = int(os.environ.get("RAYBOOTH_KILLS", "2"))
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 BEFORE = ("instance-images", "base-model", "class-images", "latents")
 
 
@@ -113,3 +117,20 @@ def test_adapters_go_through_all_stages(tmp_path: Path, unbroken: Path, toy: Pat
     assert flops == pytest.approx(flops[:1] * 3)
     assert flops[0] > 1e6
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_flow_with_trained_encoders_goes_through_all_stages(tmp_path: Path, photos: Path):
+    """Its prompts are encoded beforehand, for T5's share; the fine-tuning trains both CLIPs without T5."""
+    call("run", tmp_path / "run", make_sd3(tmp_path / "sd3"), photos, prior__images=2)
+    assert len(list((tmp_path / "run" / "latents").glob("text-*.safetensors"))) == 2
+    base, tuned = (tmp_path / "run" / stage for stage in ("base-model", "fine-tuned-model"))
+    same = {part: (base / part / "model.safetensors").read_bytes() == (tuned / part / "model.safetensors").read_bytes() for part in ENCODERS}
+    assert same == {"text_encoder": False, "text_encoder_2": False, "text_encoder_3": True}
+    assert len(list((tmp_path / "run" / "output-images").glob("photo-*.png"))) == 4
+
+
+def test_prompts_that_are_not_encoded_yet_are_asked_for(tmp_path: Path, unbroken: Path, toy: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+    """The text encoder was to be trained, and now is not."""
+    with_stages_before(unbroken, tmp_path)
+    assert main(command("finetune", tmp_path, toy, photos, finetune__text_encoder=False)[3:]) == 2
+    assert "run 'raybooth encode' first" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def prepare_base(run: Run) -> None:
     base = run.config.base
     source = local_source(base.model)
     if source is not None and not source.exists() and _kept_of(run) == base.model:
+        check_fits(run.config, run.base_folder)
         return run.say(f"base-model: {base.model} has gone; the copy of it is kept")
     if source is None:
         stage = run.workspace.stage("base-model", {"repo": base.model, "revision": base.pinned_revision})
@@ -26,15 +28,18 @@ def prepare_base(run: Run) -> None:
         stage = run.workspace.stage("base-model", {"files": stats(source.parent, [source.name]), "configuration": base.configuration})
     else:
         names = _needed_of_folder(source)
+        check_fits(run.config, source)
         check_weights(source, names)
         stage = run.workspace.stage("base-model", {"files": stats(source, names)})
     if stage.done():
+        check_fits(run.config, stage.folder)
         return run.say("base-model: up to date")
     facts: dict[str, Any] = {"source": base.model}
     if source is None:
         facts = _fetch(run, stage)
     elif source.is_file():
         _unpack(run, source, stage.partial)
+        check_fits(run.config, stage.partial)
     else:
         facts["license"] = _licence(source)
         for name in run.progress(names, len(names), "base-model: copying", "file"):
@@ -49,6 +54,27 @@ def prepare_base(run: Run) -> None:
 def _kept_of(run: Run) -> str | None:
     """What the complete base model in the storage was copied from."""
     return (read_manifest(run.base_folder) or {"facts": {}})["facts"].get("source")
+
+
+def check_fits(config: Config, folder: Path) -> None:
+    """Whether the model in `folder`, of which the configuration files suffice, can do what is asked of it.
+
+    Raises:
+        RayboothError: if not, naming the setting.
+    """
+    from raybooth.families import family_of
+
+    family = family_of(folder)
+    drawn = {"generate.scheduler": config.generate.scheduler} | ({"prior.scheduler": config.prior.scheduler} if config.prior.drawn else {})
+    for key, name in drawn.items():
+        if name not in family.samplers:
+            raise RayboothError(f"{key} = '{name}' is not possible with {family.name}: choose {' or '.join(family.samplers)}.")
+    if config.finetune.min_snr_gamma and not family.min_snr:
+        raise RayboothError(f"finetune.min_snr_gamma is for models of epsilon or velocity, and {family.name} is a flow: leave it out.")
+    side, multiple = config.base.resolution, family.facts(folder).multiple
+    if side and side % multiple:
+        next_one = (side // multiple + 1) * multiple
+        raise RayboothError(f"base.resolution = {side} is not possible with {family.name}: it must be a multiple of {multiple}, such as {next_one}.")
 
 
 def stats(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:
@@ -84,13 +110,13 @@ def model_configuration(config: Config) -> Path:
 
 
 def local_source(model: str) -> Path | None:
-    """The folder that `base.model` names, or None where it names a repository of the hub."""
+    """The folder that `base.model` or an encoder names, or None where it is a repository of the hub, as owner/name or owner/name@revision."""
     if model == "mini":
         from raybooth.families import mini_folder
 
         return mini_folder()
     path = Path(model).expanduser()
-    looks_local = path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
+    looks_local = path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.partition("@")[0].count("/") != 1
     return path if looks_local else None
 
 
@@ -125,5 +151,5 @@ def _fetch(run: Run, stage: Stage) -> dict[str, Any]:
         return needed_files(names, family.weights, family.settings, base.model)
 
     run.say(f"base-model: {base.model} at {commit}")
-    licence = hub.fetch_model(base.model, commit, stage.partial, choose)
+    licence = hub.fetch_model(base.model, commit, stage.partial, choose, partial(check_fits, run.config))
     return {"source": base.model, "commit": commit, "license": licence}

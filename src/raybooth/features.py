@@ -15,6 +15,8 @@ from raybooth.score import Array
 from raybooth.session import Run
 from raybooth.workspace import files_under
 
+WEIGHTS = "model.safetensors"
+
 
 def prepare_encoders(run: Run) -> None:
     """Both encoders into the storage, from the hub, a folder, or mini."""
@@ -31,7 +33,7 @@ def prepare_encoders(run: Run) -> None:
             from raybooth import hub
 
             repo, _, revision = model.partition("@")
-            facts[part] = commit = hub.resolve(repo, revision or None)
+            facts[part] = commit = hub.resolve_with(WEIGHTS, repo, revision or None)
             run.say(f"encoders: {repo} at {commit}")
             hub.fetch_model(repo, commit, target, partial(_needed, model))
         else:
@@ -48,11 +50,11 @@ def _mini(part: str) -> Path:
 
 
 def _needed(model: str, names: list[str], _: Path | None = None) -> list[str]:
-    wanted = [n for n in names if "/" not in n and (n.endswith((".json", ".txt")) or n == "model.safetensors")]
-    if "model.safetensors" not in wanted:
+    wanted = [n for n in names if "/" not in n and (n.endswith((".json", ".txt")) or n == WEIGHTS)]
+    if WEIGHTS not in wanted:
         raise RayboothError(
-            f"The encoder {model} has no model.safetensors, and pickled weights are refused: name another one in [evaluate], "
-            "or a revision that has it, as owner/name@revision."
+            f"The encoder {model} has no {WEIGHTS}, and pickled weights are refused: name another one in [evaluate], or a revision that has it as "
+            "owner/name@revision. A pull request is one too: owner/name@refs/pr/3 is the third of those on the Community page of the repository."
         )
     return wanted
 

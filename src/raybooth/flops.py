@@ -14,13 +14,13 @@ from raybooth.config import Finetune, Lora, Prior
 from raybooth.families import Family, Loaded
 from raybooth.families.lora import adapters_off
 from raybooth.families.parts import unloaded
-from raybooth.method import make_ready
+from raybooth.method import held_in, make_ready
 
 
-def without_weights(family: Family, folder: Path, finetune: Finetune, lora: Lora) -> Loaded:
-    """What a worker has loaded, on the meta device."""
+def without_weights(family: Family, folder: Path, finetune: Finetune, lora: Lora, device: str = "cpu") -> Loaded:
+    """What a worker has loaded, on the meta device. `device` is the worker's: it decides what the weights are held in."""
     with torch.device("meta"):
-        loaded = unloaded(family, folder, family.used_in_training(finetune.text_encoder))
+        loaded = unloaded(family, folder, family.trainable(finetune.text_encoder), held_in(finetune, device))
         make_ready(family, loaded, finetune.model_copy(update={"compile": False}), lora, 0)
     return loaded
 
@@ -52,9 +52,7 @@ def loss_without_data(family: Family, loaded: Loaded, trained: tuple[str, ...], 
     text = {k: torch.zeros(rows, *s, dtype=dtype, requires_grad=len(trained) > 1) for k, s in conditioning.items()}
     out = family.predict(loaded, torch.zeros(rows, *shape, dtype=dtype), torch.zeros(rows), text)
     loss = out.float().square().mean()
-    for part in family.encoders if len(trained) > 1 else ():  # what they give is taken as given above; here they give, and are trained
+    for part in trained[1:]:  # what the encoders give is taken as given above; here they give, and are trained
         encoder: Any = loaded.modules[part]
-        length = getattr(encoder.config, "max_position_embeddings", None) or conditioning["text"][0]  # T5's, if it is alone
-        given = encoder(torch.zeros(2, length, dtype=torch.long))[0]
-        loss = loss + given.float().mean() if part in trained else loss
+        loss = loss + encoder(torch.zeros(2, encoder.config.max_position_embeddings, dtype=torch.long))[0].float().mean()
     return loss

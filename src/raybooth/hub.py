@@ -15,6 +15,9 @@ from raybooth.families.folder import plain_name, settle_shards
 from raybooth.workspace import file_digest
 
 Choose = Callable[[list[str], Path], list[str]]
+Check = Callable[[Path], None]
+CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
+"""The hub's bot, and what it calls its pull requests, as transformers looks for them."""
 
 
 def resolve(repo: str, revision: str | None) -> str:
@@ -25,8 +28,33 @@ def resolve(repo: str, revision: str | None) -> str:
         return str(HfApi().model_info(repo, revision=revision).sha)
 
 
-def fetch_model(repo: str, revision: str, target: Path, choose: Choose) -> str | None:
+def resolve_with(file: str, repo: str, revision: str | None) -> str:
+    """As resolve(); where the main branch, asked for by no name, has no `file`, the commit in which the hub's converter to safetensors proposes it."""
+    from huggingface_hub import HfApi
+
+    with _explained(repo, revision):
+        info = HfApi().model_info(repo, revision=revision)
+        has_it = any(f.rfilename == file for f in info.siblings or [])
+        return str(info.sha if revision or has_it else _converted(repo, str(info.sha)) or info.sha)
+
+
+def _converted(repo: str, main: str) -> str | None:
+    """The converter's open pull request on top of the commit `main`. Only its own, as transformers has it: weights of anybody's could be anything."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    for proposed in api.get_repo_discussions(repo, author=CONVERTER, discussion_type="pull_request", discussion_status="open"):
+        if (proposed.author, proposed.title) == (CONVERTER, CONVERSION):
+            newest, *older = [commit.commit_id for commit in api.list_repo_commits(repo, revision=proposed.git_reference)]
+            if older[:1] == [main]:
+                return newest
+    return None
+
+
+def fetch_model(repo: str, revision: str, target: Path, choose: Choose, check: Check = lambda folder: None) -> str | None:
     """Download the files that `choose(all names, folder with model_index.json)` names into `target`; a stop is gone on from.
+
+    `check(target)` may refuse the model when all but its large files have come.
 
     Returns:
         The licence that its card names.
@@ -42,11 +70,13 @@ def fetch_model(repo: str, revision: str, target: Path, choose: Choose) -> str |
         if "model_index.json" in siblings:
             hf_hub_download(repo, "model_index.json", revision=revision, local_dir=target)
         names = choose(list(siblings), target)
+        large = {name: lfs for name in names if (lfs := siblings[name].lfs)}
         for name in names:
-            lfs = siblings[name].lfs
-            if lfs is None:
+            if name not in large:
                 hf_hub_download(repo, name, revision=revision, local_dir=target)
-            elif not (target / name).exists():
+        check(target)
+        for name, lfs in large.items():
+            if not (target / name).exists():
                 _fetch_weights(hf_hub_url(repo, name, revision=revision), target / name, lfs.size, lfs.sha256)
     _tidy(target, names)
     return info.card_data.get("license") if info.card_data else None

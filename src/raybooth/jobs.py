@@ -26,13 +26,14 @@ def stage_folder(storage: str, stage: str) -> Path:
 
 
 def for_inference(folder: Path, parts: Iterable[str]) -> Loaded:
-    """Half precision on a GPU, where it halves the time; float32 on a CPU, where it does not."""
+    """A model to draw and to encode with, on the GPU if there is one."""
     import torch
 
     from raybooth.families.parts import load
+    from raybooth.method import drawing_dtype, has_bfloat16
 
-    on_gpu = torch.cuda.is_available()
-    return load(family_of(folder), folder, tuple(parts), torch.float16 if on_gpu else torch.float32).to("cuda" if on_gpu else "cpu")
+    family, device = family_of(folder), "cuda" if torch.cuda.is_available() else "cpu"
+    return load(family, folder, tuple(parts), drawing_dtype(family, device, has_bfloat16())).to(device)
 
 
 def opened(storage: str, model_stage: str) -> tuple[Family, Loaded]:

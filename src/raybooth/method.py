@@ -16,8 +16,6 @@ def make_ready(family: Family, loaded: Loaded, finetune: Finetune, lora: Lora, s
     denoiser: Any = loaded.modules[family.denoiser]
     if finetune.channels_last:
         denoiser.to(memory_format=torch.channels_last)
-    if finetune.precision == "bf16-weights":
-        loaded.to(torch.bfloat16)
     if finetune.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
         for part in family.trainable_encoders if finetune.text_encoder else ():
@@ -35,13 +33,35 @@ def make_ready(family: Family, loaded: Loaded, finetune: Finetune, lora: Lora, s
             loaded.modules[part].requires_grad_(True)
 
 
+def held_in(finetune: Finetune, device: str) -> "torch.dtype":
+    """What weights are held in: float32 to be trained, what the forward pass is cast to under adapters, which are float32 themselves."""
+    import torch
+
+    frozen_or_rounded = finetune.method == "lora" or finetune.precision == "bf16-weights"
+    return (frozen_or_rounded and autocast_dtype(finetune.precision, device)) or torch.float32
+
+
 def autocast_dtype(precision: str, device: str) -> "torch.dtype | None":
-    """What the forward pass is cast to over float32 weights; None for plain float32."""
+    """What the forward pass is cast to; None for plain float32."""
     import torch
 
     if precision == "auto":
         if device != "cuda":
             return None  # without AMX or AVX512-BF16, bfloat16 is ten times slower on a CPU (measured)
-        # Where there is no GPU to ask, this is a plan for one, and today's have bfloat16.
-        return torch.float16 if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
+        return torch.bfloat16 if has_bfloat16() else torch.float16
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-weights": torch.bfloat16}[precision]
+
+
+def drawing_dtype(family: Family, device: str, bfloat16: bool) -> "torch.dtype":
+    """The family's half precision on a GPU, where it halves the time; float32 on a CPU, where it does not, and on a GPU without `bfloat16` that needs it."""
+    import torch
+
+    possible = device == "cuda" and (bfloat16 or family.half == "float16")
+    return getattr(torch, family.half) if possible else torch.float32
+
+
+def has_bfloat16() -> bool:
+    """Whether the GPU has it. Where there is none to ask, this is a plan for one, and today's do."""
+    import torch
+
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)

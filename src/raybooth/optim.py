@@ -42,6 +42,32 @@ def make_optimizer(name: str, groups: Groups, weight_decay: float, seed: int) ->
         raise RayboothError(f"finetune.optimizer = '{name}' needs {extra}: pip install 'raybooth[{name}]', or choose adamw.") from None
 
 
+def state_like(name: str, p: Tensor) -> dict[str, Tensor]:
+    """What the optimizer `name` holds of a parameter, for its size: torch's Adafactor, bitsandbytes' AdamW8bit (blocks of 256) and prodigyopt's Prodigy."""
+    if name == "adamw8bit" and p.numel() >= 4096:
+        moments = {k: torch.empty_like(p, dtype=torch.uint8) for k in ("state1", "state2")}
+        return moments | {k: p.new_empty(-(-p.numel() // 256), dtype=torch.float32) for k in ("absmax1", "absmax2")}
+    if name == "adafactor" and p.dim() > 1:
+        return {"row_var": torch.empty_like(p[..., :1]), "col_var": torch.empty_like(p[..., :1, :])}
+    names = {"adafactor": ("variance",), "adamw8bit": ("state1", "state2"), "prodigy": ("s", "p0", "exp_avg", "exp_avg_sq")}[name]
+    return {k: torch.empty_like(p, dtype=torch.float32) for k in names}
+
+
+class Outline(torch.optim.Optimizer):
+    """Takes the memory of an optimizer that cannot step on tensors without data, or whose package need not be here for a plan; and moves nothing."""
+
+    def __init__(self, name: str, groups: Groups):
+        super().__init__(groups, {})
+        self.name = name
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if not self.state[p]:
+                self.state[p].update(state_like(self.name, p))
+            torch.empty_like(p)  # an update, before it is added
+
+
 def learning_rate_factor(schedule: str, step: int, steps: int, warmup: int) -> float:
     """What the learning rate is multiplied by at `step` (from 0): a linear warm-up, then constant, cosine or linear to zero."""
     if step < warmup:

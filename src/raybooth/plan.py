@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.hooks import RemovableHandle
 
-from raybooth.config import Config
+from raybooth.base_model import check_fits
+from raybooth.config import Config, Finetune
 from raybooth.families import Family, Loaded, family_of
 from raybooth.families.parts import unloaded
 from raybooth.flops import loss_without_data, rows_of_pass, step_flops, without_weights
 from raybooth.method import autocast_dtype
-from raybooth.optim import make_optimizer
+from raybooth.optim import Average, Outline, make_optimizer
 
 GIB = 1 << 30
 
@@ -56,25 +57,29 @@ class Plan:
 
 
 def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
-    """Of `config` on the model in `folder`. `device` decides what precision "auto" means."""
+    """Of `config` on the model in `folder`. `device` decides what precision "auto" means.
+
+    Raises:
+        RayboothError: if the model cannot do what the configuration asks of it.
+    """
+    check_fits(config, folder)
     family = family_of(folder)
     finetune, trained = config.finetune, family.trainable(config.finetune.text_encoder)
     with torch.device("meta"):
-        loaded = unloaded(family, folder, (*family.used_in_training(False), "vae", *family.encoders))
+        loaded = unloaded(family, folder, (family.denoiser, "vae", *family.encoders))
         parameters = {part: count(module) for part, module in loaded.modules.items()}
-    used = without_weights(family, folder, finetune, config.lora)
+    used = without_weights(family, folder, finetune, config.lora, device)
     workers = config.cluster.worker_range[0]
     side = config.base.resolution or loaded.facts.resolution
     flops = step_flops(family, used, config.prior, finetune, side, workers)
     with FakeTensorMode():
         for module in used.modules.values():
             _without_data(module)
-        memory = _step(family, used, config, trained, side, device)
+        memory, checkpoint = _step(family, used, config, trained, side, device)
     moving = sum(p.numel() for part in trained for p in used.modules[part].parameters() if p.requires_grad)
     drawn, pictures = config.prior.drawn, len(config.generate.prompts) * config.generate.images_per_prompt
     base = 4 * sum(parameters.values())
     result = 4 * moving if finetune.method == "lora" else base
-    checkpoint = moving * (4 + 8 + (4 if finetune.ema else 0))
     picture = side * side * 3  # a PNG of a photograph is about as large as its pixels
     stored = base + result + finetune.checkpoints * checkpoint + (drawn + pictures) * picture
     return Plan(parameters, moving, memory, flops, finetune.steps, drawn, pictures, stored)
@@ -104,20 +109,21 @@ class _Tracker(MemTracker):
                 self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
 
 
-def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ...], side: int, device: str) -> dict[str, int]:
-    """Memory at the peak, by part, of the second step of one worker: the optimizer has its state then."""
+def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ...], side: int, device: str) -> tuple[dict[str, int], int]:
+    """Memory at the peak, by part, of the second step of one worker: the optimizer has its state then. And the bytes of a checkpoint."""
     finetune, tracker = config.finetune, _Tracker()
     rows = rows_of_pass(config.prior, finetune, config.cluster.worker_range[0])
-    modules = [loaded.modules[part] for part in trained]
-    parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
-    optimizer = make_optimizer("adamw", [{"params": parameters, "lr": finetune.lr}], finetune.weight_decay, 0)
+    parameters = {f"{part}.{k}": p for part in trained for k, p in loaded.modules[part].named_parameters() if p.requires_grad}
+    optimizer = _optimizer(finetune, list(parameters.values()))
+    average = Average(parameters, finetune.ema) if finetune.ema else None
+    averages = list(average.values.values()) if average else []
     for frozen in (p for m in loaded.modules.values() for p in m.parameters() if not p.requires_grad):
         # The tracker would put hooks on their gradients, which they do not have: it finds them there already.
         tracker._param_to_grad_hook_handles[frozen] = (RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict()))
-    tracker.track_external(*loaded.modules.values(), optimizer)
+    tracker.track_external(*loaded.modules.values(), optimizer, *averages)
     dtype = autocast_dtype(finetune.precision, device)
     with tracker:
-        for _ in range(2):
+        for step in range(2):
             for _ in range(finetune.accumulate):
                 tracker.reset_mod_stats()
                 with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
@@ -125,10 +131,25 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    names = {"Parameter": "weights", "Buffer": "weights", "Gradient": "gradients", "Optstate": "optimizer", "Activation": "activations"}
-    memory = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "temporary"), 0)
-    for kind, size in peak.items():
+            if average:
+                average.update(step + 1)
+    kept = [*parameters.values(), *averages, *(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))]
+    return _by_part(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]), sum(t.numel() * t.element_size() for t in kept)
+
+
+def _optimizer(finetune: Finetune, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """That of the configuration: AdamW itself, of others what they hold."""
+    groups: list[dict[str, Any]] = [{"params": parameters, "lr": finetune.lr}]
+    return make_optimizer("adamw", groups, finetune.weight_decay, 0) if finetune.optimizer == "adamw" else Outline(finetune.optimizer, groups)
+
+
+def _by_part(snapshot: Mapping[Any, int]) -> dict[str, int]:
+    """A snapshot of the tracker in the words of a plan."""
+    names = {
+        "Parameter": "weights", "Buffer": "weights", "Gradient": "gradients", "Optstate": "optimizer", "Other": "average", "Activation": "activations",
+    }  # fmt: skip
+    memory = dict.fromkeys(("weights", "gradients", "optimizer", "average", "activations", "temporary"), 0)
+    for kind, size in snapshot.items():
         name = str(getattr(kind, "value", kind))
         if name != "Total":
             memory[names.get(name, "temporary")] += size

@@ -121,10 +121,11 @@ def _latent_name(sha256: str) -> str:
 
 
 def _prompt_names(run: Run) -> dict[str, str]:
+    from raybooth.families import family_of
     from raybooth.jobs import prompt_name
 
-    if run.config.finetune.text_encoder:
-        return {}  # it is trained, and encodes them at every step
+    if not family_of(run.base_folder).has_frozen_encoders(run.config.finetune.text_encoder):
+        return {}  # all are trained, and encode them at every step
     return {prompt_name(p): p for p in (run.config.subject.prompt, run.config.class_prompt)}
 
 
@@ -140,7 +141,7 @@ def finetune(run: Run) -> None:
     config = run.config
     latents = run.outputs("latents")
     rows = {k: [_latent_name(sha) for sha in _pictures(run, f"{k}-images").values()] for k in ("instance", "class")}
-    absent = [n for names in rows.values() for n in names if n not in latents]
+    absent = [n for names in (*rows.values(), _prompt_names(run)) for n in names if n not in latents]
     if absent:
         raise RayboothError("The latents do not belong to the present pictures: run 'raybooth encode' first, or 'raybooth run' for all.")
     prompts = {"instance": config.subject.prompt, "class": config.class_prompt}

@@ -31,7 +31,7 @@ class TrainingSet:
         prompt: (n,) index into `prompts`.
         weight: (n,) of each row in the loss.
         instances: how many of the rows, the first ones, are of the subject; the others are of the class.
-        conditioning: of the prompts, each tensor (prompts, ...), where the text encoders stay frozen, else None.
+        conditioning: of the prompts by the base model, each tensor (prompts, ...); None where all the text encoders are trained.
         teacher: whether the target of a class row is the prediction of the base model, the trained one with its adapters off.
     """
 
@@ -140,12 +140,14 @@ class RowLoss(nn.Module):
     def _conditioning(self, rows: Tensor, used: Tensor) -> dict[str, Tensor]:
         """Of each row; a trained text encoder runs once for every distinct prompt."""
         prompt = self.data.prompt[rows]
+        known = self.data.conditioning
         if not self.text_encoder:
-            assert self.data.conditioning is not None
-            return {k: v[prompt] for k, v in self.data.conditioning.items()}
+            assert known is not None
+            return {k: v[prompt] for k, v in known.items()}
         texts = [self.data.prompts[i] for i in used.tolist()]
         place = torch.searchsorted(used, prompt)
-        return {k: v[place] for k, v in self.family.encode_text(self.loaded, texts).items()}
+        of_texts = self.family.encode_text(self.loaded, texts, {k: v[used] for k, v in known.items()} if known else None)
+        return {k: v[place] for k, v in of_texts.items()}
 
 
 def rows_of_step(data: TrainingSet, step: int, batch: int, seed: int) -> list[int]:

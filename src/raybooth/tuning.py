@@ -14,7 +14,7 @@ from raybooth.errors import RayboothError
 from raybooth.families import Family, family_of
 from raybooth.jobs import Row, prompt_name, stage_folder
 from raybooth.log import Log
-from raybooth.method import autocast_dtype, make_ready
+from raybooth.method import autocast_dtype, held_in, make_ready
 from raybooth.workspace import Workspace, explained_if_full
 
 if TYPE_CHECKING:
@@ -45,9 +45,10 @@ def finetuner(
         family = family_of(folder)
         trained = family.trainable(finetune.text_encoder)
         with out_of_memory_explained():
-            loaded = load(family, folder, family.used_in_training(finetune.text_encoder)).to(group.device)
+            loaded = load(family, folder, trained, held_in(finetune, group.device.type)).to(group.device)
             make_ready(family, loaded, finetune, lora, seed)
-        data = training_set(stage_folder(storage, "latents"), rows, prompts, prior, finetune.text_encoder).to(group.device)
+        known = family.has_frozen_encoders(finetune.text_encoder)
+        data = training_set(stage_folder(storage, "latents"), rows, prompts, prior, known).to(group.device)
         workspace = Workspace(storage)
         recipe = {"finetune": finetune.model_dump(mode="json"), "lora": lora.model_dump(mode="json"), "seed": seed}
         checkpoints = Checkpoints(workspace, key, finetune.checkpoints, recipe)
@@ -105,7 +106,7 @@ def exporter(storage: str, checkpoint: str, target: str) -> Callable[[list[Row]]
         workspace, folder, base = Workspace(storage), stage_folder(storage, checkpoint), stage_folder(storage, "base-model")
         family, finetune = family_of(base), recipe_of(folder)
         dtype = torch.bfloat16 if finetune.precision == "bf16-weights" else torch.float32
-        loaded = load(family, base, family.used_in_training(finetune.text_encoder), dtype)
+        loaded = load(family, base, family.trainable(finetune.text_encoder), dtype)
         shutil.rmtree(workspace.root / target, ignore_errors=True)
         with explained_if_full(storage):
             save_trained(family, base, restore(family, loaded, folder), finetune.method, workspace.root / target)
@@ -154,8 +155,8 @@ def out_of_memory_explained() -> Iterator[None]:
         ) from error
 
 
-def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, str], prior: Prior, text_encoder: bool) -> "TrainingSet":
-    """The encoded rows of a storage's latents, instances first.
+def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, str], prior: Prior, known: bool) -> "TrainingSet":
+    """The encoded rows of a storage's latents, instances first; with the prompts' conditioning if it is `known` there.
 
     Taught by the base model's predictions, class rows are the instance pictures under the class's prompt: they need no others.
     """
@@ -171,7 +172,7 @@ def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, st
     of_class = torch.arange(len(names)) >= len(rows["instance"])
     kinds = ["instance", "class"] if of else ["instance"]
     conditioning = None
-    if not text_encoder:
+    if known:
         texts = [load((folder / prompt_name(prompts[k])).read_bytes()) for k in kinds]
         conditioning = {k: torch.stack([t[k] for t in texts]) for k in texts[0]}
     return TrainingSet(

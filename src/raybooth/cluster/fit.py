@@ -102,7 +102,19 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
                         "a smaller finetune.batch, and run the same command again; it goes on from the last checkpoint."
                     ) from error
                 heard({"note": "a worker was lost, the group starts again"})
+                if fewest < most:
+                    _count_what_is_left()
     raise AssertionError
+
+
+def _count_what_is_left() -> None:
+    """Ray counts every 20 seconds what an elastic group may have: until then it would be given a node that is gone, and wait a minute for it."""
+    import ray
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+    from ray.exceptions import RayError
+
+    with contextlib.suppress(RayError):  # then it takes the minute
+        ray.get(get_or_create_autoscaling_coordinator().get_reserved_resources.remote("", recompute=True), timeout=10)
 
 
 def _lost_a_worker(error: Exception) -> bool:

@@ -1,9 +1,9 @@
 """What a model family is: a small file of callables, detected from the model folder. Nothing else asks which it is."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # drivers ask a family for its files and sizes, and need not wait for torch
     import torch
@@ -18,13 +18,20 @@ class Facts:
 
     Attributes:
         downscale: the side of a picture over the side of its latent.
+        patch: the side of the denoiser's patches, in latents.
         embeds_guidance: whether the guidance scale, if the denoiser takes any, is an input of it, and not a second pass without the prompt.
     """
 
     resolution: int
     latent_channels: int
     downscale: int
+    patch: int = 1
     embeds_guidance: bool = False
+
+    @property
+    def multiple(self) -> int:
+        """What a picture's side must be a multiple of, in pixels."""
+        return self.downscale * self.patch
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         return self.latent_channels, resolution // self.downscale, resolution // self.downscale
@@ -60,9 +67,12 @@ class Family:
         facts: of a model folder, without reading weights.
         objective: of a model folder: its forward process and what its denoiser predicts.
         conditioning: of a model folder: the shapes of one prompt's conditioning.
-        encode_text: (loaded, prompts) -> conditioning. The empty prompt is the one of classifier-free guidance.
+        encode_text: (loaded, prompts, known=None) -> conditioning. The empty prompt is the one of classifier-free guidance. `known` is their
+            conditioning by the base model: what the encoders that are never trained say is taken from it, and they need not be loaded.
         predict: (loaded, z_t, t, conditioning) -> the denoiser's output.
         scheduler: (folder, sampler's name, steps, latent shape, device) -> one of diffusers' schedulers with its timesteps set.
+        samplers: names of those that it can be drawn with; `min_snr`: whether min-SNR weighs its timesteps.
+        half: the half precision that it is drawn in where there is a GPU for it. FLUX and SD 3 overflow in float16.
         lora_targets: the layers of the denoiser that get adapters; `encoder_lora_targets`: of its text encoders.
     """
 
@@ -76,9 +86,12 @@ class Family:
     facts: Callable[[Path], Facts]
     objective: "Callable[[Path], Objective]"
     conditioning: Callable[[Path], dict[str, tuple[int, ...]]]
-    encode_text: "Callable[[Loaded, Sequence[str]], dict[str, Tensor]]"
+    encode_text: "Callable[..., dict[str, Tensor]]"
     predict: "Callable[[Loaded, Tensor, Tensor, Mapping[str, Tensor]], Tensor]"
     scheduler: "Callable[[Path, str, int, tuple[int, int, int], torch.device], Any]"
+    samplers: tuple[str, ...]
+    min_snr: bool
+    half: Literal["float16", "bfloat16"]
     lora_targets: tuple[str, ...]
     encoder_lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -86,6 +99,6 @@ class Family:
         """Names of the parts that are fine-tuned."""
         return (self.denoiser, *self.trainable_encoders) if text_encoder else (self.denoiser,)
 
-    def used_in_training(self, text_encoder: bool) -> tuple[str, ...]:
-        """Names of the parts that must be loaded to fine-tune."""
-        return (self.denoiser, *self.encoders) if text_encoder else (self.denoiser,)
+    def has_frozen_encoders(self, text_encoder: bool) -> bool:
+        """Whether some text encoders stay as they are: what they say is then encoded once, before."""
+        return not set(self.encoders) <= set(self.trainable(text_encoder))

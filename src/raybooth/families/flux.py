@@ -22,7 +22,7 @@ RESOLUTION = 1024  # its configuration does not say
 def facts(folder: Path) -> Facts:
     vae = parts.config(folder, "vae/config")
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
-    return Facts(min(RESOLUTION, vae.get("sample_size", RESOLUTION)), vae["latent_channels"], downscale, embeds_guidance=True)
+    return Facts(min(RESOLUTION, vae.get("sample_size", RESOLUTION)), vae["latent_channels"], downscale, patch=2, embeds_guidance=True)
 
 
 def objective(folder: Path) -> "Flow":
@@ -36,11 +36,12 @@ def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
     return {"text": (512, net["joint_attention_dim"]), "pooled": (net["pooled_projection_dim"],)}
 
 
-def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":
+def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":
     """`text` (n, 512, T5's width), `pooled` (n, CLIP's width)."""
+    pipe, texts = parts.text_pipeline(loaded, FAMILY.pipeline), list(prompts)
     device = next(loaded.modules["text_encoder"].parameters()).device
-    text, pooled, _ = parts.text_pipeline(loaded, FAMILY.pipeline).encode_prompt(list(prompts), list(prompts), device=device)
-    return {"text": text, "pooled": pooled}
+    text = known["text"] if known else pipe._get_t5_prompt_embeds(texts, device=device)
+    return {"text": text, "pooled": pipe._get_clip_prompt_embeds(texts, device=device)}
 
 
 def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mapping[str, Tensor]") -> "Tensor":
@@ -88,5 +89,8 @@ FAMILY = Family(
     encode_text=encode_text,
     predict=predict,
     scheduler=scheduler,
+    samplers=SD3.samplers,
+    min_snr=False,
+    half="bfloat16",
     lora_targets=SD3.lora_targets,
 )

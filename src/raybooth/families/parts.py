@@ -29,7 +29,7 @@ def config(folder: Path, name: str) -> dict[str, Any]:
 def facts(folder: Path, denoiser: str) -> Facts:
     vae, net = config(folder, "vae/config"), config(folder, f"{denoiser}/config")
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
-    return Facts(net["sample_size"] * downscale, vae["latent_channels"], downscale)
+    return Facts(net["sample_size"] * downscale, vae["latent_channels"], downscale, net.get("patch_size", 1))
 
 
 def load(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.dtype | None" = None) -> Loaded:
@@ -60,8 +60,10 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def unloaded(family: Family, folder: Path, parts: Sequence[str]) -> Loaded:
+def unloaded(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.dtype | None" = None) -> Loaded:
     """The named parts from their configurations alone: the right shapes, and no weights worth having."""
+    from torch import nn
+
     index, modules = read_index(folder), {}
     for part in parts:
         kind = _kind(index, part)
@@ -69,6 +71,7 @@ def unloaded(family: Family, folder: Path, parts: Sequence[str]) -> Loaded:
             modules[part] = kind(kind.config_class.from_pretrained(folder / part))
         else:
             modules[part] = kind.from_config(kind.load_config(folder / part))
+        nn.Module.to(modules[part], dtype)  # diffusers' own warns that weights are better loaded so, and there are none
         modules[part].eval().requires_grad_(False)
     return Loaded(folder, family.facts(folder), family.objective(folder), modules, {})
 

@@ -50,7 +50,7 @@ def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
     return {"text": (parts.config(folder, "text_encoder/config")["max_position_embeddings"], parts.config(folder, "unet/config")["cross_attention_dim"])}
 
 
-def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":
+def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":
     tokenizer, encoder = loaded.tokenizers["tokenizer"], loaded.modules["text_encoder"]
     tokens = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
     return {"text": encoder(tokens.to(next(encoder.parameters()).device)).last_hidden_state}
@@ -84,5 +84,8 @@ FAMILY = Family(
     encode_text=encode_text,
     predict=predict,
     scheduler=scheduler,
+    samplers=tuple(_SAMPLERS),
+    min_snr=True,
+    half="float16",
     lora_targets=UNET_TARGETS,
 )

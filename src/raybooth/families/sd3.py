@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from raybooth.noise import Flow
 
+T5_LENGTH = 256  # tokens
+
 
 def facts(folder: Path) -> Facts:
     return parts.facts(folder, "transformer")
@@ -28,15 +30,20 @@ def objective(folder: Path) -> "Flow":
 def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
     net = parts.config(folder, "transformer/config")
     clip = parts.config(folder, "text_encoder/config")["max_position_embeddings"]
-    return {"text": (clip + 256, net["joint_attention_dim"]), "pooled": (net["pooled_projection_dim"],)}
+    return {"text": (clip + T5_LENGTH, net["joint_attention_dim"]), "pooled": (net["pooled_projection_dim"],)}
 
 
-def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":
-    """`text` (n, 77 + 256, width), `pooled` (n, both CLIP widths)."""
+def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":
+    """`text` (n, 77 + 256, T5's width), CLIPs' and T5's one after the other; `pooled` (n, both CLIP widths)."""
+    import torch
+
     pipe, texts = parts.text_pipeline(loaded, FAMILY.pipeline), list(prompts)
     device = next(loaded.modules["text_encoder"].parameters()).device
-    text, _, pooled, _ = pipe.encode_prompt(texts, texts, texts, device=device, do_classifier_free_guidance=False)
-    return {"text": text, "pooled": pooled}
+    words, pooled = zip(*(pipe._get_clip_prompt_embeds(texts, device=device, clip_model_index=i) for i in range(2)), strict=True)
+    long = known["text"][:, -T5_LENGTH:] if known else pipe._get_t5_prompt_embeds(texts, device=device)
+    short = torch.cat(words, -1)
+    short = torch.nn.functional.pad(short, (0, long.shape[-1] - short.shape[-1]))
+    return {"text": torch.cat([short, long], -2), "pooled": torch.cat(pooled, -1)}
 
 
 def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mapping[str, Tensor]") -> "Tensor":
@@ -82,6 +89,9 @@ FAMILY = Family(
     encode_text=encode_text,
     predict=predict,
     scheduler=scheduler,
+    samplers=("euler", "dpmsolver++"),
+    min_snr=False,
+    half="bfloat16",
     lora_targets=(
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     ),

@@ -17,7 +17,7 @@ def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
     return {**sd.conditioning(folder), "pooled": (pooled,)}
 
 
-def encode_text(loaded: Loaded, prompts: Sequence[str]) -> "dict[str, Tensor]":
+def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":
     """`text` (n, 77, both widths), `pooled` (n, width of the second)."""
     import torch
 
@@ -54,5 +54,8 @@ FAMILY = Family(
     encode_text=encode_text,
     predict=predict,
     scheduler=sd.scheduler,
+    samplers=sd.FAMILY.samplers,
+    min_snr=True,
+    half="float16",
     lora_targets=sd.UNET_TARGETS,
 )

@@ -1,0 +1,147 @@
+"""What weights are held in, and that all families train and draw so. A CPU takes the types that a GPU would, slowly."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from test_families import draw, rows, settings, whole
+from torch.nn.parallel import DistributedDataParallel
+from toys import MAKERS
+
+from raybooth.config import Finetune, Lora
+from raybooth.families import family_of
+from raybooth.families.base import Family, Loaded
+from raybooth.families.lora import add_adapters, load_adapters, save_adapters
+from raybooth.families.parts import load
+from raybooth.jobs import for_inference
+from raybooth.method import autocast_dtype, drawing_dtype, held_in, make_ready
+from raybooth.train import Parallel, State, Step, fit
+
+Wrap = Callable[[torch.nn.Module], torch.nn.Module]
+LORA = Finetune(method="lora", precision="bf16", text_encoder=True)
+
+
+def adapted(folder: Path, how: Finetune = LORA, lora: Lora | None = None) -> tuple[Family, Loaded]:
+    """As a worker has it."""
+    family = family_of(folder)
+    loaded = load(family, folder, family.trainable(how.text_encoder), held_in(how, "cpu"))
+    make_ready(family, loaded, how, lora or Lora(rank=4), 0)
+    return family, loaded
+
+
+def taught(
+    folder: Path, family: Family, loaded: Loaded, how: Finetune = LORA, teacher: bool = False, wrap: Wrap = lambda module: module,
+    start: State | None = None, **more: Any,
+) -> Iterator[Step]:  # fmt: skip
+    data = rows(*whole(folder), how.text_encoder, teacher)
+    lr = dict.fromkeys(family.trainable(how.text_encoder), 0.01)
+    changed = settings(family, how.text_encoder, lr=lr, autocast=autocast_dtype(how.precision, "cpu"), **more)
+    return fit(family, loaded, data, changed, Parallel(wrap=wrap), start)
+
+
+def losses(steps: Iterable[Step]) -> list[float]:
+    return [s.metrics.loss for s in steps if s.metrics]
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "device", "dtype"),
+    [
+        ("lora", "bf16", "cpu", torch.bfloat16), ("lora", "fp16", "cuda", torch.float16), ("lora", "auto", "cuda", torch.bfloat16),
+        ("lora", "auto", "cpu", torch.float32), ("lora", "fp32", "cuda", torch.float32), ("lora", "bf16-weights", "cpu", torch.bfloat16),
+        ("full", "bf16", "cuda", torch.float32), ("full", "auto", "cuda", torch.float32), ("full", "bf16-weights", "cuda", torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_the_base_is_held_in_what_the_forward_pass_is_cast_to_if_it_is_not_trained(method, precision, device, dtype):
+    assert held_in(Finetune(method=method, precision=precision), device) == dtype
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("lora", [Lora(rank=4), Lora(rank=2, dora=True)], ids=["lora", "dora"])
+def test_float32_adapters_on_a_bf16_base_learn(tmp_path: Path, name: str, lora: Lora):
+    folder = MAKERS[name](tmp_path / name)
+    family, loaded = adapted(folder, lora=lora)
+    parameters = [p for m in loaded.modules.values() for p in m.parameters()]
+    before = [p.clone() for p in parameters]
+    steps = list(taught(folder, family, loaded, ema=0.5))
+    kept = steps[-1].state().tensors
+    assert np.isfinite(losses(steps)).all()
+    assert {t.dtype for k, t in kept.items() if k.startswith(("weights", "optimizer", "average"))} == {torch.float32}
+    adapters = [i for i, p in enumerate(parameters) if p.dtype == torch.float32]
+    assert 0 < len(adapters) < len(parameters)
+    assert any(not torch.equal(before[i], parameters[i]) for i in adapters)
+    assert all(p.dtype == torch.bfloat16 and torch.equal(b, p) for i, (b, p) in enumerate(zip(before, parameters, strict=True)) if i not in adapters)
+    # The same on float32 weights, which are cast in every layer: as near as bfloat16 is.
+    plain = load(family, folder, family.trainable(True))
+    make_ready(family, plain, LORA, lora, 0)
+    assert losses(steps) == pytest.approx(losses(taught(folder, family, plain, ema=0.5)), rel=0.02)
+    save_adapters(family, loaded.modules, tmp_path / "lora")
+    load_adapters(family, whole(folder)[1], tmp_path / "lora")
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_new_adapters_change_no_bit_of_what_a_bf16_base_draws(tmp_path: Path, name: str):
+    folder = MAKERS[name](tmp_path / name)
+    family = family_of(folder)
+    loaded = load(family, folder, (family.denoiser, "vae", *family.encoders), torch.bfloat16)
+    plain = draw(family, loaded)
+    add_adapters(family, loaded, family.trainable(True), Lora(rank=4), seed=0)
+    assert all((a == b).all() for a, b in zip(plain, draw(family, loaded), strict=True))
+    exact = draw(*whole(folder))
+    apart = [np.abs(a.astype(float) - b).mean() / 255 for a, b in zip(plain, exact, strict=True)]
+    assert max(apart) < 0.02, apart
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_bf16_base_teaches_its_own_adapters(tmp_path: Path, name: str):
+    """Before they have moved they say, to the bit, what it says without them."""
+    folder, how = MAKERS[name](tmp_path / name), LORA.model_copy(update={"text_encoder": False})
+    family, loaded = adapted(folder, how)
+    priors = [s.metrics.prior for s in taught(folder, family, loaded, how, teacher=True) if s.metrics]
+    assert priors[0] == 0
+    assert priors[-1] > 0
+
+
+def test_a_run_on_a_bf16_base_goes_on_in_the_same_bits(tmp_path: Path):
+    folder = MAKERS["sd3"](tmp_path / "sd3")
+    steps = list(taught(folder, *adapted(folder), steps=4))
+    half = next(s for s in taught(folder, *adapted(folder), steps=4) if s.number == 2).state()
+    rest = list(taught(folder, *adapted(folder), start=half, steps=4))
+    assert [s.metrics for s in rest] == [s.metrics for s in steps[2:]]
+
+
+def test_workers_agree_on_a_bf16_base(tmp_path: Path):
+    """DistributedDataParallel sends the frozen weights to all once and waits for the adapters' gradients alone."""
+    folder = MAKERS["sdxl"](tmp_path / "sdxl")
+    alone = losses(taught(folder, *adapted(folder)))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        together = losses(taught(folder, *adapted(folder), wrap=partial(DistributedDataParallel, find_unused_parameters=True)))
+    finally:
+        dist.destroy_process_group()
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_flows_are_drawn_in_bfloat16_where_there_is_any(tmp_path: Path, name: str):
+    family = family_of(MAKERS[name](tmp_path / name))
+    flow = name in ("sd3", "flux")
+    assert drawing_dtype(family, "cuda", bfloat16=True) == (torch.bfloat16 if flow else torch.float16)
+    assert drawing_dtype(family, "cuda", bfloat16=False) == (torch.float32 if flow else torch.float16)
+    assert drawing_dtype(family, "cpu", bfloat16=True) == torch.float32
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_draws_and_encodes_is_loaded_so(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    """But for the VAE."""
+    monkeypatch.setattr("raybooth.method.drawing_dtype", lambda family, device, bfloat16: drawing_dtype(family, "cuda", bfloat16=True))
+    folder = MAKERS[name](tmp_path / name)
+    family = family_of(folder)
+    loaded = for_inference(folder, (family.denoiser, "vae", *family.encoders))
+    types = {part: next(module.parameters()).dtype for part, module in loaded.modules.items()}
+    assert types.pop("vae") == torch.float32
+    assert set(types.values()) == {getattr(torch, family.half)}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from safetensors import safe_open
 from toys import MAKERS, make_flux
 from transformers import T5EncoderModel
 
@@ -19,7 +20,7 @@ from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.families.base import Family, Loaded
 from raybooth.families.folder import needed_files, plain_name, settle_shards
-from raybooth.families.lora import adapters_off, add_adapters, load_adapters, save_adapters
+from raybooth.families.lora import WEIGHTS, adapters_off, add_adapters, load_adapters, save_adapters
 from raybooth.families.parts import encode_image, load, save
 from raybooth.jobs import encoder, prompt_name
 from raybooth.noise import normal
@@ -109,6 +110,8 @@ def test_adapters_change_nothing_at_first_and_open_in_plain_diffusers_when_train
     learnt = draw(family, loaded)
     assert any((a != b).any() for a, b in zip(plain, learnt, strict=True))
     save_adapters(family, {part: loaded.modules[part] for part in trained}, tmp_path)
+    with safe_open(tmp_path / WEIGHTS, "np") as file:
+        assert str(model.parent) not in str(file.metadata())
     again = whole(model)
     load_adapters(*again, tmp_path)
     assert max(np.abs(a.astype(int) - b).max() for a, b in zip(learnt, draw(*again), strict=True)) <= 1

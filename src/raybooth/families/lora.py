@@ -74,8 +74,14 @@ def save_adapters(family: Family, modules: Mapping[str, nn.Module], target: Path
     for part, module in modules.items():
         adapted: Any = module
         layers[f"{part}_lora_layers"] = get_peft_model_state_dict(adapted)
-        layers[f"{part}_lora_adapter_metadata"] = adapted.peft_config["default"].to_dict()
+        layers[f"{part}_lora_adapter_metadata"] = _described(adapted.peft_config["default"])
     getattr(diffusers, family.pipeline).save_lora_weights(target, weight_name=WEIGHTS, **layers)
+
+
+def _described(how: Any) -> dict[str, Any]:
+    """A file's header of its adapters: the same for equal ones, whose targets PEFT has as a set, and without the folder that the base was in."""
+    values: dict[str, Any] = how.to_dict()
+    return values | {"base_model_name_or_path": None, "target_modules": sorted(values["target_modules"])}
 
 
 def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:

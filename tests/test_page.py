@@ -371,17 +371,27 @@ def test_a_picture_is_in_memory_once(page: Page):
 @pytest.mark.usefixtures("subject")
 def test_what_happens_elsewhere_is_seen(page: Page, served: Served):
     """Runs that others start, and subjects that go, a few seconds later; what one has before oneself stays."""
+    page.clock.install()
+    page.reload()
     page.get_by_label("Prompt", exact=True).fill("photo of unqtkn dog with a hat")
     fido, radio = served.root / "fido", page.get_by_role("radio", name="fido")
+
+    def seconds_later() -> None:
+        time.sleep(1.5)  # the server looks once a second
+        page.clock.fast_forward(10_000)
+
     shutil.copytree(served.root / "my-dog", fido)
+    seconds_later()
     expect(radio).to_be_visible()
     expect(page.locator(".run[data-id=fido]")).to_have_count(1)
     expect(page.get_by_role("radio", name="my-dog")).to_be_checked()
     shutil.rmtree(fido)
+    seconds_later()
     expect(radio).to_have_count(0)
     expect(page.locator(".run[data-id=fido]")).to_have_count(0)
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("photo of unqtkn dog with a hat")
     shutil.copytree(served.root / "my-dog", fido)
+    seconds_later()
     expect(page.locator(".run[data-id=fido]")).to_have_count(1)
 
 

@@ -132,11 +132,12 @@ def _tell(rate: float) -> None:
     print(json.dumps({"rate": rate, "peak": peak_memory()}))
 
 
+PEERS = "the peers' step"
 TRAINING: dict[str, Callable[[Path, int], Iterator[Any]]] = {
     "raybooth": ours,
     "bare": partial(bare, channels_last=False),
     "bare, channels_last": partial(bare, channels_last=True),
-    "the peers' step": peers,
+    PEERS: peers,
 }
 DRAWING: dict[str, Callable[[Path, int, int], None]] = {
     "raybooth": partial(draw_ours, batch=4),
@@ -148,9 +149,10 @@ SIZE = {"mini": (60, 10, 32, 10), "layout": (8, 2, 4, 4)}
 
 
 def _measured(kind: str, name: str, model: str, folder: Path) -> dict[str, float]:
-    """In a new process, with the memory allocator that raybooth gives its workers."""
+    """In a new process, with the memory allocator that raybooth gives its workers; the peers' with the one that they have by themselves."""
     command = [sys.executable, "-m", "benchmarks.loops", kind, name, model, str(folder)]
-    done = subprocess.run(command, env={**os.environ, **allocator()}, check=True, capture_output=True, text=True)
+    environment = os.environ if name == PEERS else {**os.environ, **allocator()}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -56,8 +56,12 @@ def serving(*arguments: str) -> Iterator[tuple[str, int]]:
 
 
 def replicas(pid: int) -> list[psutil.Process]:
-    found = psutil.Process(pid).children(recursive=True)
-    return [p for p in found if re.search(r"ServeReplica:raybooth-\S+:Drawer", " ".join(p.cmdline()))]
+    for _ in range(100):  # a process that is about to change its title has none for a moment
+        found = [p for p in psutil.Process(pid).children(recursive=True) if re.search(r"ServeReplica:raybooth-\S+:Drawer", " ".join(p.cmdline()))]
+        if found:
+            return found
+        time.sleep(0.05)
+    return []
 
 
 def asked(model: str, seed: int, **more: Any) -> dict[str, Any]:

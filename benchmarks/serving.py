@@ -63,9 +63,11 @@ def server(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
         said = ""
         while not (found := re.search(r"http://[\d.]+:\d+", said)):
             said = next(process.stderr)
-        yield found[0], psutil.Process(process.pid)
-        process.send_signal(signal.SIGINT)
-        process.stderr.read()
+        try:
+            yield found[0], psutil.Process(process.pid)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.stderr.read()
 
 
 def replicas(process: psutil.Process) -> list[psutil.Process]:
@@ -83,9 +85,13 @@ class Load:
     finished: list[float] = field(default_factory=list)
 
     async def draw(self, subject: str, prompt: str) -> tuple[int, str, float]:
-        """Status, picture, seconds to wait before the next."""
+        """Status (0: the connection broke), picture, seconds to wait before the next."""
         asked = {"model": subject, "prompt": prompt, "seed": 7, "steps": STEPS, "guidance": GUIDANCE}
-        answer = await self.http.post("/v1/images/generations", json=asked)
+        try:
+            answer = await self.http.post("/v1/images/generations", json=asked)
+        except httpx.TransportError as error:
+            print(f"a connection broke: {error!r}", flush=True)
+            return 0, "", 1
         if answer.status_code != 200:
             return answer.status_code, "", float(answer.headers.get("retry-after", 1))
         return 200, answer.json()["data"][0]["b64_json"], 0

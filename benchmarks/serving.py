@@ -71,7 +71,14 @@ def server(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
 
 
 def replicas(process: psutil.Process) -> list[psutil.Process]:
-    return [p for p in process.children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())]
+    return [p for p in process.children(recursive=True) if "ServeReplica" in _title(p)]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""
 
 
 @dataclass

@@ -57,11 +57,18 @@ def serving(*arguments: str) -> Iterator[tuple[str, int]]:
 
 def replicas(pid: int) -> list[psutil.Process]:
     for _ in range(100):  # a process that is about to change its title has none for a moment
-        found = [p for p in psutil.Process(pid).children(recursive=True) if re.search(r"ServeReplica:raybooth-\S+:Drawer", " ".join(p.cmdline()))]
+        found = [p for p in psutil.Process(pid).children(recursive=True) if re.search(r"ServeReplica:raybooth-\S+:Drawer", title(p))]
         if found:
             return found
         time.sleep(0.05)
     return []
+
+
+def title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""
 
 
 def asked(model: str, seed: int, **more: Any) -> dict[str, Any]:

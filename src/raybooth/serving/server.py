@@ -159,10 +159,7 @@ def drawing(drawers: "Served") -> "Draw":
 def _run(app: "FastAPI", listening: socket.socket) -> None:
     import uvicorn
 
-    how = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, ws="none", limit_concurrency=1000, timeout_graceful_shutdown=5,
-        timeout_keep_alive=75,  # by default 5 s: a client that comes back after Retry-After would find its connection closing under it
-    )  # fmt: skip
+    how = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, ws="none", limit_concurrency=1000, timeout_graceful_shutdown=5)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(how).run(sockets=[listening])
     _say("serve: stopped")

@@ -53,12 +53,14 @@ def allocator() -> dict[str, str]:
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
     """For what is started meanwhile, and not for what this process starts later."""
+    before = {key: os.environ[key] for key in values if key in os.environ}
     os.environ.update(values)
     try:
         yield
     finally:
-        for key in values:
-            os.environ.pop(key, None)
+        for key in values.keys() - before.keys():
+            del os.environ[key]
+        os.environ.update(before)
 
 
 def import_quickly() -> None:

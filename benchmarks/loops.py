@@ -92,9 +92,9 @@ def bare(folder: Path, steps: int, channels_last: bool) -> Iterator[Any]:
 def peers(folder: Path, steps: int) -> Iterator[Any]:
     side = family_of(folder).facts(folder).resolution
     with tempfile.TemporaryDirectory() as scratch:
-        work = Work(folder, Path(scratch) / "photos", steps=steps)
+        work = Work(folder, Path("none"), steps=steps)
         pictures = torch.rand(69, 3, side, side) * 2 - 1
-        yield from loop(folder, at_random(pictures[:5], pictures[5:], work.batch), work)
+        yield from loop(folder, at_random(pictures[:5], pictures[5:], work.batch), work, Path(scratch))
 
 
 def draw_ours(folder: Path, pictures: int, steps: int, batch: int) -> None:
@@ -156,14 +156,14 @@ def _measured(kind: str, name: str, model: str, folder: Path) -> dict[str, float
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def tables(rounds: int = 3) -> None:
-    """Two tables a model, medians over `rounds` (one for the layout, whose steps take seconds)."""
+def tables(rounds: int) -> None:
+    """Two tables a model, medians over `rounds`."""
     with tempfile.TemporaryDirectory() as scratch:
         folders = {"mini": FOLDER, "layout": Path(scratch) / "layout"}
         layout(folders["layout"])
         for model, folder in folders.items():
             for kind, names, unit in (("train", TRAINING, "steps/s"), ("draw", DRAWING, "pictures/s")):
-                runs = [{name: _measured(kind, name, model, folder) for name in names} for _ in range(rounds if model == "mini" else 1)]
+                runs = [{name: _measured(kind, name, model, folder) for name in names} for _ in range(rounds)]
                 rows = {n: {k: statistics.median(r[n][k] for r in runs) for k in ("rate", "peak")} for n in names}
                 print(f"\n| {model} | {unit} | raybooth's rate over it | peak memory, MB |\n|---|---|---|---|")
                 for name, row in rows.items():

@@ -7,6 +7,8 @@ diffusers' train_dreambooth.py does: class pictures in batches of 4 at 50 steps,
 images that its loader opens and prompts that it tokenizes for every row of every step.
 """
 
+import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,8 +58,8 @@ def at_random(instance: torch.Tensor, classes: torch.Tensor, batch: int) -> Iter
         yield instance[torch.randint(len(instance), (batch,))], classes[torch.randint(len(classes), (batch,))]
 
 
-def loop(base: Path, pairs: Iterator[Pair], work: Work) -> Iterator[float]:
-    """The peers' step: pixels through the VAE, 2B prompts through the text encoder, two chunks of the loss."""
+def loop(base: Path, pairs: Iterator[Pair], work: Work, scratch: Path) -> Iterator[float]:
+    """The peers' step: pixels through the VAE, 2B prompts through the text encoder, two chunks of the loss; at the end a pipeline in `scratch`."""
     pipe, noises = pipeline(base), DDPMScheduler.from_pretrained(base / "scheduler")
     vae, text, unet = pipe.vae, pipe.text_encoder.train(), pipe.unet.train()
     parameters = [*unet.parameters(), *text.parameters()]
@@ -76,20 +78,20 @@ def loop(base: Path, pairs: Iterator[Pair], work: Work) -> Iterator[float]:
         optimizer.step()
         optimizer.zero_grad()
         yield loss.item() if step % 10 == 0 else 0.0
-    pipe.save_pretrained(work.photos.parent / "peer-model")
+    pipe.save_pretrained(scratch / "model")
 
 
-def script(work: Work, side: int) -> dict[str, float]:
+def script(work: Work, scratch: Path, side: int) -> dict[str, float]:
     """Seconds of diffusers' way, and its steps a second."""
     began = time.monotonic()
-    pipe, classes = pipeline(work.base), work.photos.parent / "script-class-images"
+    pipe, classes = pipeline(work.base), scratch / "class-images"
     classes.mkdir()
     for i in range(0, work.class_images, 4):
         for k, picture in enumerate(pipe(["photo of a dog"] * min(4, work.class_images - i), num_inference_steps=50).images):
             picture.save(classes / f"{i + k}.jpg")
     rows = _Rows(sorted(work.photos.iterdir()), sorted(classes.iterdir()), pipe.tokenizer, side)
     del pipe
-    times = timed(loop(work.base, _loaded(rows, work.batch), work))
+    times = timed(loop(work.base, _loaded(rows, work.batch), work, scratch))
     return {"total": time.monotonic() - began, "steps/s": rate(times)}
 
 
@@ -141,7 +143,7 @@ def _draw_one(pipe: StableDiffusionPipeline, prompt: str) -> Image.Image:
 
 def _notebook_loop(config: dict[str, Any]) -> float:
     work: Work = config["work"]
-    losses = loop(work.base, _epochs(work.batch), work)
+    losses = loop(work.base, _epochs(work.batch), work, config["scratch"])
     return rate(timed(_reported(losses) if config["reports"] else losses))
 
 
@@ -180,12 +182,13 @@ def _dataset(work: Work, classes: Path, side: int) -> Any:
     return instance.repartition(1).zip(pictures(classes, "class").repartition(1)).random_shuffle()
 
 
-def notebook(work: Work, side: int) -> dict[str, float]:
+def notebook(work: Work, scratch: Path, side: int) -> dict[str, float]:
     """Seconds of the notebook's way, its steps a second, and these without the reports (trained once more, not in the total)."""
-    from raybooth.cluster.session import connected
-
     began = time.monotonic()
-    with connected(None):
+    os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_USAGE_STATS_ENABLED": "0"}
+    import ray
+
+    with ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR):
         import ray.data
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -198,18 +201,21 @@ def notebook(work: Work, side: int) -> dict[str, float]:
         def train(reports: bool) -> float:
             trainer = TorchTrainer(
                 _notebook_loop,
-                train_loop_config={"work": work, "reports": reports},
+                train_loop_config={"work": work, "scratch": scratch, "reports": reports},
                 scaling_config=ScalingConfig(num_workers=1),
-                run_config=RunConfig(name=f"notebook-{reports}", storage_path=str(work.photos.parent / "ray")),
+                run_config=RunConfig(name=f"notebook-{reports}", storage_path=str(scratch / "ray")),
                 datasets={"train": _dataset(work, classes, side)},
             )
             return float(trainer.fit().return_value)  # type: ignore[arg-type]
 
-        classes = work.photos.parent / "notebook-class-images"
+        classes = scratch / "class-images"
         classes.mkdir()
         for i, picture in enumerate(draw(work.base, ["photo of a dog"] * work.class_images)):
             Image.fromarray(picture).save(classes / f"{i}.png")
         steps = train(reports=True)
-        draw(work.photos.parent / "peer-model", ["photo of unqtkn dog"] * work.pictures)
+        draw(scratch / "model", ["photo of unqtkn dog"] * work.pictures)
         total = time.monotonic() - began
         return {"total": total, "steps/s": steps, "without reports": train(reports=False)}
+
+
+PEERS: dict[str, Callable[[Work, Path, int], dict[str, float]]] = {"diffusers' script": script, "2023 notebook": notebook}

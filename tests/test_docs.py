@@ -118,8 +118,3 @@ def test_commands_are_ones_that_raybooth_takes(page: Path):
     for command in commands(text):
         args = parser().parse_args(command)
         config.load(None, getattr(args, "set", []), subject={"class": "dog"})
-
-
-def test_examples_are_configurations():
-    for path in (ROOT / "examples").glob("*.toml"):
-        config.load(path)

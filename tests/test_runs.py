@@ -28,7 +28,7 @@ from raybooth.photos import png
 from raybooth.serving import errors, runs, uploads
 from raybooth.serving.queue import Queue
 from raybooth.serving.queue import command as real_command
-from raybooth.serving.runs import Surroundings, runs_router
+from raybooth.serving.runs import Surroundings, Workshop, runs_router
 from raybooth.serving.server import Options, _runs, _section
 from raybooth.serving.subjects import Subjects, of_base
 from raybooth.session import Run
@@ -46,7 +46,7 @@ def command(storage: Path) -> list[str]:
 def serve(root: Path, **queue: Any) -> TestClient:
     app = FastAPI()
     errors.install(app)
-    app.include_router(runs_router(root, MINI, SETTINGS, Queue(command, **{"grace": 1, **queue})))
+    app.include_router(runs_router(Workshop(root, MINI, SETTINGS, Queue(command, **{"grace": 1, **queue}))))
     return TestClient(app)
 
 

@@ -35,7 +35,7 @@ from raybooth.serving.engine import Engine
 from raybooth.serving.generations import Draw, UnavailableError
 from raybooth.serving.guard import LOOPBACK, read_keys
 from raybooth.serving.queue import Queue
-from raybooth.serving.runs import MOST_UPLOADS, runs_router
+from raybooth.serving.runs import MOST_UPLOADS, Workshop, runs_router
 from raybooth.serving.schemas import Limits
 from raybooth.serving.server import Options, _hosts, slot_rank
 from raybooth.serving.subjects import Subjects
@@ -348,7 +348,7 @@ def test_a_client_that_goes_away_frees_its_place(subjects: Subjects, desk: Desk)
 
 
 def test_an_upload_that_is_broken_off_is_nobodys_mistake(subjects: Subjects, kennel: Path, capfd: pytest.CaptureFixture[str]):
-    with live(create_app(subjects, quick(), routers=[runs_router(kennel, MINI, SETTINGS, Queue(nothing))])) as url:
+    with live(create_app(subjects, quick(), routers=[runs_router(Workshop(kennel, MINI, SETTINGS, Queue(nothing)))])) as url:
         host, port = url.removeprefix("http://").split(":")
         for _ in range(MOST_UPLOADS + 1):
             with socket.create_connection((host, int(port))) as half:
@@ -487,7 +487,7 @@ def test_malformed_requests_are_the_senders_mistake(subjects: Subjects, kennel: 
             opened.append(os.fsdecode(args[0]))
 
     r, seen = random.Random(0), Counter[int]()
-    with live(create_app(subjects, quick(), routers=[runs_router(kennel, MINI, SETTINGS, Queue(nothing))])) as url:
+    with live(create_app(subjects, quick(), routers=[runs_router(Workshop(kennel, MINI, SETTINGS, Queue(nothing)))])) as url:
         answered(url, b"GET /openapi.json HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")  # which imports
         sys.addaudithook(hook)
         for i in range(800):
@@ -520,7 +520,9 @@ def test_it_does_what_its_description_says(subjects: Subjects, kennel: Path):
     from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
 
     checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(subjects, quick(), routers=[runs_router(kennel, MINI, SETTINGS, Queue(nothing))]))
+    schema = schemathesis.openapi.from_asgi(
+        "/openapi.json", create_app(subjects, quick(), routers=[runs_router(Workshop(kennel, MINI, SETTINGS, Queue(nothing)))])
+    )
     tried = set()
     for found in schema.get_all_operations():
         operation: Any = found

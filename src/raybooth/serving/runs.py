@@ -47,76 +47,103 @@ class Surroundings:
     names: Callable[[], Container[str]] = tuple
 
 
-def runs_router(root: Path, served: Surroundings, overrides: Iterable[str] = (), queue: Queue | None = None) -> APIRouter:
-    """Runs of subjects on the base that is served, each in a folder of its own under `root`.
+class Workshop:
+    """The runs in folders of `root`, and the queue that works on them.
 
     Args:
         overrides: settings of every run, as the command line's --set takes them.
     """
-    queue, root, overrides = queue or Queue(), root.expanduser().absolute(), list(overrides)
-    uploading = asyncio.Semaphore(MOST_UPLOADS)
 
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Any) -> AsyncIterator[None]:
-        yield
-        await run_in_threadpool(queue.close)
+    def __init__(self, root: Path, served: Surroundings, overrides: Iterable[str] = (), queue: Queue | None = None):
+        self.root, self.served, self.overrides, self.queue = root.expanduser().absolute(), served, list(overrides), queue or Queue()
 
-    router = APIRouter(prefix="/api/runs", tags=["runs"], lifespan=lifespan, responses=ERRORS)
-
-    def known(run: str) -> Path:
-        storage = root / run
+    def known(self, run: str) -> Path:
+        """The storage of a run that was started here."""
+        storage = self.root / run
         with _there(storage):
             if not ID.fullmatch(run) or not (storage / LOG).exists():
                 raise ApiError(404, f"There is no run {run} that was started here.", "not_found")
         return storage
 
-    def told(storage: Path) -> Progress:
+    def told(self, storage: Path) -> Progress:
         with _explained(), _there(storage):
-            return progress(storage, queue.state(storage))
+            return progress(storage, self.queue.state(storage))
+
+    def every(self) -> Iterator[Progress]:
+        for storage in sorted((log.parent for log in self.root.glob(f"*/{LOG}")), key=_news, reverse=True):
+            with contextlib.suppress(ApiError):  # one whose settings another version wrote, say; asked for by its name it says so
+                yield self.told(storage)
+
+    def take_in(self, fields: dict[str, str], photos: list[Photo]) -> Progress:
+        name = fields.get("name", "")
+        storage = self.root / name
+        uploads.check_name(name, self.served.names())
+        uploads.refuse_taken(storage)
+        with _explained():
+            config = uploads.settings(storage, self.served.base, fields, self.overrides)
+            uploads.store(storage, config, photos, self.served.folder())
+        try:
+            self._put(storage)
+        except ApiError:  # others have the last place: the name stays free
+            shutil.rmtree(storage, ignore_errors=True)
+            raise
+        return self.told(storage)
+
+    def resume(self, run: str) -> Progress:
+        storage = self.known(run)
+        state = self.told(storage).state
+        if state not in ("stopped", "failed"):
+            raise ApiError(409, f"The run {run} is {state}: there is nothing to resume.", "not_stopped")
+        self._put(storage)
+        return self.told(storage)
+
+    def stop(self, run: str) -> Progress:
+        storage = self.known(run)
+        self.queue.stop(storage)
+        return self.told(storage)
+
+    def _put(self, storage: Path) -> None:
+        with _there(storage):
+            if not self.queue.put(storage):
+                raise _full()
+
+
+def runs_router(workshop: Workshop) -> APIRouter:
+    """Runs of subjects on the base that is served, each in a folder of its own."""
+    uploading = asyncio.Semaphore(MOST_UPLOADS)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(workshop.queue.close)
+
+    router = APIRouter(prefix="/api/runs", tags=["runs"], lifespan=lifespan, responses=ERRORS)
 
     @router.post("", status_code=202, openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": uploads.FORM}}}})
     async def start(request: Request) -> Progress:
         """Learn a subject from photographs. It runs at once, or when those before it are done."""
-        if queue.full:  # before the photographs have travelled
+        if workshop.queue.full:  # before the photographs have travelled
             raise _full()
         if uploading.locked():
             raise ApiError(429, "As many uploads as may are on their way: try again in a moment.", "too_many_uploads", retry_after=5)
         async with uploading:
             fields, photos = await uploads.read(request)
-            return await run_in_threadpool(taken_in, fields, photos)
-
-    def taken_in(fields: dict[str, str], photos: list[Photo]) -> Progress:
-        name = fields.get("name", "")
-        uploads.check_name(name, served.names())
-        uploads.refuse_taken(root / name)
-        with _explained():
-            config = uploads.settings(root / name, served.base, fields, overrides)
-            uploads.store(root / name, config, photos, served.folder())
-        with _there(root / name):
-            taken = queue.put(root / name)
-        if not taken:  # others have the last place: the name stays free
-            shutil.rmtree(root / name, ignore_errors=True)
-            raise _full()
-        return told(root / name)
+            return await run_in_threadpool(workshop.take_in, fields, photos)
 
     @router.get("")
     def every() -> Runs:
         """All runs that were started here, those with news first."""
-        runs = []
-        for storage in sorted((log.parent for log in root.glob(f"*/{LOG}")), key=_news, reverse=True):
-            with contextlib.suppress(ApiError):  # one whose settings another version wrote, say; asked for by its name it says so
-                runs.append(told(storage))
-        return Runs(runs=runs)
+        return Runs(runs=list(workshop.every()))
 
     @router.get("/{run}")
     def one(run: str) -> Progress:
         """How far it has come."""
-        return told(known(run))
+        return workshop.told(workshop.known(run))
 
     @router.get("/{run}/pictures/{file:path}", response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
     def shown(run: str, file: str) -> Response:
         """One of its pictures."""
-        path = picture(known(run), file)
+        path = picture(workshop.known(run), file)
         if path is None:
             raise ApiError(404, f"The run {run} has no picture {file}.", "not_found")
         return FileResponse(path, media_type="image/png")
@@ -124,21 +151,12 @@ def runs_router(root: Path, served: Surroundings, overrides: Iterable[str] = (),
     @router.post("/{run}/resume", status_code=202)
     def resume(run: str) -> Progress:
         """Go on with one that was stopped or has failed, from what is complete."""
-        storage = known(run)
-        state = told(storage).state
-        if state not in ("stopped", "failed"):
-            raise ApiError(409, f"The run {run} is {state}: there is nothing to resume.", "not_stopped")
-        with _there(storage):
-            if not queue.put(storage):
-                raise _full()
-        return told(storage)
+        return workshop.resume(run)
 
     @router.delete("/{run}", status_code=202)
     def stop(run: str) -> Progress:
         """Stop it, or take it out of the queue. What is complete is kept."""
-        storage = known(run)
-        queue.stop(storage)
-        return told(storage)
+        return workshop.stop(run)
 
     return router
 

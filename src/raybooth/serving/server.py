@@ -121,13 +121,13 @@ def slot_rank(subjects: Subjects) -> int:
 
 def _runs(options: Options, subjects: Subjects) -> "list[APIRouter]":
     """Runs may be started where a folder of runs is served: they go into the first one."""
-    from raybooth.serving.runs import Surroundings, runs_router
+    from raybooth.serving.runs import Surroundings, Workshop, runs_router
 
     local = [Path(p).expanduser() for p in options.paths if "://" not in p]
     folders = [p for p in local if p.is_dir() and not any((p / name).exists() for name in MARKS)]
     base = subjects.base
     served = Surroundings(_section(base), lambda: folder_of(base, subjects.found()), subjects.names)
-    return [runs_router(folders[0], served, options.set)] if folders else []
+    return [runs_router(Workshop(folders[0], served, options.set))] if folders else []
 
 
 def _section(base: Subject) -> dict[str, Any]:

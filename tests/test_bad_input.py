@@ -239,6 +239,7 @@ def test_bad_input(spoil, arguments: list[str], named: str, tmp_path: Path, toy:
     lines = [line for line in printed.err.splitlines() if line.startswith("raybooth: ")]
     assert status == 2, printed.err
     assert len(lines) == 1
+    assert printed.err.endswith(f"{lines[0]}\n")  # one line
     assert named in lines[0]
     assert "Traceback" not in printed.err
     assert len(lines[0]) < 500

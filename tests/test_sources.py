@@ -69,7 +69,12 @@ def test_a_file_counts_once_however_it_is_come_to(tmp_path: Path):
 
 def test_a_url_counts_once(monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr(sources, "_download", lambda url: asked.append(url) or b"picture")
+
+    def download(url: str) -> bytes:
+        asked.append(url)
+        return b"picture"
+
+    monkeypatch.setattr(sources, "_download", download)
     assert len(fetch(["http://h/a.png", "".join(["http://h/", "a.png"])], no_hub).photos) == 1
     assert len(asked) == 1
     with pytest.raises(RayboothError, match=r"http://h/b\.png is the same photograph as http://h/a\.png"):
@@ -88,7 +93,12 @@ def test_what_is_no_http_or_breaks_off_is_said(error: Exception, monkeypatch: py
 
 def test_blanks_and_letters_of_any_language_in_a_url_are_encoded(monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: asked.append(request.full_url) or io.BytesIO(b"picture"))
+
+    def answer(request: urllib.request.Request, timeout: float) -> io.BytesIO:
+        asked.append(request.full_url)
+        return io.BytesIO(b"picture")
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
     fetch(["http://h/my dög%20.png?a=1&b=[2]"], no_hub)
     assert asked == ["http://h/my%20d%C3%B6g%20.png?a=1&b=[2]"]
 

@@ -163,6 +163,7 @@ def test_a_remote_storage_that_stops_taking_files_is_said(tmp_path: Path, monkey
     import fsspec
 
     space = Workspace(f"memory://bucket{tmp_path.name}/full")
+    assert space.remote
     space.check_writable()
     assert not fsspec.filesystem("memory").find(f"/bucket{tmp_path.name}/full")
 

@@ -255,6 +255,15 @@ def test_the_table_is_long_enough():
     assert len(TABLE) >= 30
 
 
+def test_a_base_that_may_not_be_read_is_said(tmp_path: Path, toy: Path, photos: Path, capsys, monkeypatch):
+    def refused(source: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(source))
+
+    monkeypatch.setattr(shutil, "copyfile", refused)
+    assert main(["prepare", "--photos", str(photos), "--class=dog", f"--base={toy}", f"--storage={tmp_path}"]) == 2
+    assert f"base.model: {toy}" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_said_and_keeps_what_was_complete(tmp_path: Path, toy: Path, photos: Path, capsys, monkeypatch):
     from raybooth import workspace
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -18,7 +19,7 @@ from raybooth.workspace import Workspace
 
 @dataclass
 class World:
-    """What a row may spoil: a folder, good photographs in it, a good model in it, a storage with something in it."""
+    """What a row may spoil: a folder, good photographs in it, a good model in it, a storage with something in it, its configuration also."""
 
     folder: Path
 
@@ -33,6 +34,10 @@ class World:
     @property
     def storage(self) -> Path:
         return self.folder / "storage"
+
+    @property
+    def config(self) -> Path:
+        return self.storage / "config.json"
 
     def photo(self, name: str, data: bytes) -> None:
         (self.photos / name).write_bytes(data)
@@ -113,6 +118,17 @@ def toml(text: str) -> Callable[[World], None]:
     return write
 
 
+def in_the_way(w: World) -> None:
+    (w.storage / "instance-images").mkdir()
+    for name in ("00.png", "01.png"):
+        (w.storage / "instance-images" / name).write_bytes(b"the user's")
+
+
+def fresh(w: World) -> None:
+    """What shows after the storage was prepared: from then on the configuration is that of what was prepared."""
+    w.config.unlink()
+
+
 def locked(w: World) -> None:
     lock = Workspace(str(w.storage)).locked()
     lock.__enter__()
@@ -129,6 +145,16 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a path that does not exist", None, ["PHOTOS=/nowhere/at/all"], "/nowhere/at/all"),
     ("a dataset without its prefix", None, ["PHOTOS=diffusers/dog-example"], "hf://diffusers/dog-example"),
     ("a URL that nothing answers", None, ["PHOTOS=http://127.0.0.1:9/a.png"], "cannot be fetched"),
+    ("a photograph without a name", None, ["PHOTOS="], "subject.photos = ''"),
+    ("photographs of an unknown user", None, ["PHOTOS=~nobody-of-this-name/dog"], "subject.photos = '~nobody-of-this-name/dog'"),
+    ("a path that is too long", None, ["PHOTOS=" + "a" * 5000], "longer than a path may be"),
+    ("a path with a NUL", toml('[subject]\nphotos = ["a\\u0000b"]'), ["FOLDER/my.toml", "NONE"], "holds a character that no path may hold"),
+    ("a link to nothing", lambda w: (w.photos / "link.png").symlink_to("/nowhere.png"), [], "link.png is a link to /nowhere.png, which is not there"),
+    ("a pipe", lambda w: os.mkfifo(w.photos / "pipe.png"), [], "pipe.png is neither a file nor a folder"),
+    ("a URL with a blank", None, ["PHOTOS=http://127.0.0.1:9/my dog.png"], "http://127.0.0.1:9/my dog.png cannot be fetched"),
+    ("a URL whose port is none", None, ["PHOTOS=http://h:abc/a.png"], "http://h:abc/a.png cannot be fetched"),
+    ("a URL whose host is none", None, ["PHOTOS=http://[::1/a.png"], "http://[::1/a.png cannot be fetched"),
+    ("a URL in capitals", None, ["PHOTOS=HTTP://127.0.0.1:9/a.png"], "HTTP://127.0.0.1:9/a.png cannot be fetched"),
     ("a corrupt photograph", lambda w: w.photo("bad.png", image()[:60] + b"\0" * 200 + image()[260:]), [], "bad.png"),
     ("a truncated photograph", lambda w: w.photo("cut.jpg", image(kind="JPEG")[:900]), [], "cut.jpg is damaged or cut off"),
     ("an empty file", lambda w: w.photo("none.png", b""), [], "none.png is not a picture"),
@@ -142,6 +168,7 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("an empty token", None, ["--token="], "subject.token"),
     ("a token that is the class", None, ["--token=Dog"], "subject.token equals subject.class"),
     ("a base that does not exist", None, ["--base=/no/such/model"], "/no/such/model"),
+    ("a base of an unknown user", None, ["--base=~nobody-of-this-name/sd"], "base.model = '~nobody-of-this-name/sd'"),
     ("a base without model_index.json", no_index, [], "has no model_index.json"),
     ("a damaged model_index.json", bad_index, [], "model_index.json is damaged"),
     ("an unknown family", unknown_family, [], "KandinskyPipeline"),
@@ -170,12 +197,19 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a configuration that is not TOML", toml("= 3"), ["FOLDER/my.toml"], "is not valid TOML"),
     ("an unknown key in the file", toml("[finetune]\nstep = 3\n"), ["FOLDER/my.toml"], "did you mean finetune.steps?"),
     ("more workers than rows", None, ["--set=cluster.workers=9"], "finetune.batch is 2 for 9 workers"),
-    ("more GPU workers than GPUs", None, ["--set=cluster.gpus_per_worker=1"], "needs 1 GPUs and there are 0"),
-    ("a cluster that is not there", None, ["--set=cluster.address='127.0.0.1:9'"], "127.0.0.1:9"),
+    ("more GPU workers than GPUs", fresh, ["--set=cluster.gpus_per_worker=1"], "needs 1 GPUs and there are 0"),
+    ("a cluster that is not there", fresh, ["--set=cluster.address='127.0.0.1:9'"], "127.0.0.1:9"),
     ("a storage that is a file", None, ["--storage=FOLDER/photos/0.png"], "is not a folder"),
     ("a storage below a file", None, ["--storage=FOLDER/photos/0.png/run"], "is not a folder"),
     ("a storage that cannot be written to", None, ["--storage=/proc/raybooth"], "/proc/raybooth"),
     ("a storage of an unknown kind", None, ["--storage=gopher://x/y"], "gopher://x/y"),
+    ("a storage of an unknown user", None, ["--storage=~nobody-of-this-name/run"], "storage = '~nobody-of-this-name/run'"),
+    ("a storage that is too long", None, ["--storage=/tmp/" + "a" * 300], "longer than a path may be"),
+    ("a storage that is only read from", None, ["--storage=http://127.0.0.1:9/x"], "http://127.0.0.1:9/x cannot be written to"),
+    ("a remote storage that cannot be written to", None, ["--storage=file:///proc/raybooth"], "file:///proc/raybooth cannot be written to"),
+    ("a remote storage that nothing answers", None, ["--storage=hf://x/y"], "hf://x/y cannot be opened"),
+    ("a lock that is a folder", lambda w: (w.storage / ".lock").mkdir(), [], "has a folder where a file of raybooth's belongs"),
+    ("files in the way", in_the_way, [], "2 files (00.png, ...) are in the way"),
     ("a storage in use", locked, [], "in use by"),
 ]
 
@@ -188,6 +222,7 @@ def test_bad_input(spoil, arguments: list[str], named: str, tmp_path: Path, toy:
     shutil.copytree(toy, world.model)
     (world.storage / "class-images").mkdir(parents=True)
     (world.storage / "class-images" / "mine.png").write_bytes(b"the user's")
+    world.config.write_text('{"subject": {"class": "cat"}}')
     if spoil:
         spoil(world)
     given = [a.replace("FOLDER", str(tmp_path)) for a in arguments if not a.startswith(("PHOTOS=", "NONE", "--photos="))]
@@ -204,6 +239,7 @@ def test_bad_input(spoil, arguments: list[str], named: str, tmp_path: Path, toy:
     lines = [line for line in printed.err.splitlines() if line.startswith("raybooth: ")]
     assert status == 2, printed.err
     assert len(lines) == 1
+    assert printed.err.endswith(f"{lines[0]}\n")  # one line
     assert named in lines[0]
     assert "Traceback" not in printed.err
     assert len(lines[0]) < 500
@@ -217,6 +253,15 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_the_table_is_long_enough():
     assert len(TABLE) >= 30
+
+
+def test_a_base_that_may_not_be_read_is_said(tmp_path: Path, toy: Path, photos: Path, capsys, monkeypatch):
+    def refused(source: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(source))
+
+    monkeypatch.setattr(shutil, "copyfile", refused)
+    assert main(["prepare", "--photos", str(photos), "--class=dog", f"--base={toy}", f"--storage={tmp_path}"]) == 2
+    assert f"base.model: {toy}" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_said_and_keeps_what_was_complete(tmp_path: Path, toy: Path, photos: Path, capsys, monkeypatch):

@@ -13,8 +13,8 @@ LAYERS = [
     {"__main__", "__init__"}, {"cli", "options", "api", "bench", "minibench", "demo", "doctor"}, {"exporting", "importing"}, {"card", "reporting", "serving"},
     {"evaluation", "plots"}, {"stages", "plan"}, {"selection"}, {"features"}, {"drawing", "base_model", "naming"}, {"loading"},
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
-    {"train", "sample", "score", "encoders", "checkpoint"}, {"families", "loss", "noise", "lora", "optim", "dreambench", "photos", "hub"},
-    {"config", "workspace"}, {"errors"},
+    {"train", "sample", "score", "encoders", "checkpoint"}, {"families", "loss", "noise", "lora", "optim", "dreambench", "photos", "sources", "hub"},
+    {"config", "workspace"}, {"disk", "remote"}, {"errors"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers"}
 

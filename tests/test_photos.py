@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from raybooth.errors import RayboothError
-from raybooth.photos import Photo, contact_sheet, gather, png, square, views
+from raybooth.photos import Photo, contact_sheet, png, square, views
 
 RED = (200, 30, 40)
 
@@ -15,10 +15,6 @@ def saved(image: Image.Image, kind: str, **how) -> Photo:
     buffer = io.BytesIO()
     image.save(buffer, kind, **how)
     return Photo(f"a.{kind.lower()}", buffer.getvalue())
-
-
-def no_hub(spec: str) -> Path:
-    raise AssertionError(spec)
 
 
 def halves(mode: str = "RGB") -> Image.Image:
@@ -114,24 +110,6 @@ def test_views_are_crops_and_mirror_images_that_depend_on_their_key_alone():
     assert (np.asarray(other[1])[..., 0] != crops[0]).any()
 
 
-def test_what_is_no_picture_in_a_folder_is_skipped_with_its_reason(tmp_path: Path):
-    Image.new("RGB", (64, 64), RED).save(tmp_path / "b.JPG")
-    (tmp_path / "notes.txt").write_text("x")
-    (tmp_path / ".DS_Store").write_text("x")
-    found = gather([str(tmp_path)], no_hub)
-    assert [Path(p.name).name for p in found.photos] == ["b.JPG"]
-    assert {Path(n).name: r for n, r in found.skipped} == {"notes.txt": "'.txt' is not a picture's file type", ".DS_Store": "a hidden file"}
-
-
-def test_folders_files_and_datasets_add_up(tmp_path: Path):
-    for i, folder in enumerate(("a", "b")):
-        (tmp_path / folder).mkdir()
-        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / folder / "x.png")
-    Image.new("RGB", (64, 64), (9, 0, 0)).save(tmp_path / "one.png")
-    found = gather([str(tmp_path / "a"), str(tmp_path / "one.png"), "hf://me/dog"], lambda spec: tmp_path / "b")
-    assert len(found.photos) == 3
-
-
 def test_png_text_and_bytes_are_stable():
     image = Image.new("RGB", (8, 8), RED)
     data = png(image, prompt="fünf", seed="3")
@@ -149,3 +127,21 @@ def test_a_damaged_photograph_is_named(photos: Path):
     data = (photos / "0.png").read_bytes()
     with pytest.raises(RayboothError, match=r"0\.png is damaged or cut off"):
         square(Photo("0.png", data[: len(data) // 2]), 32)
+
+
+@pytest.mark.parametrize(("name", "spoil"), [("a.avif", b"\xff"), ("a.heic", None)])
+def test_what_a_decoder_says_is_part_of_one_sentence(name: str, spoil: bytes | None):
+    """Pillow's AVIF raises RuntimeError, and libheif speaks in two lines."""
+    import pillow_heif
+
+    buffer, image = io.BytesIO(), Image.effect_noise((96, 96), 60).convert("RGB")
+    if name.endswith("avif"):
+        image.save(buffer, "AVIF")
+    else:
+        pillow_heif.from_pillow(image).save(buffer)
+    data = buffer.getvalue()
+    start = data.index(b"mdat") + 4
+    damaged = data[:start] + spoil * (len(data) - start) if spoil else data[: len(data) // 2]
+    with pytest.raises(RayboothError, match=rf"^{name} is damaged or cut off \(.*\): copy it again") as refused:
+        square(Photo(name, damaged), 32)
+    assert "\n" not in str(refused.value)

@@ -8,14 +8,19 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from test_pipeline import LONGER as SETTINGS
 from test_pipeline import apart, call, command, contents
 from toys import make_sd3
 
+from raybooth import config, tuning
 from raybooth.cli import main
+from raybooth.errors import RayboothError
+from raybooth.train import Parallel
 
 pytestmark = pytest.mark.usefixtures("ray")
 KILLS = int(os.environ.get("RAYBOOTH_KILLS", "2"))
@@ -134,3 +139,22 @@ def test_prompts_that_are_not_encoded_yet_are_asked_for(tmp_path: Path, unbroken
     with_stages_before(unbroken, tmp_path)
     assert main(command("finetune", tmp_path, toy, photos, finetune__text_encoder=False)[3:]) == 2
     assert "run 'raybooth encode' first" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_at_a_reading_is_said(tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the loop of a worker itself: before the first checkpoint nothing else is written."""
+    with_stages_before(unbroken, tmp_path)
+    made = config.load(unbroken / "config.json")
+    rows = {"instance": sorted(p.name for p in (tmp_path / "latents").glob("*.safetensors"))[:3], "class": []}
+    loop = tuning.finetuner(
+        str(tmp_path), "fine-tuned-model/new", "key", rows, {"instance": made.subject.prompt, "class": made.class_prompt},
+        made.prior, made.finetune.model_copy(update={"trackers": []}), made.lora, 0, False,
+    )  # fmt: skip
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("raybooth.log.write_atomically", full)
+    alone = Parallel()
+    with pytest.raises(RayboothError, match="is full: free some space"):
+        loop(SimpleNamespace(device=torch.device("cpu"), where="here", **vars(alone)), lambda word: None)

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,22 @@ def test_a_users_file_in_the_way_is_named_and_kept(tmp_path: Path):
     (tmp_path / "s" / "x").write_bytes(b"mine")
     stage = Workspace(str(tmp_path)).stage("s", {})
     stage.write("x", b"ours")
-    with pytest.raises(RayboothError, match="was not made by raybooth"):
+    with pytest.raises(RayboothError, match="x is in the way of outputs"):
         stage.finish()
     assert (tmp_path / "s" / "x").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda manifest: manifest.write_text("{")])
+def test_a_stage_that_has_lost_its_manifest_takes_back_what_it_made(spoil: Callable[[Path], None], tmp_path: Path):
+    space = Workspace(str(tmp_path))
+    made(space.stage("s", {"a": 1}), x=b"1", y=b"2")
+    spoil(tmp_path / "s" / MANIFEST)
+    made(space.stage("s", {"a": 1}), x=b"1", y=b"2")
+    assert space.stage("s", {"a": 1}).done(["x", "y"])
+    spoil(tmp_path / "s" / MANIFEST)
+    with pytest.raises(RayboothError, match=r"2 files \(x, \.\.\.\) are in the way"):
+        made(space.stage("s", {"a": 2}), x=b"3", y=b"4")
+    assert (tmp_path / "s" / "x").read_bytes() == b"1"
 
 
 def test_a_finish_that_was_cut_off_is_completed_by_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -124,6 +138,41 @@ def test_the_lock_names_its_holder_and_goes_with_the_process(tmp_path: Path):
     holder.join()
     with Workspace(str(tmp_path)).locked():
         pass
+
+
+def test_a_user_without_a_name_holds_the_lock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    with Workspace(str(tmp_path)).locked():
+        assert (tmp_path / ".lock").read_text().startswith(f"user {os.getuid()}@")
+
+
+def test_a_lock_of_somebody_else_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    space = Workspace(str(tmp_path))
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(RayboothError, match=r"is not writable.*\.lock"), space.locked():
+        pass
+
+
+def test_a_remote_storage_that_stops_taking_files_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import fsspec
+
+    space = Workspace(f"memory://bucket{tmp_path.name}/full")
+    assert space.remote
+    space.check_writable()
+    assert not fsspec.filesystem("memory").find(f"/bucket{tmp_path.name}/full")
+
+    def full(*_: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(space.remote._fs, "put_file", full)
+    with pytest.raises(RayboothError, match=r"full cannot be written to \(NotImplementedError\)"):
+        space.stage("s", {}).write("x", b"1")
 
 
 def test_a_remote_storage_is_written_through_and_read_back_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

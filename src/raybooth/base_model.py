@@ -1,5 +1,6 @@
 """The base model of a run, into its storage: from the hub, a local folder, one checkpoint file, or mini."""
 
+import os
 import shutil
 import tempfile
 from functools import partial
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raybooth.config import Config
+from raybooth.disk import explained_if_unreadable, path_of
 from raybooth.errors import RayboothError
 from raybooth.session import Run
 from raybooth.workspace import Stage, files_under, read_manifest
@@ -14,10 +16,15 @@ from raybooth.workspace import Stage, files_under, read_manifest
 
 def prepare_base(run: Run) -> None:
     """The base model into the storage: from the hub, a local folder, or mini."""
+    source = local_source(run.config.base.model)
+    with explained_if_unreadable(source, "base.model"):
+        _prepare(run, source)
+
+
+def _prepare(run: Run, source: Path | None) -> None:
     from raybooth.families.folder import check_weights, plain_name, settle_shards
 
     base = run.config.base
-    source = local_source(base.model)
     if source is not None and not source.exists() and _kept_of(run) == base.model:
         check_fits(run.config, run.base_folder)
         return run.say(f"base-model: {base.model} has gone; the copy of it is kept")
@@ -103,20 +110,24 @@ def model_configuration(config: Config) -> Path:
     source = local_source(config.base.model)
     if source is not None and not source.is_file():
         return source
-    prepared = Path(config.storage) / "base-model"
+    prepared = path_of(config.storage, "storage") / "base-model"
     if not (prepared / "model_index.json").exists():
         raise RayboothError(f"The model {config.base.model} is not on this machine yet: run 'raybooth prepare' first, or give a local folder with --base.")
     return prepared
 
 
-def local_source(model: str) -> Path | None:
-    """The folder that `base.model` or an encoder names, or None where it is a repository of the hub, as owner/name or owner/name@revision."""
+def local_source(model: str, setting: str = "base.model") -> Path | None:
+    """The folder that `base.model` or an encoder names, or None where it is a repository of the hub, as owner/name or owner/name@revision.
+
+    Raises:
+        RayboothError: naming `setting`, if no path and no repository can be called so.
+    """
     if model == "mini":
         from raybooth.families import mini_folder
 
         return mini_folder()
-    path = Path(model).expanduser()
-    looks_local = path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.partition("@")[0].count("/") != 1
+    path = path_of(model, setting)
+    looks_local = os.path.exists(path) or path.is_absolute() or model.startswith((".", "~")) or model.partition("@")[0].count("/") != 1
     return path if looks_local else None
 
 

@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raybooth.workspace import MANIFEST, Workspace, describe, explained_if_full, read_manifest, write_atomically
+from raybooth.disk import explained_if_full
+from raybooth.workspace import MANIFEST, Workspace, describe, read_manifest, write_atomically
 
 if TYPE_CHECKING:
     from raybooth.train import State

@@ -32,8 +32,10 @@ def _settings_of_storage(args: argparse.Namespace) -> Path | None:
     """A single stage, given no file, goes by what the storage was made with."""
     if args.verb == "run":
         return None
+    from raybooth.disk import path_of
+
     storage = args.storage or "raybooth-run"
-    root = Path(storage)
+    root = path_of(storage, "storage")
     if "://" in storage:
         from raybooth.workspace import Workspace
 

@@ -40,7 +40,7 @@ class Section(BaseModel):
 class Subject(Section):
     """Who or what is learnt."""
 
-    photos: list[str] = Field(default=[], description="folders, files, http(s) URLs, or hub datasets as hf://owner/name")
+    photos: list[Annotated[str, Field(min_length=1)]] = Field(default=[], description="folders, files, http(s) URLs, or hub datasets as hf://owner/name")
     token: str = Field(
         "unqtkn", min_length=1, max_length=100, description="the rare word that will name the subject; auto: the first that 'raybooth token' proposes"
     )

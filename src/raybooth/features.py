@@ -21,7 +21,7 @@ WEIGHTS = "model.safetensors"
 def prepare_encoders(run: Run) -> None:
     """Both encoders into the storage, from the hub, a folder, or mini."""
     models = {"dino": run.config.evaluate.dino, "clip": run.config.evaluate.clip}
-    sources = {part: _mini(part) if model == "mini" else local_source(model) for part, model in models.items()}
+    sources = {part: _mini(part) if model == "mini" else local_source(model, f"evaluate.{part}") for part, model in models.items()}
     files = {part: _needed(str(source), files_under(source)) for part, source in sources.items() if source}
     stage = run.workspace.stage("encoders", {p: stats(source, files[p]) if source else models[p] for p, source in sources.items()})
     if stage.done():

@@ -125,6 +125,7 @@ def fetch_dataset(spec: str, target: Path, suffixes: frozenset[str]) -> Path:
     with _explained(repo, revision or None, kind="dataset"):
         patterns = [f"*{s}" for s in suffixes] + [f"*{s.upper()}" for s in suffixes]
         snapshot_download(repo, repo_type="dataset", revision=revision or None, local_dir=target, allow_patterns=patterns)
+    shutil.rmtree(target / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
     return target
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from raybooth.base_model import prepare_base
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
+from raybooth.naming import settle_token
 from raybooth.session import Run
 from raybooth.workspace import file_digest, files_under, read_manifest
 
@@ -35,6 +36,7 @@ def import_lora(run: Run, file: Path) -> Path:
     write(family, low, stage.partial)
     layers = {part: len(pairs) for part, pairs in low.parts.items()}
     stage.finish({"imported": file.name, "rank": low.rank, "layers": layers, "history": []}, only=files_under(stage.partial))
+    settle_token(run)
     run.save_config()
     run.say(f"fine-tuned-model: a LoRA of rank {low.rank} on {' and '.join(f'{n} layers of {part}' for part, n in layers.items())}, from {file.name}")
     return stage.folder

@@ -29,7 +29,6 @@ def settle_token(run: Run) -> None:
     if subject.token == AUTO:
         token = proposals(run)[0]["word"]
         run.config = run.config.model_copy(update={"subject": subject.model_copy(update={"token": token})})
-        run.save_config()
         run.say(f"token: '{token}' names the subject, the rarest word of this base model")
 
 

@@ -2,10 +2,8 @@
 
 import hashlib
 import io
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from random import Random
 
@@ -13,98 +11,34 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from raybooth.errors import RayboothError
+from raybooth.workspace import file_digest
 
 SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2"])
 SMALLEST_SIDE = 32  # pixels; below it there is nothing to learn from
-LARGEST_DOWNLOAD = 64 << 20  # bytes
-HUB = "hf://"
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photograph as it came: its name for messages, and the bytes of the file."""
+    """A photograph as it came: its name for messages, and the bytes of the file, or where to read them."""
 
     name: str
-    data: bytes
+    source: bytes | Path
 
     @property
+    def data(self) -> bytes:
+        return self.source.read_bytes() if isinstance(self.source, Path) else self.source
+
+    @cached_property
     def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
-
-
-@dataclass(frozen=True)
-class Gathered:
-    photos: list[Photo]
-    skipped: list[tuple[str, str]]  # (name, reason)
-
-
-def is_remote(source: str) -> bool:
-    return source.startswith(("http://", "https://", HUB))
-
-
-def gather(sources: Iterable[str], fetch_dataset: Callable[[str], Path]) -> Gathered:
-    """The photographs of `sources`: folders, files, http(s) URLs, hub datasets (`fetch_dataset` makes a folder of one).
-
-    Files in a folder whose names are not a picture's are skipped, with the reason.
-
-    Raises:
-        RayboothError: if a source does not exist, there is no photograph at all, or two are the same.
-    """
-    photos: list[Photo] = []
-    skipped: list[tuple[str, str]] = []
-    for source in sources:
-        if source.startswith(("http://", "https://")):
-            photos.append(Photo(source, _download(source)))
-        else:
-            path = fetch_dataset(source.removeprefix(HUB)) if source.startswith(HUB) else Path(source).expanduser()
-            _add_local(path, photos, skipped)
-    if not photos:
-        given = ", ".join(sources) or "nothing"
-        seen = "".join(f"; {name}: {reason}" for name, reason in skipped[:3])
-        raise RayboothError(f"There are no photographs in {given}{seen}. Give three to ten pictures of the subject with --photos.")
-    refuse_duplicates(photos)
-    return Gathered(photos, skipped)
-
-
-def _add_local(path: Path, photos: list[Photo], skipped: list[tuple[str, str]]) -> None:
-    try:
-        if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if file.is_dir():
-                    continue
-                if file.name.startswith("."):
-                    skipped.append((str(file), "a hidden file"))
-                elif file.suffix.lower() not in SUFFIXES:
-                    skipped.append((str(file), f"'{file.suffix or file.name}' is not a picture's file type"))
-                else:
-                    photos.append(Photo(str(file), file.read_bytes()))
-        else:
-            photos.append(Photo(str(path), path.read_bytes()))
-    except FileNotFoundError:
-        hint = f" (a dataset of the hub is written {HUB}{path})" if len(path.parts) == 2 and not path.is_absolute() else ""
-        raise RayboothError(f"There is no photograph or folder {path}{hint}: check the path given with --photos.") from None
-    except OSError as error:
-        raise RayboothError(f"{error.filename or path} cannot be read: {error.strerror}.") from None
-
-
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "raybooth"})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            data = response.read(LARGEST_DOWNLOAD + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise RayboothError(f"The photograph {url} cannot be fetched: {getattr(error, 'reason', error)}. Check the address, or give a file.") from None
-    if len(data) > LARGEST_DOWNLOAD:
-        raise RayboothError(f"The photograph {url} is larger than {LARGEST_DOWNLOAD >> 20} MiB: give a smaller one.")
-    return data
+        return file_digest(self.source) if isinstance(self.source, Path) else hashlib.sha256(self.source).hexdigest()
 
 
 def refuse_duplicates(photos: list[Photo]) -> None:
-    first: dict[str, str] = {}
+    first: dict[str, Photo] = {}
     for photo in photos:
-        twin = first.setdefault(photo.sha256, photo.name)
-        if twin is not photo.name:
-            raise RayboothError(f"{photo.name} is the same photograph as {twin}: remove one, or the model would learn it twice as hard.")
+        twin = first.setdefault(photo.sha256, photo)
+        if twin is not photo:
+            raise RayboothError(f"{photo.name} is the same photograph as {twin.name}: remove one, or the model would learn it twice as hard.")
 
 
 def square(photo: Photo, side: int) -> Image.Image:
@@ -144,12 +78,17 @@ def _opened(photo: Photo) -> Image.Image:
             raise Image.DecompressionBombError
         image.load()
         return ImageOps.exif_transpose(image)
+    except RayboothError:
+        raise
     except Image.DecompressionBombError:
         raise RayboothError(f"{photo.name} has more than 178 million pixels, too many to open safely: give a smaller copy.") from None
     except UnidentifiedImageError:
         raise RayboothError(f"{photo.name} is not a picture that can be read, whatever its name says: remove it or save it anew as JPEG or PNG.") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise RayboothError(f"{photo.name} is damaged or cut off ({str(error).rstrip('.')}): copy it again from its source, or remove it.") from None
+    except MemoryError:
+        raise RayboothError(f"{photo.name} is too large for the memory of this machine: give a smaller copy.") from None
+    except Exception as error:  # decoders raise whatever they please: RuntimeError, SyntaxError, struct.error
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise RayboothError(f"{photo.name} is damaged or cut off ({reason}): copy it again from its source, or remove it.") from None
 
 
 def _register_heif() -> None:

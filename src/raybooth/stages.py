@@ -14,50 +14,67 @@ from raybooth.drawing import SHEET, class_rows, draw, model_bytes, output_rows, 
 from raybooth.errors import RayboothError
 from raybooth.features import prepare_encoders
 from raybooth.naming import settle_token
-from raybooth.photos import SUFFIXES, Photo, contact_sheet, gather, is_remote, png, views
+from raybooth.photos import SUFFIXES, Photo, contact_sheet, png, refuse_duplicates, views
 from raybooth.session import Run, StepLine
+from raybooth.sources import Gathered, fetch, gather, is_remote
 from raybooth.workspace import Stage, digest, files_under
 
 
 def prepare(run: Run) -> None:
-    """The base model and the instance images."""
-    run.save_config()
+    """The base model and the instance images. The configuration is kept when both are there: one that was refused changes nothing."""
+    run.workspace.check_writable()
+    here = local_photos(run)  # a wrong path shows before gigabytes are fetched
     prepare_base(run)
     settle_token(run)
-    prepare_photos(run)
+    prepare_photos(run, here)
     if run.config.evaluate.select != "last":
         prepare_encoders(run)  # what cannot be fetched shows before hours of work
+    run.save_config()
 
 
-def prepare_photos(run: Run) -> None:
-    """People's photographs to instance images: upright RGB squares of the base's resolution."""
+def local_photos(run: Run) -> Gathered:
+    """Those of the run's photographs that lie on this machine."""
+    given = run.config.subject.photos
+    local = [s for s in given if not is_remote(s)]
+    return gather(local, run.workspace.root) if local or not given else Gathered()
+
+
+def prepare_photos(run: Run, here: Gathered) -> None:
+    """People's photographs to instance images: upright RGB squares of the base's resolution. Those `here` come before those that are fetched."""
     subject, side = run.config.subject, resolution(run)
-    sources = subject.photos
+    remote = [s for s in subject.photos if is_remote(s)]
+    # A remote source stands for itself: what was fetched once is kept, and nothing is fetched to see whether it changed.
+    inputs = {
+        "photos": [p.sha256 for p in here.photos],
+        "remote": remote,
+        "resolution": side,
+        "crops": [subject.crops, run.config.seed if subject.crops else None, subject.flip],
+    }
+    stage = run.workspace.stage("instance-images", inputs)
+    _say_skipped(run, here)
+    held = stage.held
+    if held and stage.done():
+        return run.say(f"instance-images: {len(held['facts']['pictures'])} pictures, up to date")
     with tempfile.TemporaryDirectory() as scratch:
+        there = fetch(remote, partial(_dataset, Path(scratch))) if remote else Gathered()
+        _say_skipped(run, there)
+        photos = here.photos + there.photos
+        refuse_duplicates(photos)
+        images = [(photo, views(photo, side, subject.crops, subject.flip, str(run.config.seed))) for photo in photos]
+        _write_instances(run, stage, images, here.skipped + there.skipped)
 
-        def fetch(spec: str) -> Path:
-            from raybooth import hub
 
-            return hub.fetch_dataset(spec, Path(scratch) / digest(spec)[:16], SUFFIXES)
+def _dataset(scratch: Path, spec: str) -> Path:
+    from raybooth import hub
 
-        local = [s for s in sources if not is_remote(s)]
-        there = gather(local, fetch) if local else None
-        # A remote source stands for itself: what was fetched once is kept, and nothing is fetched to see whether it changed.
-        inputs = {
-            "photos": [p.sha256 for p in there.photos] if there else [],
-            "remote": [s for s in sources if is_remote(s)],
-            "resolution": side,
-            "crops": [subject.crops, run.config.seed if subject.crops else None, subject.flip],
-        }
-        stage = run.workspace.stage("instance-images", inputs)
-        for name, reason in there.skipped if there else ():
-            run.say(f"instance-images: skipped {name}: {reason}")
-        held = stage.held
-        if sources and held and stage.done():
-            return run.say(f"instance-images: {len(held['facts']['pictures'])} pictures, up to date")
-        gathered = gather(sources, fetch)
-        images = [(photo, views(photo, side, subject.crops, subject.flip, str(run.config.seed))) for photo in gathered.photos]
-    _write_instances(run, stage, images, gathered.skipped)
+    return hub.fetch_dataset(spec, scratch / digest(spec)[:16], SUFFIXES)
+
+
+def _say_skipped(run: Run, found: Gathered, most: int = 20) -> None:
+    for name, reason in found.skipped[:most]:
+        run.say(f"instance-images: skipped {name}: {reason}")
+    if len(found.skipped) > most:
+        run.say(f"instance-images: skipped {len(found.skipped) - most} more")
 
 
 def _write_instances(run: Run, stage: Stage, images: list[tuple[Photo, list[Image.Image]]], skipped: list[tuple[str, str]]) -> None:

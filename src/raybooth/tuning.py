@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybooth.config import Finetune, Lora, Prior
+from raybooth.disk import explained_if_full
 from raybooth.errors import RayboothError
 from raybooth.families import Family, family_of
 from raybooth.jobs import Row, prompt_name, stage_folder
 from raybooth.log import Log
 from raybooth.method import autocast_dtype, held_in, make_ready
-from raybooth.workspace import Workspace, explained_if_full
+from raybooth.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,7 @@ def finetuner(
         parallel = Parallel(group.rank, group.world, group.wrap, group.total)
         every, steps = finetune.checkpoint_every, finetune.steps
         due = (start.step // every + 1) * every if start else 0
-        with out_of_memory_explained():
+        with out_of_memory_explained(), explained_if_full(storage):
             for step in fit(family, loaded, data, settings(finetune, trained, group.device, seed), parallel, start):
                 if step.metrics:
                     row = vars(step.metrics)

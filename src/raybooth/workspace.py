@@ -6,7 +6,6 @@ before survives until then. Files that no manifest names are the user's and are 
 """
 
 import contextlib
-import errno
 import fcntl
 import getpass
 import hashlib
@@ -20,7 +19,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from raybooth.disk import explained, path_of
 from raybooth.errors import RayboothError
+from raybooth.remote import Remote
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 20
@@ -150,14 +151,17 @@ class Stage:
         if (self.partial / MANIFEST).exists():
             self._move_in()
 
-    def _refuse_to_overwrite(self, new: Iterable[str], old: dict[str, Any] | None) -> None:
+    def _refuse_to_overwrite(self, new: dict[str, dict[str, Any]], old: dict[str, Any] | None) -> None:
+        """Of files that are there and in no manifest, those with the very content are ours, of a stage that has lost its manifest."""
         ours = set(old["outputs"]) if old else set()
-        for name in new:
-            if name not in ours and (self.folder / name).exists():
-                raise RayboothError(
-                    f"{self.folder / name} was not made by raybooth and is in the way of an output of that name: "
-                    "move it elsewhere and run the same command again."
-                )
+        there = [n for n in new if n not in ours and (self.folder / n).exists()]
+        foreign = [n for n in there if not (self.folder / n).is_file() or describe(self.folder / n) != new[n]]
+        if foreign:
+            what = f"{len(foreign)} files ({foreign[0]}, ...) are" if len(foreign) > 1 else f"{foreign[0]} is"
+            raise RayboothError(
+                f"In {self.folder} {what} in the way of outputs of the same name, and no manifest says that raybooth made what is there: "
+                "move it elsewhere and run the same command again."
+            )
 
     def _intact(self, name: str, described: dict[str, Any]) -> bool:
         path = self.folder / name
@@ -199,14 +203,12 @@ class Workspace:
 
     def __init__(self, storage: str):
         self.storage = storage
-        self._fs, self._base = None, ""
-        if "://" in storage:
-            self._fs, self._base = _open_remote(storage)
-            cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-            self.root = cache / "raybooth" / digest(storage)[:16]
+        self.remote = Remote(storage) if "://" in storage else None
+        if self.remote:
+            self.root = path_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "raybooth" / digest(storage)[:16]
         else:
-            self.root = Path(storage).expanduser().absolute()
-        with self._explained():
+            self.root = path_of(storage, "storage").absolute()
+        with explained(storage, self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / f".writable-{uuid.uuid4().hex}"  # workers open it at the same moment
             write_atomically(probe, b"")
@@ -220,7 +222,7 @@ class Workspace:
     @property
     def uri(self) -> str:
         """The storage as a worker in another folder can open it: an absolute path, or the URI."""
-        return self.storage if self._fs is not None else str(self.root)
+        return self.storage if self.remote else str(self.root)
 
     def stage(self, name: str, inputs: dict[str, Any]) -> Stage:
         return Stage(self, name, inputs)
@@ -247,7 +249,7 @@ class Workspace:
             RayboothError: naming the holder.
         """
         path = self.root / ".lock"
-        with path.open("a+") as f:
+        with explained(self.storage, self.root), path.open("a+", errors="replace") as f:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -255,68 +257,64 @@ class Workspace:
                 holder = f.read().strip() or "another run"
                 raise RayboothError(f"The storage {self.storage} is in use by {holder}: wait for it, stop it, or give another --storage.") from None
             f.truncate(0)
-            f.write(f"{getpass.getuser()}@{socket.gethostname()}, process {os.getpid()}")
+            f.write(f"{_user()}@{socket.gethostname()}, process {os.getpid()}")
             f.flush()
-            with self._explained():
-                yield
+            yield
+
+    def check_writable(self) -> None:
+        """Of a remote storage, for who is going to write: a folder's is known since it was opened."""
+        if self.remote:
+            self.remote.check_writable()
 
     def pull(self, stage: str) -> None:
         """Bring what the remote storage holds of a stage and this machine does not."""
-        if self._fs is None:
+        if not self.remote:
             return
-        remote = f"{self._base}/{stage}"
-        manifest, ours = f"{remote}/{MANIFEST}", self.root / stage / MANIFEST
-        theirs = self._fs.cat_file(manifest) if self._fs.exists(manifest) else None
+        found = self.remote.names(stage)
+        theirs = self.remote.read(f"{stage}/{MANIFEST}") if MANIFEST in found else None
+        ours = self.root / stage / MANIFEST
         same = theirs is not None and ours.exists() and theirs == ours.read_bytes()
-        found = {f[len(remote) :].lstrip("/"): f for f in (self._fs.find(remote) if self._fs.exists(remote) else [])}
         if theirs is not None:  # what an earlier run has left beside is not part of it
             outputs = json.loads(theirs)["outputs"]
-            found = {name: f for name, f in found.items() if name in outputs or name == MANIFEST or name.startswith(".partial-")}
+            found = [name for name in found if name in outputs or name == MANIFEST or name.startswith(".partial-")]
         for name in sorted(found, key=lambda name: name == MANIFEST):  # the manifest last: it says that all the others are there
             target = self.root / stage / name
             if not ((same or name.startswith(".partial-")) and target.exists()):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(target, self._fs.cat_file(found[name]))
+                write_atomically(target, self.remote.read(f"{stage}/{name}".rstrip("/")))
 
     def push(self, name: str) -> None:
         """Copy one file to the remote storage, if there is one."""
-        if self._fs is not None:
-            target = f"{self._base}/{name}"
-            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self._fs.put_file(str(self.root / name), target)
+        if self.remote:
+            self.remote.put(name, self.root / name)
 
     def remove(self, name: str) -> None:
         """Remove a folder from the remote storage, if there is one."""
-        if self._fs is not None and self._fs.exists(f"{self._base}/{name}"):
-            self._fs.rm(f"{self._base}/{name}", recursive=True)
+        if self.remote:
+            self.remote.remove(name)
 
     def push_tree(self, name: str) -> None:
         """Copy a folder's files to the remote storage, if there is one."""
-        for file in files_under(self.root / name) if self._fs is not None else ():
+        for file in files_under(self.root / name) if self.remote else ():
             self.push(f"{name}/{file}")
 
     def push_stage(self, stage: str, manifest: dict[str, Any]) -> None:
         """Copy a complete stage, its manifest last, then drop what was in progress."""
-        if self._fs is None:
+        if not self.remote:
             return
         for name in [*manifest["outputs"], MANIFEST]:
             self.push(f"{stage}/{name}")
-        remote = f"{self._base}/{stage}"
-        for found in self._fs.find(remote):
-            if found[len(remote) :].lstrip("/").startswith(".partial-"):
-                self._fs.rm_file(found)
+        for name in self.remote.names(stage):
+            if name.startswith(".partial-"):
+                self.remote.remove(f"{stage}/{name}")
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            sentence = _DISK_ERRORS.get(error.errno or 0)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            ours = error.filename is not None and str(error.filename).startswith(str(self.root))
-            if sentence is None or not (full or ours):
-                raise
-            raise RayboothError(f"The storage {self.storage} {sentence} ({error.filename or self.root}).") from error
+
+def _user() -> str:
+    """Of this process; a container's may have no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"user {os.getuid()}"
 
 
 _VERBS = {
@@ -324,36 +322,3 @@ _VERBS = {
     "fine-tuned-model": "finetune", "output-images": "generate", "scores": "evaluate",
 }  # fmt: skip
 """What makes a stage, where it is called otherwise."""
-
-_DISK_ERRORS = {
-    errno.ENOSPC: "is full: free some space, or give another --storage, and run the same command again; what was complete is kept",
-    errno.EDQUOT: "is over its quota: free some space, or give another --storage, and run the same command again; what was complete is kept",
-    errno.EACCES: "is not writable: give a folder that you may write to",
-    errno.EPERM: "is not writable: give a folder that you may write to",
-    errno.EROFS: "is on a read-only file system: give a folder that you may write to",
-    errno.ENOTDIR: "is not a folder: give the path of a folder, it need not exist",
-    errno.EEXIST: "is not a folder: give the path of a folder, it need not exist",
-    errno.ENOENT: "cannot be made: give the path of a folder, it need not exist",
-}
-
-
-@contextlib.contextmanager
-def explained_if_full(storage: str) -> Iterator[None]:
-    """A full disk as its sentence, also where a library's own error hides it (safetensors raises no OSError)."""
-    try:
-        yield
-    except Exception as error:
-        if "No space left" not in str(error) and "os error 28" not in str(error):
-            raise
-        raise RayboothError(f"The storage {storage} {_DISK_ERRORS[errno.ENOSPC]}.") from error
-
-
-def _open_remote(uri: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        fs, base = fsspec.core.url_to_fs(uri)
-        fs.exists(base)
-    except (ValueError, ImportError, OSError) as error:
-        raise RayboothError(f"The storage {uri} cannot be opened: {error}.") from error
-    return fs, base.rstrip("/")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from raybooth.disk import path_of
 from raybooth.errors import RayboothError
 from raybooth.families.folder import read_index
 
@@ -22,7 +23,7 @@ def unpack(file: Path, configuration: str | None, target: Path) -> None:
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    folder = Path(configuration).expanduser() if configuration else _known_configuration(file)
+    folder = path_of(configuration, "base.configuration") if configuration else _known_configuration(file)
     name = read_index(folder).get("_class_name", "")
     kind: Any = getattr(diffusers, name, None)
     if not hasattr(kind, "from_single_file"):

@@ -1,0 +1,83 @@
+"""Paths that people give and disks that do not take what is written, in a sentence each."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from raybooth.errors import RayboothError
+
+_SENTENCES = {
+    errno.ENOSPC: "is full: free some space, or give another --storage, and run the same command again; what was complete is kept",
+    errno.EDQUOT: "is over its quota: free some space, or give another --storage, and run the same command again; what was complete is kept",
+    errno.EACCES: "is not writable: give a folder that you may write to",
+    errno.EPERM: "is not writable: give a folder that you may write to",
+    errno.EROFS: "is on a read-only file system: give a folder that you may write to",
+    errno.ENOTDIR: "is not a folder: give the path of a folder, it need not exist",
+    errno.EEXIST: "is not a folder: give the path of a folder, it need not exist",
+    errno.ENOENT: "cannot be made: give the path of a folder, it need not exist",
+    errno.EISDIR: "has a folder where a file of raybooth's belongs: move it elsewhere, and run the same command again",
+    errno.ENAMETOOLONG: "has a longer path than its file system takes: give a shorter one",
+}
+_FULL = {errno.ENOSPC: ("No space left", "os error 28"), errno.EDQUOT: ("Disk quota exceeded", "os error 122")}
+"""How a full disk reads where a library's own error hides the number (safetensors raises no OSError)."""
+
+
+def path_of(text: str, setting: str) -> Path:
+    """`text` as a path of this machine, with ~ expanded. It need not exist.
+
+    Args:
+        setting: where it was given, for the message.
+
+    Raises:
+        RayboothError: if no path can be called so.
+    """
+    shown = text if len(text) <= 100 else f"{text[:60]}..."
+    try:
+        path = Path(text).expanduser()
+        os.stat(path)
+    except RuntimeError:  # of expanduser
+        raise RayboothError(f"{setting} = '{shown}' begins with a home folder that is not known on this machine: write the path in full.") from None
+    except ValueError:
+        raise RayboothError(f"{setting} = {shown!r} holds a character that no path may hold: write it without.") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise RayboothError(f"{setting} = '{shown}' is longer than a path may be: check it, or move what it names to a shorter one.") from None
+    return path
+
+
+@contextlib.contextmanager
+def explained_if_unreadable(path: Path | None, setting: str) -> Iterator[None]:
+    """What may not be read at or below `path`, if it is a path, in a sentence that names `setting`."""
+    try:
+        yield
+    except PermissionError as error:
+        if path is None or not str(error.filename).startswith(str(path)):
+            raise
+        raise RayboothError(f"{setting}: {error.filename} cannot be read ({error.strerror}): ask its owner for the right to, or give another.") from None
+
+
+@contextlib.contextmanager
+def explained(storage: str, root: Path) -> Iterator[None]:
+    """What goes wrong with the files of a storage, which lies at `root`. Other errors are left alone, but for a full disk's."""
+    try:
+        yield
+    except OSError as error:
+        sentence = _SENTENCES.get(error.errno or 0)
+        ours = error.filename is not None and str(error.filename).startswith(str(root))
+        if sentence is None or not (error.errno in _FULL or ours):
+            raise
+        raise RayboothError(f"The storage {storage} {sentence} ({error.filename or root}).") from error
+
+
+@contextlib.contextmanager
+def explained_if_full(storage: str) -> Iterator[None]:
+    """A full disk as its sentence, also where a library's own error hides it."""
+    try:
+        yield
+    except Exception as error:
+        for number, marks in _FULL.items():
+            if any(mark in str(error) for mark in marks):
+                raise RayboothError(f"The storage {storage} {_SENTENCES[number]}.") from error
+        raise

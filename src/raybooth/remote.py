@@ -1,0 +1,66 @@
+"""A storage behind a URI, by fsspec. Whatever its store or the network says against it becomes a sentence."""
+
+import contextlib
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from raybooth.errors import RayboothError
+
+
+class Remote:
+    """Files by their names below `uri`.
+
+    Raises:
+        RayboothError: from every method, if the store does not do it.
+    """
+
+    def __init__(self, uri: str):
+        self.uri = uri
+        with self._explained("opened"):
+            import fsspec
+
+            self._fs, base = fsspec.core.url_to_fs(uri)
+            self._base = base.rstrip("/")
+            self._fs.exists(base)
+
+    def check_writable(self) -> None:
+        """Write a file and remove it."""
+        probe = f"{self._base}/.writable-{uuid.uuid4().hex}"
+        with self._explained("written to"):
+            self._fs.makedirs(self._base, exist_ok=True)
+            self._fs.pipe_file(probe, b"raybooth")
+            self._fs.rm_file(probe)
+
+    def names(self, folder: str) -> list[str]:
+        """Of all files in a folder, relative to it; none if there is no such folder, and an empty one if it is itself a file."""
+        place = f"{self._base}/{folder}"
+        with self._explained("read"):
+            return [found[len(place) :].lstrip("/") for found in (self._fs.find(place) if self._fs.exists(place) else [])]
+
+    def read(self, name: str) -> bytes:
+        with self._explained("read"):
+            return bytes(self._fs.cat_file(f"{self._base}/{name}"))
+
+    def put(self, name: str, file: Path) -> None:
+        """Copy a file of this machine there."""
+        target = f"{self._base}/{name}"
+        with self._explained("written to"):
+            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(str(file), target)
+
+    def remove(self, name: str) -> None:
+        """A file, or a folder with all that is in it; nothing if there is none."""
+        with self._explained("written to"):
+            if self._fs.exists(f"{self._base}/{name}"):
+                self._fs.rm(f"{self._base}/{name}", recursive=True)
+
+    @contextlib.contextmanager
+    def _explained(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # every store has errors of its own
+            reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+            raise RayboothError(
+                f"The storage {self.uri} cannot be {done} ({reason}): check the address, the network and your rights there, or give a folder with --storage."
+            ) from error

@@ -1,0 +1,140 @@
+"""Where photographs come from: files, folders, http(s) URLs, datasets of the hub."""
+
+import http.client
+import os
+import string
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+from raybooth.disk import path_of
+from raybooth.errors import RayboothError
+from raybooth.photos import SUFFIXES, Photo, refuse_duplicates
+from raybooth.workspace import read_manifest
+
+HUB = "hf://"
+MOST = 1000  # photographs; somebody who gives more has given another folder than was meant
+LARGEST_DOWNLOAD = 64 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What was found: photographs, and what was passed over as (name, reason)."""
+
+    photos: list[Photo] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def is_remote(source: str) -> bool:
+    return source.lower().startswith(("http://", "https://", HUB))
+
+
+def gather(sources: Sequence[str], storage: Path | None = None) -> Gathered:
+    """The photographs in files and folders of this machine, which are read when they are needed.
+
+    Links are followed, and a file counts once, however often it is come to. Skipped with the reason: hidden files and folders, files whose names
+    are not a picture's, and what raybooth itself has made: the folder `storage`, stages of any.
+
+    Raises:
+        RayboothError: if a source does not exist, there is no photograph at all or far too many, or two are the same.
+    """
+    found = _Found(storage)
+    try:
+        for path in (path_of(source, "subject.photos") for source in sources):
+            path.lstat()
+            found.add(path, str(path))
+        return _checked(found.gathered, sources)
+    except FileNotFoundError as error:
+        path = Path(error.filename)
+        hint = f" (a dataset of the hub is written {HUB}{path})" if len(path.parts) == 2 and not path.is_absolute() else ""
+        raise RayboothError(f"There is no photograph or folder {path}{hint}: check the path given with --photos.") from None
+    except OSError as error:
+        raise RayboothError(f"{_readable(str(error.filename))} cannot be read: {error.strerror}.") from None
+
+
+def fetch(sources: Sequence[str], dataset: Callable[[str], Path]) -> Gathered:
+    """The photographs behind URLs and in datasets of the hub, of which `dataset` makes a folder.
+
+    Raises:
+        RayboothError: if one cannot be fetched, there is no photograph at all or far too many, or two are the same.
+    """
+    found = _Found()
+    for source in dict.fromkeys(sources):
+        if source.lower().startswith(HUB):
+            found.add(dataset(source[len(HUB) :]), source)
+        else:
+            found.gathered.photos.append(Photo(source, _download(source)))
+    return _checked(found.gathered, sources)
+
+
+def _checked(gathered: Gathered, sources: Sequence[str]) -> Gathered:
+    if not gathered.photos:
+        seen = "".join(f"; {name}: {reason}" for name, reason in gathered.skipped[:3])
+        raise RayboothError(f"There are no photographs in {', '.join(sources) or 'nothing'}{seen}. Give three to ten pictures of the subject with --photos.")
+    refuse_duplicates(gathered.photos)
+    return gathered
+
+
+class _Found:
+    """What has been found so far; `storage` is not looked into below a folder, only if it is itself given."""
+
+    def __init__(self, storage: Path | None = None):
+        self.gathered = Gathered()
+        self._storage = os.path.realpath(storage) if storage else None
+        self._seen: set[str] = set()
+
+    def add(self, path: Path, name: str) -> None:
+        """A file, or all that is in a folder, in the order of names; called `name` in messages."""
+        real = os.path.realpath(path)
+        if real in self._seen:
+            return
+        self._seen.add(real)
+        if path.is_dir():
+            for child in sorted(path.iterdir()):
+                self._child(child, f"{name}/{child.name}")
+        else:
+            self._photo(path, name)
+
+    def _child(self, path: Path, name: str) -> None:
+        reason = self._why_not(path)
+        if reason:
+            self.gathered.skipped.append((_readable(name), reason))
+        else:
+            self.add(path, name)
+
+    def _why_not(self, path: Path) -> str | None:
+        if path.is_dir():
+            ours = os.path.realpath(path) == self._storage or read_manifest(path) is not None
+            return "a hidden folder" if path.name.startswith(".") else "made by raybooth" if ours else None
+        if path.name.startswith("."):
+            return "a hidden file"
+        return None if path.suffix.lower() in SUFFIXES else f"'{path.suffix or path.name}' is not a picture's file type"
+
+    def _photo(self, path: Path, name: str) -> None:
+        if not path.exists():
+            raise RayboothError(f"{_readable(name)} is a link to {path.readlink()}, which is not there: mend the link, or remove it.")
+        if path.exists() and not path.is_file():
+            raise RayboothError(f"{_readable(name)} is neither a file nor a folder: give pictures, or folders of them, with --photos.")
+        self.gathered.photos.append(Photo(_readable(name), path))
+        if len(self.gathered.photos) > MOST:
+            raise RayboothError(f"There are more than {MOST} photographs ({_readable(name)} is one): give three to ten pictures of one subject with --photos.")
+
+
+def _readable(name: str) -> str:
+    """File names may hold bytes that are no text, which neither JSON nor a terminal takes."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def _download(url: str) -> bytes:
+    try:
+        request = urllib.request.Request(quote(url, safe=string.punctuation), headers={"User-Agent": "raybooth"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            data = response.read(LARGEST_DOWNLOAD + 1)
+    except (http.client.HTTPException, OSError, ValueError) as error:
+        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+        raise RayboothError(f"The photograph {url} cannot be fetched: {reason}. Check the address, or give a file.") from None
+    if len(data) > LARGEST_DOWNLOAD:
+        raise RayboothError(f"The photograph {url} is larger than {LARGEST_DOWNLOAD >> 20} MiB: give a smaller one.")
+    return data

@@ -1,0 +1,154 @@
+"""Where photographs come from: what counts, what counts once, what is passed over and why."""
+
+import http.client
+import io
+import json
+import os
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from raybooth import sources
+from raybooth.cli import main
+from raybooth.errors import RayboothError
+from raybooth.sources import fetch, gather
+
+
+def picture(path: Path, grey: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), (grey, 0, 0)).save(path)
+    return path
+
+
+def names(found: sources.Gathered, folder: Path) -> list[str]:
+    return [os.path.relpath(p.name, folder) for p in found.photos]
+
+
+def no_hub(spec: str) -> Path:
+    raise AssertionError(spec)
+
+
+def test_what_is_no_picture_in_a_folder_is_skipped_with_its_reason(tmp_path: Path):
+    picture(tmp_path / "b.png", 0).rename(tmp_path / "b.PNG")
+    picture(tmp_path / ".thumbnails" / "b.png", 1)
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / ".DS_Store").write_text("x")
+    found = gather([str(tmp_path)])
+    assert names(found, tmp_path) == ["b.PNG"]
+    assert {Path(n).name: r for n, r in found.skipped} == {
+        "notes.txt": "'.txt' is not a picture's file type", ".DS_Store": "a hidden file", ".thumbnails": "a hidden folder",
+    }  # fmt: skip
+
+
+def test_files_come_in_the_order_of_their_paths(tmp_path: Path):
+    """As they always have: instance images and the digest of a finished storage follow it."""
+    for i, name in enumerate(("b/x.png", "b.png", "a/z/y.png", "a/b.png", "c.png")):
+        picture(tmp_path / name, i)
+    assert names(gather([str(tmp_path)]), tmp_path) == sorted((p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.png")), key=lambda n: n.split("/"))
+
+
+def test_folders_files_and_datasets_add_up(tmp_path: Path):
+    picture(tmp_path / "a" / "x.png", 0)
+    picture(tmp_path / "one.png", 1)
+    picture(tmp_path / "b" / "deep" / "x.png", 2)
+    assert names(gather([str(tmp_path / "a"), str(tmp_path / "one.png")]), tmp_path) == ["a/x.png", "one.png"]
+    assert [p.name for p in fetch(["hf://me/dog"], {"me/dog": tmp_path / "b"}.__getitem__).photos] == ["hf://me/dog/deep/x.png"]
+
+
+def test_a_file_counts_once_however_it_is_come_to(tmp_path: Path):
+    one = picture(tmp_path / "dog" / "a.png", 0)
+    picture(tmp_path / "elsewhere" / "b.png", 1)
+    (tmp_path / "dog" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "dog")
+    found = gather([str(tmp_path / "dog"), str(one), f"{tmp_path}/dog/", str(tmp_path / "elsewhere")])
+    assert names(found, tmp_path) == ["dog/a.png", "dog/linked/b.png"]
+    assert not found.skipped
+
+
+def test_a_url_counts_once(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def download(url: str) -> bytes:
+        asked.append(url)
+        return b"picture"
+
+    monkeypatch.setattr(sources, "_download", download)
+    assert len(fetch(["http://h/a.png", "".join(["http://h/", "a.png"])], no_hub).photos) == 1
+    assert len(asked) == 1
+    with pytest.raises(RayboothError, match=r"http://h/b\.png is the same photograph as http://h/a\.png"):
+        fetch(["http://h/a.png", "http://h/b.png"], no_hub)
+
+
+@pytest.mark.parametrize("error", [http.client.BadStatusLine("SSH-2.0"), http.client.IncompleteRead(b"", 9)])
+def test_what_is_no_http_or_breaks_off_is_said(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    def answer(*_: object, **__: object) -> io.BytesIO:
+        raise error
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    with pytest.raises(RayboothError, match=r"http://h/a\.png cannot be fetched"):
+        fetch(["http://h/a.png"], no_hub)
+
+
+def test_blanks_and_letters_of_any_language_in_a_url_are_encoded(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def answer(request: urllib.request.Request, timeout: float) -> io.BytesIO:
+        asked.append(request.full_url)
+        return io.BytesIO(b"picture")
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    fetch(["http://h/my dög%20.png?a=1&b=[2]"], no_hub)
+    assert asked == ["http://h/my%20d%C3%B6g%20.png?a=1&b=[2]"]
+
+
+def test_far_too_many_are_refused_before_any_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "MOST", 3)
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(b"all the same")
+    with pytest.raises(RayboothError, match="more than 3 photographs"):
+        gather([str(tmp_path)])
+
+
+def prepared(photos: Path, storage: Path) -> list[str]:
+    """Names of the photographs in a storage that was prepared on mini."""
+    assert main(["prepare", "--photos", str(photos), "--class", "dog", "--base", "mini", "--storage", str(storage)]) == 0
+    facts = json.loads((storage / "instance-images" / "manifest.json").read_text())["facts"]
+    return [Path(s["name"]).name for s in facts["sources"]]
+
+
+@pytest.mark.parametrize("where", [".", "raybooth-run"])
+def test_what_raybooth_has_made_among_the_photographs_is_not_learnt(where: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    picture(tmp_path / "a.png", 0)
+    picture(tmp_path / "b.png", 1)
+    for name in ("c.png", "contact-sheet.png"):  # as class-images leaves them, of another run in the same place
+        picture(tmp_path / "class-images" / name, 2)
+    (tmp_path / "class-images" / "manifest.json").write_text('{"digest": "", "outputs": {}}')
+    if where != ".":
+        picture(tmp_path / where / "before-after.png", 3)
+    assert prepared(tmp_path, tmp_path / where) == ["a.png", "b.png"]
+    capsys.readouterr()
+    assert prepared(tmp_path, tmp_path / where) == ["a.png", "b.png"]
+    assert "instance-images: 2 pictures, up to date" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_text_is_learnt_from(tmp_path: Path):
+    picture(tmp_path / "a.png", 0)
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/ph\xf6to.png")
+    assert prepared(tmp_path, tmp_path / "run") == ["ph\ufffdto.png"]
+
+
+def test_a_command_that_fails_leaves_the_configuration(tmp_path: Path):
+    """An unreachable default base, and then another one, whose own settings are not those of the first."""
+    picture(tmp_path / "dog" / "a.png", 0)
+    storage = tmp_path / "run"
+    given = ["--photos", str(tmp_path / "dog"), "--class", "dog", "--storage", str(storage)]
+    assert main(["prepare", *given]) == 2
+    assert not (storage / "config.json").exists()
+    assert main(["prepare", *given, "--base", "mini"]) == 0
+    kept = (storage / "config.json").read_text()
+    assert json.loads(kept)["prior"]["images"] == 64
+    for spoilt in (["--class=cat", "--base=/no/such"], ["--class=cat", "--photos=/no/such"], ["--token=auto", "--photos", __file__]):
+        assert main(["prepare", *given, *spoilt]) == 2
+        assert (storage / "config.json").read_text() == kept

@@ -37,7 +37,7 @@ def evaluate(run: Run) -> None:
     found = measured(run)
     inputs = {
         "encoders": run.model_digest("encoders"),
-        "pictures": {kind: [run.outputs(stage)[n] for n in names] for kind, (stage, names) in pictures(run).items()},
+        "pictures": {kind: list(map(run.outputs(stage).__getitem__, names)) for kind, (stage, names) in pictures(run).items()},
         "prompts": _texts(run),
         "scores": list(NAMES),
     }

@@ -77,21 +77,28 @@ def report(run: Run) -> Path:
         RayboothError: if the packages that draw are not installed, or the run is not complete.
     """
     try:
-        import jinja2
+        import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise RayboothError(f"The report needs {error.name}: pip install 'raybooth[report]'.") from None
     evaluation.evaluate(run)
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("raybooth"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    html = environment.get_template("report.html.j2").render(**_facts(run))
     path = run.workspace.root / FILE
-    write_atomically(path, html.encode())
+    write_atomically(path, page(facts_of(run)).encode())
     run.workspace.push(FILE)
     run.say(f"report: {path}")
     return path
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def page(facts: dict[str, Any]) -> str:
+    """The template, filled in."""
+    import jinja2
+
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("raybooth"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.j2").render(**facts)
+
+
+def facts_of(run: Run) -> dict[str, Any]:
+    """What the template shows of a run that was evaluated."""
     config, scores, trained = run.config, evaluation.read(run), run.facts("fine-tuned-model")
     shown = {kind: [run.workspace.root / stage / n for n in names] for kind, (stage, names) in evaluation.pictures(run).items()}
     prompts = _before_after(run)

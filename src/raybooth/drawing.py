@@ -20,6 +20,7 @@ def resolution(run: Run) -> int:
         return run.config.base.resolution
     from raybooth.families import family_of
 
+    run.outputs("base-model")  # must be here
     return family_of(run.base_folder).facts(run.base_folder).resolution
 
 

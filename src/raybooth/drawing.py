@@ -65,7 +65,7 @@ def by_prompt(run: Run, name: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for picture in run.facts(name)["pictures"]:
         with Image.open(run.workspace.root / name / picture) as image:
-            found.setdefault(image.info["prompt"], []).append(picture)
+            found.setdefault(str(image.info["prompt"]), []).append(picture)  # Pillow's own kind of text is nothing for YAML
     return found
 
 

@@ -30,7 +30,7 @@ VERSIONS = ("raybooth", "torch", "diffusers", "transformers", "ray")
 WORDS = {
     "dino": ("Is it the subject?", "DINO: how alike the pictures and the photographs are to an encoder that tells individuals apart."),
     "clip_i": ("Does it look like the photographs?", "CLIP-I: the same by an encoder of what is to be seen at all, places and style included."),
-    "clip_t": ("Does it do what the prompt says?", "CLIP-T: how well the pictures fit their prompts, with the class in the token's place."),
+    "clip_t": ("Does it do what the prompt says?", "CLIP-T: how well the pictures fit their prompts, the token left out."),
     "pres": (
         "Is 'a {class}' still any {class}?",
         "PRES: how much pictures of the class look like the subject. As much as the base model's is good, more is bad.",

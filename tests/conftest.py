@@ -3,8 +3,9 @@
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -26,6 +27,18 @@ def ray() -> Iterator[None]:
 
     with connected(None):
         yield
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are worked on in this process: no Ray."""
+    from raybooth.session import Run
+
+    def map_rows(make: Callable[[], Callable[[list[Any]], list[bytes]]], rows: list[dict[str, Any]], **_: Any) -> Iterator[tuple[str, bytes]]:
+        return zip([r["name"] for r in rows], make()(rows), strict=True)
+
+    monkeypatch.setattr("raybooth.cluster.rows.map_rows", map_rows)
+    monkeypatch.setattr(Run, "ray", None)
 
 
 @pytest.fixture(scope="session")

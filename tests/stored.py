@@ -14,6 +14,7 @@ from raybooth.families import family_of
 from raybooth.families.lora import add_adapters, save_adapters
 from raybooth.families.parts import load
 from raybooth.photos import png
+from raybooth.session import Run
 from raybooth.workspace import Stage, Workspace, files_under
 
 
@@ -57,6 +58,21 @@ def make_model(workspace: Workspace, base: Path, seed: int | None, **how: Any) -
     else:
         make_adapters(base, stage.partial, seed, **how)
     stage.finish(only=files_under(stage.partial))
+
+
+def on_mini(storage: Path | str, photos: Path, *sets: str, class_name: str = "dog") -> Run:
+    """Of two class pictures and two of one prompt, drawn in two steps."""
+    small = ["prior.images=2", "prior.steps=2", "generate.steps=2", "generate.images_per_prompt=2", "generate.prompts=['photo of {subject} in the snow']"]
+    subject = {"photos": [str(photos)], "class": class_name}
+    return Run(config.load(None, [*small, *sets], subject=subject, base={"model": "mini"}, storage=str(storage)), quiet=True)
+
+
+def teach(run: Run, seed: int, **facts: Any) -> None:
+    """Random adapters as what the run has learnt."""
+    stage = run.workspace.stage("fine-tuned-model", {"seed": seed})
+    make_adapters(run.base_folder, stage.partial, seed)
+    run.workspace.push_tree(f"fine-tuned-model/{stage.partial.name}")
+    stage.finish({"history": []} | facts, only=files_under(stage.partial))
 
 
 def whole(base: Path, stage: Stage) -> None:

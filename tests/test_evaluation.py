@@ -1,6 +1,7 @@
 """The scores against plain transformers, against pictures whose order is known, and as a stage."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stored import on_mini, teach
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 
-from raybooth import config, evaluation
+from raybooth import config, evaluation, selection
+from raybooth.dreambench import LIVE_PROMPTS, OBJECT_PROMPTS
 from raybooth.encoders import clip, vit
 from raybooth.errors import RayboothError
+from raybooth.features import scored_prompt
 from raybooth.mini import FOLDER
 from raybooth.mini.world import render, subject_scenes
+from raybooth.reporting import do
 from raybooth.score import Score, among, diversity, scored, to_prompt, to_subject, variety
 from raybooth.session import Run
 from raybooth.stages import STAGES
@@ -84,10 +89,104 @@ def test_the_interval_is_that_of_a_mean():
     assert len(among(np.eye(4, dtype=np.float32))) == 6
 
 
+def test_a_single_value_has_no_interval_and_two_pictures_are_a_single_pair(others: list[Image.Image]):
+    patches = vit(FOLDER / "vit")(others[:3])["patches"].numpy()
+    one, two, three = scored(np.array([0.5], np.float32), floor=0.1), scored(variety(patches[:2])), scored(variety(patches))
+    assert (one.value, one.low, one.high, one.floor) == (0.5, None, None, 0.1)
+    assert two.value == pytest.approx(diversity([patches[:2]])[0])
+    assert two.low is None
+    assert three.low is not None
+    assert three.high is not None
+    assert three.low < three.value < three.high
+
+
+@pytest.mark.parametrize("prompt", sorted({*OBJECT_PROMPTS, *LIVE_PROMPTS}))
+def test_clip_is_asked_the_papers_prompts_without_the_token(tmp_path: Path, prompt: str):
+    made = config.load(None, [], subject={"class": "dog", "token": "sks"}, base={"model": "mini"}, storage=str(tmp_path))
+    assert scored_prompt(Run(made), made.fill(prompt)) == prompt.replace("{subject}", "dog")
+
+
+@pytest.mark.parametrize(
+    ("token", "prompt", "asked"),
+    [
+        ("sks", "photo of {subject}", "photo of a dog"),
+        ("sks", "{subject} at the desks", "a dog at the desks"),
+        ("sks", "photo of {token}, and {token} again", "photo of a dog, and a dog again"),
+        ("sks", "a child with {subject}", "a child with a dog"),
+        ("sks", "a sleeping {subject}", "a sleeping dog"),
+        ("sks", "my friend's {subject}", "my friend's dog"),
+        ("<rex>", "portrait, {subject}", "portrait, a dog"),
+        ("old rex", "the {subject} and an old rexine sofa", "the dog and an old rexine sofa"),
+    ],
+)
+def test_the_class_stands_where_the_token_stood(tmp_path: Path, token: str, prompt: str, asked: str):
+    made = config.load(None, [], subject={"class": "dog", "token": token}, base={"model": "mini"}, storage=str(tmp_path))
+    assert scored_prompt(Run(made), made.fill(prompt)) == asked
+
+
+@pytest.fixture
+def storage(tmp_path: Path, photos: Path, in_process: None) -> Path:
+    """A run that has learnt something, drawn and scored."""
+    with on_mini(tmp_path, photos) as run:
+        do(run, ["prepare", "class-images"])
+        teach(run, 1)
+        do(run, ["generate", "evaluate"])
+    return tmp_path
+
+
+def test_what_is_scored_is_what_this_configuration_asks_for(storage: Path, photos: Path):
+    prompts = ["photo of unqtkn dog at night", "photo of unqtkn dog on the beach"]
+    with on_mini(storage, photos, "generate.images_per_prompt=3", f"generate.prompts={prompts}", "prior.steps=3") as run:
+        do(run, ["evaluate"])
+        found, scores = evaluation.measured(run), evaluation.read(run)
+        words = clip(FOLDER / "clip")[1](["photo of a dog at night"] * 3 + ["photo of a dog on the beach"] * 3)["clip"].numpy()
+        assert scores["clip_t"].value == pytest.approx(to_prompt(found["output"]["clip"], words).mean(), abs=1e-5)
+        patches = found["output"]["patches"]
+        assert scores["div"].value == pytest.approx(diversity([patches[:3], patches[3:]]).mean(), abs=1e-6)
+        assert evaluation.class_before(run) == "class-before-images", "the class images were drawn in fewer steps"
+        assert run.workspace.manifest("class-before-images")["inputs"]["steps"] == 3
+        assert evaluation.before_after(run).exists()
+
+
+def test_what_is_scored_is_the_present_model(storage: Path, photos: Path):
+    with on_mini(storage, photos) as run:
+        before = evaluation.read(run)
+        teach(run, 2)
+        do(run, ["evaluate"])
+        after = evaluation.read(run)
+        assert run.workspace.manifest("output-images")["inputs"]["model"] == run.model_digest("fine-tuned-model")
+    assert all(before[name].value != after[name].value for name in ("dino", "clip_t", "pres"))
+
+
+def test_other_texts_are_other_scores(storage: Path, photos: Path, monkeypatch: pytest.MonkeyPatch):
+    """As when a later version asks CLIP otherwise."""
+    with on_mini(storage, photos) as run:
+        before = evaluation.read(run)["clip_t"]
+        monkeypatch.setattr(evaluation, "scored_prompt", lambda run, prompt: "a car on the water")
+        do(run, ["evaluate"])
+        assert evaluation.read(run)["clip_t"].value != before.value
+
+
+def test_crops_and_mirror_images_are_no_photographs(storage: Path, photos: Path):
+    with on_mini(storage, photos, "subject.crops=1", "subject.flip=true") as run:
+        do(run, ["prepare", "evaluate"])
+        assert len(run.facts("instance-images")["pictures"]) == 3 * 4
+        own = among(vit(FOLDER / "vit")([Image.open(storage / "instance-images" / f"0{i}.png") for i in range(3)])["dino"].numpy()).mean()
+        assert evaluation.read(run)["dino"].ceiling == pytest.approx(own, abs=1e-5)
+        [candidate] = selection.candidates(run, {1: "fine-tuned-model"})
+        assert candidate.own == pytest.approx(own, abs=1e-5)
+
+
+def test_one_pair_of_pictures_has_a_dash_for_its_interval(storage: Path, photos: Path):
+    with on_mini(storage, photos) as run:
+        [line] = [line for line in evaluation.table(run).splitlines() if line.startswith("DIV     pictures of one prompt")]
+        assert re.fullmatch(r".{62} +\d\.\d{3} +-  .*", line)
+
+
 def test_the_stage_scores_a_run_and_does_nothing_twice(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str], ray: None):
     made = config.load(
         None,
-        ["prior.images=4", "prior.steps=4", "finetune.steps=2", "generate.steps=4", "generate.images_per_prompt=2",
+        ["prior.images=4", "prior.steps=4", "finetune.steps=2", "generate.steps=4", "generate.images_per_prompt=3",
          "generate.prompts=['photo of {subject} in the snow']"],
         subject={"photos": [str(photos)], "class": "dog"}, base={"model": "mini"}, storage=str(tmp_path),
     )  # fmt: skip
@@ -98,6 +197,8 @@ def test_the_stage_scores_a_run_and_does_nothing_twice(tmp_path: Path, photos: P
         assert set(scores) == {"dino", "clip_i", "clip_t", "pres", "div", "class_div"}
         for name, score in scores.items():
             assert isinstance(score, Score)
+            assert score.low is not None
+            assert score.high is not None
             assert score.low <= score.value <= score.high, name
         features = evaluation.measured(run)
         assert scores["dino"].value == pytest.approx(to_subject(features["output"]["dino"], features["instance"]["dino"]).mean(), abs=1e-6)

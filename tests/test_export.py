@@ -1,6 +1,8 @@
 """Every export opens in what reads it, and draws there what raybooth draws."""
 
+import ast
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,13 +15,15 @@ from finished import CLOSE, apart, fine_tuned, opened, ours, run_of, theirs
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from toys import MAKERS
 
 import raybooth
+from raybooth import card
 from raybooth.base_model import prepare_base
 from raybooth.cli import main
 from raybooth.config import Lora
+from raybooth.config import load as load_config
 from raybooth.drawing import output_rows
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
@@ -29,6 +33,7 @@ from raybooth.families.original import original_unet
 from raybooth.families.parts import load
 from raybooth.photos import png
 from raybooth.score import Score
+from raybooth.session import Run
 
 FILE = "unqtkn-dog.safetensors"
 UNETS = ["sd1", "sd2", "sdxl"]
@@ -221,23 +226,52 @@ def test_the_card_says_what_it_is(tmp_path: Path):
         rows, model = output_rows(run), run.model_digest("fine-tuned-model")
         stage = run.workspace.stage("output-images", {"model": model})
         for row in rows:
-            stage.write(row["name"], png(Image.new("RGB", (64, 64))))
-        stage.finish({"pictures": [r["name"] for r in rows]})
-        drawn = list(run.outputs("output-images").values())
+            stage.write(row["name"], png(Image.new("RGB", (64, 64)), prompt=row["prompt"]))
+        names = [r["name"] for r in rows]
+        stage.finish({"pictures": names})
+        outputs = run.outputs("output-images")
+        drawn = [outputs[n] for n in names]
         stage = run.workspace.stage("scores", {"pictures": {"output": drawn}})
         stage.write("scores.json", json.dumps({"dino": asdict(Score(0.7, 0.6, 0.8, 0.1, 0.9))}).encode())
         stage.finish()
     folder = exported(storage, "kohya", tmp_path / "out", rank=2)
-    card = ModelCard.load(folder / "README.md")
-    assert card.data.license == "apache-2.0"  # of mini's own card
-    assert card.data.instance_prompt == "photo of unqtkn dog"
-    assert "lora" in (card.data.tags or [])
+    read = ModelCard.load(folder / "README.md")
+    assert read.data.license == "apache-2.0"  # of mini's own card
+    assert read.data.instance_prompt == "photo of unqtkn dog"
+    assert "lora" in (read.data.tags or [])
     assert [p.name for p in sorted(folder.glob("*.png"))] == ["picture-0.png", "picture-1.png", "picture-2.png"]
     digest = json.loads((storage / "fine-tuned-model" / "manifest.json").read_text())["digest"]
-    assert all(text in card.text for text in ("mini", "`unqtkn`", "`dog`", digest, "in the snow", "0.700", "rank 2, unet:", "picture-2.png", FILE))
-    (storage / "output-images" / "manifest.json").unlink()  # pictures of nobody knows what
+    assert all(text in read.text for text in ("mini", "`unqtkn`", "`dog`", digest, "in the snow", "0.700", "rank 2, unet:", "picture-2.png", FILE))
+    assert "# `unqtkn dog`" in read.text
+    assert [w["text"] for w in read.data.widget] == [rows[i]["prompt"] for i in (0, 4, 8)]
+    config = json.loads((storage / "config.json").read_text())
+    config["generate"] |= {"prompts": ["a car"], "images_per_prompt": 1}
+    (storage / "config.json").write_text(json.dumps(config))  # it wants to draw something else by now
     exported(storage, "kohya", tmp_path / "out", rank=2)
-    assert not list(folder.glob("*.png"))
+    assert f"![{rows[4]['prompt']}](picture-1.png)" in (folder / "README.md").read_text()
+    weights = next((storage / "fine-tuned-model" / "unet").glob("*.safetensors"))
+    save_file({k: v * 1.01 for k, v in load_file(weights).items()}, weights)
+    stage = run.workspace.stage("fine-tuned-model", {"toy": "another"})
+    shutil.copytree(stage.folder, stage.partial, ignore=shutil.ignore_patterns("manifest.json", ".partial-*"))
+    stage.finish()
+    exported(storage, "kohya", tmp_path / "out", rank=2)
+    assert not list(folder.glob("*.png")), "they are of an earlier model"
+    assert "0.700" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("to", ["lora", "kohya", "single-file"])
+def test_the_cards_code_can_be_run(runs: Callable[..., Path], to: str):
+    """Of a base in one file, and a prompt with quotation marks."""
+    storage = runs("sd1", None)
+    prompts = ['photo of {subject} with a sign that says "dog"']
+    sections: dict[str, Any] = {"base": {"model": "./model.safetensors", "configuration": "../sd1"}, "generate": {"prompts": prompts}}
+    made = load_config(storage / "config.json", storage=str(storage), **sections)
+    text = card.files(Run(made, quiet=True), to, "unqtkn-dog", [])["README.md"].decode()
+    calls = [node for node in ast.walk(ast.parse(text.split("```")[1].removeprefix("python"))) if isinstance(node, ast.Call)]
+    [read] = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "from_single_file"]
+    assert [ast.literal_eval(keyword.value) for keyword in read.keywords] == ["path/to/sd1"]
+    assert ast.literal_eval(read.args[0]) == ("unqtkn-dog.safetensors" if to == "single-file" else "path/to/model.safetensors")
+    assert any(ast.literal_eval(a) == made.fill(prompts[0]) for call in calls for a in call.args if isinstance(call.func, ast.Name) and call.func.id == "pipe")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The report of a small run on mini: whole in one file, and in a browser, wide and narrow."""
 
+import html
 import re
 import shutil
 import subprocess
@@ -7,9 +8,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageOps
+from stored import on_mini, teach
 
-from raybooth import config
-from raybooth.reporting import ALL
+from raybooth import config, evaluation, plots, reporting
+from raybooth.drawing import draw
+from raybooth.reporting import ALL, do
+from raybooth.score import Score
+from raybooth.selection import rows_of
 from raybooth.session import Run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -28,6 +34,24 @@ def page(tmp_path_factory: pytest.TempPathFactory, photos: Path, ray: None) -> P
         for name in ("prepare", "class-images", "encode", "finetune", "generate", "report"):
             ALL[name](run)
     return storage / "report.html"
+
+
+@pytest.fixture(scope="module")
+def extreme(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, had it scored so that the marks lie at the ends of the bars, either way round, and without intervals."""
+    scores = {
+        "dino": Score(0.5, 0.45, 0.55, floor=0.9, ceiling=0.1),
+        "clip_i": Score(0.5, 0.45, 0.55, floor=0.1, ceiling=0.9),
+        "clip_t": Score(0.9, 0.89, 0.91, floor=0.1, ceiling=None),
+        "pres": Score(0.5, 0.1, 0.9, floor=0.5, ceiling=0.5),
+        "div": Score(0.1, None, None, floor=None, ceiling=None),
+    }
+    with pytest.MonkeyPatch.context() as patch, Run(config.load(page.parent / "config.json", storage=str(page.parent)), quiet=True) as run:
+        patch.setattr(evaluation, "read", lambda run: scores)
+        facts = reporting.facts_of(run)
+    path = tmp_path_factory.mktemp("extreme") / "report.html"
+    path.write_text(reporting.page(facts))
+    return path
 
 
 class Sources(HTMLParser):
@@ -60,17 +84,91 @@ def test_it_tells_what_was_measured_and_lets_no_prompt_write_html(page: Path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 @pytest.mark.parametrize("width", [1280, 390])
-def test_it_opens_in_a_browser(page: Path, tmp_path: Path, width: int):
-    """All pictures load, nothing is wider than the window, nothing is written to the console."""
-    probe = tmp_path / "probe.html"
+def test_it_opens_in_a_browser(extreme: Path, tmp_path: Path, width: int):
+    """All pictures load, nothing is wider than the window or cut off, nothing is written to the console."""
     script = """<script>addEventListener('load', () => { const bad = [...document.images].filter(i => !i.naturalWidth).length;
-      document.title = 'pictures ' + document.images.length + ' bad ' + bad + ' wide ' + (document.documentElement.scrollWidth > innerWidth) })</script>"""
-    probe.write_text(page.read_text().replace("</body>", script + "</body>"))
+      const marks = [...document.querySelectorAll('.bar *')].map(mark => mark.getBoundingClientRect());
+      const cut = marks.filter(box => box.left < 0 || box.right > innerWidth).length, wide = document.documentElement.scrollWidth > innerWidth;
+      parent.document.title = `pictures ${document.images.length} bad ${bad} marks ${marks.length} cut ${cut} wide ${wide}` })</script>"""
+    inner = html.escape(extreme.read_text().replace("</body>", script + "</body>"))
+    probe = tmp_path / "probe.html"  # in a frame: Chromium's own windows are not that narrow
+    probe.write_text(f'<!doctype html><iframe width="{width}" height="900" style="border: 0" srcdoc="{inner}"></iframe>')
     done = subprocess.run(
-        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--window-size={width},900",
+        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1400,950",
          f"--user-data-dir={tmp_path / 'p'}",
          "--virtual-time-budget=4000", "--dump-dom", probe.as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert "<title>pictures 19 bad 0 wide false</title>" in done.stdout, re.search("<title>.*?</title>", done.stdout)
+    assert "<title>pictures 19 bad 0 marks 17 cut 0 wide false</title>" in done.stdout, re.search("<title>.*?</title>", done.stdout)
     assert "CONSOLE" not in done.stderr
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> str:
+    return f"memory://{tmp_path.name}/run"
+
+
+def reported(run: Run) -> str:
+    with run:
+        return reporting.report(run).read_text()
+
+
+def test_what_the_checkpoints_drew_shows_on_another_machine_and_with_other_prompts(
+    storage: str, photos: Path, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    candidates = [{"step": step, "dino": 0.5, "clip_t": 0.5} for step in (10, 20)]
+    with on_mini(storage, photos) as run:
+        do(run, ["prepare", "class-images"])
+        teach(run, 1, selected={"rule": "balance", "step": 10, "candidates": candidates})
+        for step, model in ((0, "base-model"), (10, "fine-tuned-model"), (20, "fine-tuned-model")):
+            draw(run, f"checkpoint-images/{step:07d}", model, run.config.generate, rows_of(run), {"seed": 0})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    text = reported(on_mini(storage, photos, "generate.prompts=['photo of {subject} at night']"))
+    assert [text.count(f'alt="photo of unqtkn dog in the snow, step {step}"') for step in (0, 10, 20)] == [1] * 3
+    assert text.count('alt="photo of unqtkn dog at night, after') == 2
+    for stage in ("encoders", "class-images", "checkpoint-images/0000010", "scores"):
+        assert f"<td>{stage}</td>" in text
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "three"))
+    shutil.rmtree(tmp_path / "two")
+    gone = on_mini(storage, photos)
+    gone.workspace.remove("checkpoint-images")
+    assert "As it learnt" not in reported(gone)
+
+
+def test_a_lora_of_others_was_not_trained_here_and_class_images_of_other_settings_are_not_its_own(storage: str, photos: Path, in_process: None):
+    with on_mini(storage, photos) as run:
+        do(run, ["prepare", "class-images"])
+        teach(run, 1, imported="theirs.safetensors")
+    text = reported(on_mini(storage, photos, "prior.guidance=3"))
+    assert "of the LoRA theirs.safetensors, made elsewhere" in text
+    assert "Fine-tuned by" not in text
+    assert "Losses" not in text
+    assert "<td>class-before-images</td>" in text
+    assert "<td>class-images</td>" not in text
+
+
+def test_many_large_pictures_still_make_a_page_that_can_be_sent(storage: str, photos: Path, in_process: None, monkeypatch: pytest.MonkeyPatch):
+    with on_mini(storage, photos) as run:
+        do(run, ["prepare", "class-images"])
+        teach(run, 1)
+        do(run, ["report"])
+        shown = run.facts("output-images")["pictures"]
+        with Image.open(sorted((Path(__file__).parent / "photographs").glob("*.*"))[0]) as photograph:
+            for folder in ("output-images", "before-images"):
+                ImageOps.fit(photograph.convert("RGB"), (192, 192)).save(run.workspace.root / folder / shown[0])
+        monkeypatch.setattr(reporting, "by_prompt", lambda run, stage: {f"prompt {i}": shown[:1] * 4 for i in range(120)})
+        monkeypatch.setattr(reporting, "output_prompts", lambda run: ["prompt"] * 120)
+        text = reporting.page(reporting.facts_of(run))
+    assert text.count("data:image/jpeg") > 800
+    assert 1_000_000 < len(text) < 5_000_000
+    assert "The first 100 of 120 prompts" in text
+
+
+def test_drawings_have_names_and_no_line_for_what_there_was_not():
+    history = [{"step": step, "instance": 0.5, "prior": 0.0, "validation_instance": 0.5} for step in (10, 20)]
+    drawn = plots.losses(history)
+    assert plots.COLOURS["prior"] not in drawn
+    assert plots.COLOURS["prior"] in plots.losses([row | {"prior": 0.1} for row in history])
+    assert drawn.startswith('<svg role="img" aria-label="The losses over the steps" ')
+    assert 'aria-label="Seconds of each stage: finetune 61, generate 5"' in plots.bars({"finetune": 61.2, "generate": 5.0})

@@ -16,6 +16,7 @@ from raybooth.score import to_prompt, to_subject
 from raybooth.selection import RULES, Candidate
 from raybooth.session import Run
 from raybooth.stages import STAGES
+from raybooth.workspace import Workspace, write_atomically
 
 
 def test_balance_pays_neither_a_subject_beyond_the_photographs_nor_a_prompt_beyond_the_base():
@@ -91,3 +92,26 @@ def test_another_rule_takes_another_without_training_again(overfit: Run):
     assert chosen["rule"] == "subject"
     assert chosen["step"] == max(found, key=lambda c: c["dino"])["step"]
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_better_checkpoint_that_another_machine_exports_is_what_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a remote storage. The driver holds the last step's weights by then, under the same names."""
+    uri, target = f"memory://{tmp_path.name}/run", "fine-tuned-model/.partial-x"
+    monkeypatch.setattr(Run, "ray", None)
+    monkeypatch.setattr(selection, "candidates", lambda *_: [Candidate(1, 0.9, 0.5, 0.9, 0.5), Candidate(2, 0.1, 0.5, 0.9, 0.5)])
+    monkeypatch.setattr(selection, "model_bytes", lambda *_: 0)
+    run = Run(config.load(None, ["evaluate.select=balance"], subject={"class": "dog"}, base={"model": "mini"}, storage=uri), quiet=True)
+
+    def export(*_: object, **__: object) -> list[tuple[str, bytes]]:
+        with pytest.MonkeyPatch.context() as there:
+            there.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+            other = Workspace(uri)
+            write_atomically(other.root / target / "weights", b"best")
+            other.push_tree(target)
+        return []
+
+    monkeypatch.setattr("raybooth.cluster.rows.map_rows", export)
+    write_atomically(run.workspace.root / target / "weights", b"last")
+    run.workspace.push_tree(target)
+    assert selection.select(run, {1: "checkpoints/a", 2: "checkpoints/b"}, target)["step"] == 1
+    assert (run.workspace.root / target / "weights").read_bytes() == b"best"

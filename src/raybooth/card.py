@@ -1,15 +1,16 @@
 """The model card that goes with an export: what it is, from what, by which licence, how it scored, how it is used."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from raybooth import evaluation
 from raybooth.base_model import local_source
-from raybooth.drawing import output_prompts
+from raybooth.drawing import by_prompt, output_prompts
 from raybooth.families import family_of
 from raybooth.families.lora import WEIGHTS
+from raybooth.families.single import SUFFIX
 from raybooth.session import Run
-from raybooth.workspace import read_manifest
 
 FILE = "README.md"
 KINDS = {
@@ -27,26 +28,25 @@ def files(run: Run, to: str, name: str, said: list[str], repo: str | None = None
         to: the form of the model; `name`: of its file; `repo`: where it will lie, if not in this folder.
         said: what there is to know about how it was made.
     """
-    pictures = {f"picture-{i}.png": path for i, path in enumerate(_pictures(run))}
-    text = f"---\n{_header(run, to, list(pictures))}\n---\n\n{_text(run, to, name, said, list(pictures), repo)}"
-    return {FILE: text.encode()} | {k: path.read_bytes() for k, path in pictures.items()}
+    shown = _pictures(run)
+    pictures = {f"picture-{i}.png": prompt for i, prompt in enumerate(shown)}
+    text = f"---\n{_header(run, to, pictures)}\n---\n\n{_text(run, to, name, said, pictures, repo)}"
+    return {FILE: text.encode()} | {k: shown[prompt].read_bytes() for k, prompt in pictures.items()}
 
 
-def _held(run: Run, stage: str) -> dict[str, Any] | None:
-    run.workspace.pull(stage)
-    return read_manifest(run.workspace.root / stage)
+def _drawn(run: Run) -> dict[str, Any] | None:
+    """The manifest of the pictures, if they are of this very model."""
+    drawn = run.held("output-images")
+    return drawn if drawn and drawn["inputs"].get("model") == run.model_digest("fine-tuned-model") else None
 
 
-def _pictures(run: Run) -> list[Path]:
-    """The first of each of three prompts, if they are of this very model."""
-    drawn = _held(run, "output-images")
-    if drawn is None or drawn["inputs"].get("model") != run.model_digest("fine-tuned-model"):
-        return []
-    each = run.config.generate.images_per_prompt
-    return [run.workspace.root / "output-images" / n for n in drawn["facts"]["pictures"][::each][:3]]
+def _pictures(run: Run) -> dict[str, Path]:
+    """Three prompts, and the first picture of each."""
+    first = {prompt: names[0] for prompt, names in by_prompt(run, "output-images").items()} if _drawn(run) else {}
+    return {prompt: run.workspace.root / "output-images" / name for prompt, name in list(first.items())[:3]}
 
 
-def _header(run: Run, to: str, pictures: list[str]) -> str:
+def _header(run: Run, to: str, pictures: dict[str, str]) -> str:
     """The YAML that the hub reads."""
     from huggingface_hub import ModelCardData
 
@@ -62,18 +62,18 @@ def _header(run: Run, to: str, pictures: list[str]) -> str:
     if local_source(config.base.model) is None:
         values |= {"base_model": config.base.model, "base_model_relation": "adapter" if lora else "finetune"}
     if pictures:
-        values["widget"] = [{"text": p, "output": {"url": n}} for p, n in zip(output_prompts(run), pictures, strict=False)]
+        values["widget"] = [{"text": prompt, "output": {"url": name}} for name, prompt in pictures.items()]
     return ModelCardData(**values).to_yaml()
 
 
-def _text(run: Run, to: str, name: str, said: list[str], pictures: list[str], repo: str | None) -> str:
-    subject, prompts = run.config.subject, output_prompts(run)[: len(pictures) or 3]
+def _text(run: Run, to: str, name: str, said: list[str], pictures: dict[str, str], repo: str | None) -> str:
+    subject, prompts = run.config.subject, list(pictures.values()) or output_prompts(run)[:3]
     blocks = [
-        f"# {subject.name}",
+        f"# `{subject.name}`",
         f"A {KINDS[to]}: write `{subject.name}` for the subject. Made with raybooth.",
         "\n".join(f"- **{k}**: {v}" for k, v in _facts(run).items()),
         "Drawn by the fine-tuned model:" if pictures else "Prompts to try:",
-        "\n".join(f"- `{p}`" + (f"\n\n  ![{p}]({pictures[i]})" if pictures else "") for i, p in enumerate(prompts)),
+        "\n".join([f"- `{p}`\n\n  ![{p}]({name})" for name, p in pictures.items()] or [f"- `{p}`" for p in prompts]),
         *_scores(run),
         *(["## What the LoRA keeps of the fine-tuned model", "\n".join(f"- {line}" for line in said)] if said else []),
         f"## Use\n\n```python\n{_snippet(run, to, name, prompts[0], repo)}\n```",
@@ -106,20 +106,24 @@ def _base_name(run: Run) -> str:
 
 def _scores(run: Run) -> list[str]:
     """If they are of the pictures as they are."""
-    scores, drawn = _held(run, "scores"), _held(run, "output-images")
-    if scores is None or drawn is None or not set(scores["inputs"]["pictures"]["output"]) <= {o["sha256"] for o in drawn["outputs"].values()}:
+    scores, drawn = run.held("scores"), _drawn(run)
+    if scores is None or drawn is None or scores["inputs"]["pictures"]["output"] != [drawn["outputs"][n]["sha256"] for n in drawn["facts"]["pictures"]]:
         return []
     return ["## Scores of the fine-tuned model", f"```\n{evaluation.table(run)}\n```"]
 
 
 def _snippet(run: Run, to: str, name: str, prompt: str, repo: str | None) -> str:
-    pipeline, model = family_of(run.base_folder).pipeline, run.config.base.model
-    base = model if local_source(model) is None else f"path/to/{_base_name(run)}"
-    here = repo or "."
+    pipeline, base, here = family_of(run.base_folder).pipeline, run.config.base, repo or "."
+    local = local_source(base.model)
+    place = base.model if local is None else f"path/to/{_base_name(run)}"
+    of_file = f', config="path/to/{Path(base.configuration).name}"' if base.configuration else ""  # diffusers knows those of the common models
+    in_file = local is not None and local.suffix == SUFFIX
+    opened = f'pipe = {pipeline}.from_single_file("{place}"{of_file})' if in_file else f'pipe = {pipeline}.from_pretrained("{place}")'
+    config = of_file if in_file else f', config="{place}"'
     lines = {
         "diffusers": [f'pipe = {pipeline}.from_pretrained("{here}")'],
-        "lora": [f'pipe = {pipeline}.from_pretrained("{base}")', f'pipe.load_lora_weights("{here}", weight_name="{WEIGHTS}")'],
-        "kohya": [f'pipe = {pipeline}.from_pretrained("{base}")', f'pipe.load_lora_weights("{here}", weight_name="{name}.safetensors")'],
-        "single-file": [f'pipe = {pipeline}.from_single_file("{name}.safetensors", config="{base}")'],
+        "lora": [opened, f'pipe.load_lora_weights("{here}", weight_name="{WEIGHTS}")'],
+        "kohya": [opened, f'pipe.load_lora_weights("{here}", weight_name="{name}.safetensors")'],
+        "single-file": [f'pipe = {pipeline}.from_single_file("{name}.safetensors"{config})'],
     }[to]
-    return "\n".join([f"from diffusers import {pipeline}", "", *lines, f'pipe("{prompt}").images[0].save("picture.png")'])
+    return "\n".join([f"from diffusers import {pipeline}", "", *lines, f'pipe({json.dumps(prompt, ensure_ascii=False)}).images[0].save("picture.png")'])

@@ -20,6 +20,7 @@ def resolution(run: Run) -> int:
         return run.config.base.resolution
     from raybooth.families import family_of
 
+    run.outputs("base-model")  # must be here
     return family_of(run.base_folder).facts(run.base_folder).resolution
 
 
@@ -29,7 +30,8 @@ def class_rows(run: Run, n: int) -> list[dict[str, Any]]:
 
 
 def output_prompts(run: Run) -> list[str]:
-    return [run.config.fill(p) for p in run.config.generate.prompts]
+    """What is asked for, each once."""
+    return list(dict.fromkeys(run.config.fill(p) for p in run.config.generate.prompts))
 
 
 def output_rows(run: Run, purpose: str = "output", each: int | None = None, prompts: int | None = None) -> list[dict[str, Any]]:
@@ -53,14 +55,35 @@ def _seed(run: Run, purpose: str, index: int) -> int:
     return int(digest([run.config.seed, purpose, index])[:12], 16)
 
 
+def photographs(run: Run) -> list[str]:
+    """Of the instance images those that are the photographs themselves: of each its first view, and no crop or mirror image."""
+    return [name for name in run.facts("instance-images")["pictures"] if "-" not in name]
+
+
+def by_prompt(run: Run, name: str) -> dict[str, list[str]]:
+    """Prompt -> its pictures, of what stage folder `name` holds: as the pictures say themselves, whatever the configuration says by now."""
+    found: dict[str, list[str]] = {}
+    for picture in run.facts(name)["pictures"]:
+        with Image.open(run.workspace.root / name / picture) as image:
+            found.setdefault(str(image.info["prompt"]), []).append(picture)  # Pillow's own kind of text is nothing for YAML
+    return found
+
+
+def drawing(run: Run, name: str, model_stage: str, how: Prior | Generate, inputs: dict[str, Any]) -> Stage:
+    """Stage folder `name` for pictures by the model of `model_stage`."""
+    return run.workspace.stage(name, {"model": run.model_digest(model_stage), **vars(_sampling(run, how)), **inputs})
+
+
+def _sampling(run: Run, how: Prior | Generate) -> Sampling:
+    return Sampling(how.steps, how.guidance, how.scheduler, resolution(run))
+
+
 def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: list[dict[str, Any]], inputs: dict[str, Any]) -> None:
     """The pictures of `rows` that are missing in stage folder `name`, and its contact sheet."""
     from raybooth import jobs
     from raybooth.cluster.rows import map_rows
 
-    model = run.model_digest(model_stage)
-    sampling = Sampling(how.steps, how.guidance, how.scheduler, resolution(run))
-    stage = run.workspace.stage(name, {"model": model, **vars(sampling), **inputs})
+    stage = drawing(run, name, model_stage, how, inputs)
     names = [r["name"] for r in rows]
     missing = set(stage.missing(names))
     held = stage.held
@@ -70,7 +93,7 @@ def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: lis
     if work:
         batch = run.config.cluster.sample_batch
         done = map_rows(
-            partial(jobs.sampler, run.workspace.uri, model_stage, sampling, batch, model), work, batch=batch, have=run.ray,
+            partial(jobs.sampler, run.workspace.uri, model_stage, _sampling(run, how), batch, stage.inputs["model"]), work, batch=batch, have=run.ray,
             samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, model_stage),
         )  # fmt: skip
         for file, data in run.progress(done, len(work), name, "picture"):

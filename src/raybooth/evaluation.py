@@ -3,12 +3,16 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from raybooth.drawing import class_rows, draw, output_rows
+from PIL import Image
+
+from raybooth.drawing import by_prompt, class_rows, draw, drawing, output_rows, photographs
 from raybooth.features import features, prepare_encoders, scored_prompt
 from raybooth.photos import contact_sheet, png
 from raybooth.score import Array, Score, among, diversity, scored, to_prompt, to_subject, variety
 from raybooth.session import Run
+from raybooth.stages import generate
 from raybooth.workspace import write_atomically
 
 KINDS = ("instance", "before", "output", "class-before", "class-after")
@@ -26,11 +30,18 @@ NAMES = {
 
 def evaluate(run: Run) -> None:
     """DINO, CLIP-I, CLIP-T, PRES and DIV (of the subject's pictures, and of the class's), each with its interval, the base model's and the photographs' own."""
-    prepare_encoders(run)  # first: what cannot be fetched shows before anything is drawn
+    run.outputs("instance-images")  # first: what is not there, or cannot be fetched, shows before anything is drawn
+    prepare_encoders(run)
+    generate(run)  # what there is may be of an earlier model, or of other prompts
     _draw_comparisons(run)
     found = measured(run)
-    drawn = {kind: [run.outputs(stage)[n] for n in names] for kind, (stage, names) in pictures(run).items()}
-    stage = run.workspace.stage("scores", {"encoders": run.model_digest("encoders"), "pictures": drawn, "scores": list(NAMES)})
+    inputs = {
+        "encoders": run.model_digest("encoders"),
+        "pictures": {kind: list(map(run.outputs(stage).__getitem__, names)) for kind, (stage, names) in pictures(run).items()},
+        "prompts": _texts(run),
+        "scores": list(NAMES),
+    }
+    stage = run.workspace.stage("scores", inputs)
     if not stage.done():
         stage.write(SCORES, json.dumps({name: asdict(score) for name, score in _scores(run, found).items()}, indent=1).encode())
         stage.finish()
@@ -39,52 +50,73 @@ def evaluate(run: Run) -> None:
 
 def _draw_comparisons(run: Run) -> None:
     """By the base model, the prompts and the class; by the fine-tuned one the class: the same seeds before and after."""
-    how, config = run.config.generate, run.config
-    draw(run, "before-images", "base-model", how, output_rows(run), {"seed": config.seed})
-    rows = class_rows(run, min(CLASS_PICTURES, config.prior.drawn or CLASS_PICTURES))
-    of_class = {"prompt": config.class_prompt, "seed": config.seed}
-    if not config.prior.drawn:
-        draw(run, "class-before-images", "base-model", config.prior, rows, of_class)
-    draw(run, "class-after-images", "fine-tuned-model", config.prior, rows, of_class)
+    config, rows, before = run.config, _class_rows(run), class_before(run)
+    draw(run, "before-images", "base-model", config.generate, output_rows(run), {"seed": config.seed})
+    if before != "class-images":
+        draw(run, before, "base-model", config.prior, rows, _of_class(run))
+    draw(run, "class-after-images", "fine-tuned-model", config.prior, rows, _of_class(run))
+
+
+def _class_rows(run: Run) -> list[dict[str, Any]]:
+    return class_rows(run, min(CLASS_PICTURES, run.config.prior.drawn or CLASS_PICTURES))
+
+
+def _of_class(run: Run) -> dict[str, Any]:
+    return {"prompt": run.config.class_prompt, "seed": run.config.seed}
+
+
+def class_before(run: Run) -> str:
+    """The stage of what the base draws of the class: the class images, if they are those of this configuration."""
+    stage = drawing(run, "class-images", "base-model", run.config.prior, _of_class(run))
+    return "class-images" if stage.done(r["name"] for r in _class_rows(run)) else "class-before-images"
 
 
 def pictures(run: Run) -> dict[str, tuple[str, list[str]]]:
-    """Stage and files of each of KINDS. What the base draws of the class are the class images, where there are any."""
-    stages = {kind: f"{kind}-images" for kind in KINDS}
-    if run.config.prior.drawn:
-        stages["class-before"] = "class-images"
-    return {kind: (stage, run.facts(stage)["pictures"][: CLASS_PICTURES if "class" in kind else None]) for kind, stage in stages.items()}
+    """Stage and files of each of KINDS."""
+    of_class = [r["name"] for r in _class_rows(run)]
+    return {
+        "instance": ("instance-images", photographs(run)),
+        **{kind: (f"{kind}-images", run.facts(f"{kind}-images")["pictures"]) for kind in ("before", "output")},
+        "class-before": (class_before(run), of_class),
+        "class-after": ("class-after-images", of_class),
+    }
+
+
+def _texts(run: Run) -> list[str]:
+    """What CLIP is asked of each of the output's pictures."""
+    return [scored_prompt(run, prompt) for prompt, names in by_prompt(run, "output-images").items() for _ in names]
 
 
 def measured(run: Run) -> dict[str, dict[str, Array]]:
     """The features of all pictures, by kind, and of the prompts."""
-    return features(run, "features", pictures(run), [scored_prompt(run, r["prompt"]) for r in output_rows(run)])
+    return features(run, "features", pictures(run), _texts(run))
 
 
 def _scores(run: Run, found: dict[str, dict[str, Array]]) -> dict[str, Score]:
-    photographs, before, after, class_before, class_after = (found[k] for k in KINDS)
+    subject, before, after, of_class, of_class_after = (found[k] for k in KINDS)
     texts, each = found["prompts"]["clip"], run.config.generate.images_per_prompt
-    several = len(photographs["dino"]) > 1
-    own = {k: float(among(photographs[k]).mean()) if several else None for k in ("dino", "clip")}
+    several = len(subject["dino"]) > 1
+    own = {k: float(among(subject[k]).mean()) if several else None for k in ("dino", "clip")}
 
     def similar(drawn: dict[str, Array], base: dict[str, Array], by: str) -> Score:
-        return scored(to_subject(drawn[by], photographs[by]), float(to_subject(base[by], photographs[by]).mean()), own[by])
+        return scored(to_subject(drawn[by], subject[by]), float(to_subject(base[by], subject[by]).mean()), own[by])
 
-    def by_prompt(drawn: dict[str, Array]) -> list[Array]:
+    def differences(drawn: dict[str, Array]) -> Array:
+        """Of each prompt; of a single one, of each of its pictures."""
         patches = drawn["patches"]
-        return [patches[i : i + each] for i in range(0, len(patches), each)]
+        return variety(patches) if len(patches) == each else diversity([patches[i : i + each] for i in range(0, len(patches), each)])
 
     scores = {
         "dino": similar(after, before, "dino"),
         "clip_i": similar(after, before, "clip"),
         "clip_t": scored(to_prompt(after["clip"], texts), float(to_prompt(before["clip"], texts).mean())),
-        "pres": similar(class_after, class_before, "dino"),
+        "pres": similar(of_class_after, of_class, "dino"),
     }
-    if len(class_after["patches"]) > 1:
-        scores["class_div"] = scored(variety(class_after["patches"]), float(variety(class_before["patches"]).mean()))
+    if len(of_class_after["patches"]) > 1:
+        scores["class_div"] = scored(variety(of_class_after["patches"]), float(variety(of_class["patches"]).mean()))
     if each > 1:
-        alike = float(diversity([photographs["patches"]])[0]) if several else None
-        scores["div"] = scored(diversity(by_prompt(after)), float(diversity(by_prompt(before)).mean()), alike)
+        alike = float(diversity([subject["patches"]])[0]) if several else None
+        scores["div"] = scored(differences(after), float(differences(before).mean()), alike)
     return scores
 
 
@@ -102,20 +134,24 @@ def table(run: Run) -> str:
     """A line a score, for people."""
     lines = [f"{'':<62}{'now':>7}  {'95% interval':>14}  {'base':>6}  {'photographs':>11}"]
     for name, score in read(run).items():
-        base, own = (f"{x:.3f}" if x is not None else "-" for x in (score.floor, score.ceiling))
+        low, high, base, own = (f"{x:.3f}" if x is not None else "" for x in (score.low, score.high, score.floor, score.ceiling))
         text = NAMES[name].replace("{class}", run.config.subject.class_name)
-        lines.append(f"{text:<62}{score.value:>7.3f}  {f'{score.low:.3f}-{score.high:.3f}':>14}  {base:>6}  {own:>11}")
+        lines.append(f"{text:<62}{score.value:>7.3f}  {f'{low}-{high}':>14}  {base or '-':>6}  {own or '-':>11}")
     return "\n".join(lines)
 
 
 def before_after(run: Run) -> Path:
     """`before-after.png`: the photographs; prompts and seeds before and after; class pictures before and after."""
-    images = {kind: run.images(stage)[: len(names)] for kind, (stage, names) in pictures(run).items()}
-    each, rows = run.config.generate.images_per_prompt, output_rows(run)
-    lines = [("the photographs", images["instance"])]
-    for i in range(0, len(rows), each):
-        lines += [(f"{rows[i]['prompt']}: {when}", images[kind][i : i + each]) for when, kind in (("before", "before"), ("after", "output"))]
-    lines += [(f"{run.config.class_prompt}: {when}", images[f"class-{when}"][:8]) for when in ("before", "after")]
+    shown = pictures(run)
+
+    def opened(kind: str, names: list[str] | None = None) -> list[Image.Image]:
+        stage, own = shown[kind]
+        return [Image.open(run.workspace.root / stage / name).convert("RGB") for name in names or own]
+
+    lines = [("the photographs", opened("instance"))]
+    for prompt, names in by_prompt(run, "output-images").items():
+        lines += [(f"{prompt}: {when}", opened(kind, names)) for when, kind in (("before", "before"), ("after", "output"))]
+    lines += [(f"{run.config.class_prompt}: {when}", opened(f"class-{when}")[:8]) for when in ("before", "after")]
     path = run.workspace.root / "before-after.png"
     write_atomically(path, png(contact_sheet(lines)))
     run.workspace.push(path.name)

@@ -1,5 +1,6 @@
 """Features of a run's pictures and prompts: the encoders in its storage, and what they make of both."""
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -59,10 +60,22 @@ def _needed(model: str, names: list[str], _: Path | None = None) -> list[str]:
     return wanted
 
 
+TAKES_ARTICLE = frozenset(["", "of", "with", "and", "or", "to", "by", "near", "beside", "behind", "like", "as", "in", "on", "for", "from"])
+"""Words after which a noun wants its article, and the beginning of a prompt or of a part of it."""
+
+
 def scored_prompt(run: Run, prompt: str) -> str:
-    """What CLIP is asked: the token means nothing to it, so the class stands in its place."""
-    subject = run.config.subject
-    return prompt.replace(subject.name, f"a {subject.class_name}").replace(subject.token, subject.class_name)
+    """What CLIP is asked: the token means nothing to it, and is left out. The class stays, or stands where the token stood alone.
+
+    "a unqtkn dog" and "photo of unqtkn dog" become "a dog" and "photo of a dog".
+    """
+    token, noun = run.config.subject.token, run.config.subject.class_name
+
+    def without_token(found: re.Match[str]) -> str:
+        before = re.split(r"\W", prompt[: found.start()].rstrip())[-1]
+        return f"a {noun}" if before.lower() in TAKES_ARTICLE else noun
+
+    return re.sub(rf"(?<!\w){re.escape(token)}(?!\w)(?: {re.escape(noun)})?", without_token, prompt)
 
 
 def features(run: Run, folder: str, pictures: Mapping[str, tuple[str, list[str]]], prompts: Sequence[str]) -> dict[str, dict[str, Array]]:

@@ -4,31 +4,33 @@ import base64
 import importlib.metadata
 import io
 import json
+import math
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from raybooth import evaluation, plots, selection
-from raybooth.drawing import output_prompts
+from raybooth.drawing import by_prompt, output_prompts
 from raybooth.errors import RayboothError
 from raybooth.naming import settle_token
 from raybooth.score import Score
 from raybooth.session import Run
 from raybooth.stages import STAGES
-from raybooth.workspace import read_manifest, write_atomically
+from raybooth.workspace import write_atomically
 
 FILE = "report.html"
-SIDE, PER_PROMPT, OF_CLASS = 192, 4, 8
-MADE = ("base-model", "instance-images", "class-images", "latents", "fine-tuned-model", "output-images", "before-images", "class-after-images", "features")
+SIDE, PROMPTS, PER_PROMPT, OF_CLASS = 192, 100, 4, 8
+FULL_SIZE = 180  # pictures of SIDE pixels that fit into a page that can be sent; more are smaller
 VERSIONS = ("raybooth", "torch", "diffusers", "transformers", "ray")
 WORDS = {
     "dino": ("Is it the subject?", "DINO: how alike the pictures and the photographs are to an encoder that tells individuals apart."),
     "clip_i": ("Does it look like the photographs?", "CLIP-I: the same by an encoder of what is to be seen at all, places and style included."),
-    "clip_t": ("Does it do what the prompt says?", "CLIP-T: how well the pictures fit their prompts, with the class in the token's place."),
+    "clip_t": ("Does it do what the prompt says?", "CLIP-T: how well the pictures fit their prompts, the token left out."),
     "pres": (
         "Is 'a {class}' still any {class}?",
         "PRES: how much pictures of the class look like the subject. As much as the base model's is good, more is bad.",
@@ -47,11 +49,20 @@ class Line:
     score: Score
 
     @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if self.score.low is None or self.score.high is None else (self.score.low, self.score.high)
+
+    @property
+    def marks(self) -> list[tuple[str, float]]:
+        """What the score is to be compared with."""
+        return [(name, x) for name, x in (("base", self.score.floor), ("photographs", self.score.ceiling)) if x is not None]
+
+    @property
     def span(self) -> tuple[float, float]:
         """Of the bar: all its numbers lie inside."""
-        marks = [x for x in (self.score.low, self.score.high, self.score.floor, self.score.ceiling) if x is not None]
-        margin = 0.08 * (max(marks) - min(marks)) or 0.1
-        return min(marks) - margin, max(marks) + margin
+        numbers = [self.score.value, *(self.interval or ()), *(x for _, x in self.marks)]
+        margin = 0.08 * (max(numbers) - min(numbers)) or 0.1
+        return min(numbers) - margin, max(numbers) + margin
 
     def place(self, value: float) -> float:
         """On the bar, in percent."""
@@ -66,41 +77,49 @@ def report(run: Run) -> Path:
         RayboothError: if the packages that draw are not installed, or the run is not complete.
     """
     try:
-        import jinja2
+        import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise RayboothError(f"The report needs {error.name}: pip install 'raybooth[report]'.") from None
     evaluation.evaluate(run)
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("raybooth"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    html = environment.get_template("report.html.j2").render(**_facts(run))
     path = run.workspace.root / FILE
-    write_atomically(path, html.encode())
+    write_atomically(path, page(facts_of(run)).encode())
     run.workspace.push(FILE)
     run.say(f"report: {path}")
     return path
 
 
-def _facts(run: Run) -> dict[str, Any]:
-    config, scores = run.config, evaluation.read(run)
-    shown = evaluation.pictures(run)
-    images = {kind: [run.workspace.root / stage / n for n in names] for kind, (stage, names) in shown.items()}
-    each, prompts = config.generate.images_per_prompt, output_prompts(run)
-    manifests = {stage: m for stage in MADE if (m := read_manifest(run.workspace.root / stage))}
-    trained = manifests["fine-tuned-model"]["facts"]
+def page(facts: dict[str, Any]) -> str:
+    """The template, filled in."""
+    import jinja2
+
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("raybooth"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.j2").render(**facts)
+
+
+def facts_of(run: Run) -> dict[str, Any]:
+    """What the template shows of a run that was evaluated."""
+    config, scores, trained = run.config, evaluation.read(run), run.facts("fine-tuned-model")
+    shown = {kind: [run.workspace.root / stage / n for n in names] for kind, (stage, names) in evaluation.pictures(run).items()}
+    prompts = _before_after(run)
+    classes = [shown[f"class-{when}"][:OF_CLASS] for when in ("before", "after")]
+    strip = _strip(run, trained.get("selected"))
+    total = sum(map(len, (shown["instance"], *classes, *(p for _, *both in prompts for p in both), *(p for _, p in (strip["lines"] if strip else ())))))
+    manifests = {stage: m for stage in _stages(run, trained.get("selected")) if (m := run.held(stage))}
     return {
         "subject": config.subject,
         "base": manifests["base-model"]["facts"].get("source", config.base.model),
-        "photographs": [_uri(p) for p in images["instance"]],
-        "prompts": [
-            (prompt, *([_uri(p) for p in images[kind][i * each : i * each + min(each, PER_PROMPT)]] for kind in ("before", "output")))
-            for i, prompt in enumerate(prompts)
-        ],
-        "classes": [[_uri(p) for p in images[f"class-{when}"][:OF_CLASS]] for when in ("before", "after")],
+        "uri": partial(_uri, side=round(SIDE * min(1.0, math.sqrt(FULL_SIZE / total)))),
+        "photographs": shown["instance"],
+        "prompts": prompts,
+        "asked": len(output_prompts(run)),
+        "classes": classes,
         "class_prompt": config.class_prompt,
         "scores": [Line(q.replace("{class}", config.subject.class_name), m, scores[k]) for k, (q, m) in WORDS.items() if k in scores],
-        "strip": _strip(run, trained.get("selected")),
-        "losses": plots.losses(trained["history"]),
-        "times": plots.bars({stage: m["seconds"] for stage, m in manifests.items() if "seconds" in m}),
+        "strip": strip,
+        "losses": plots.losses(trained["history"]) if trained["history"] else "",
+        "times": plots.bars(_seconds(manifests)),
+        "imported": trained.get("imported"),
         "where": trained.get("where", "an earlier version"),
         "configuration": json.dumps(config.model_dump(by_alias=True, mode="json"), indent=2, ensure_ascii=False),
         "versions": [(name, version(name)) for name in VERSIONS],
@@ -109,13 +128,42 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
+def _before_after(run: Run) -> list[tuple[str, list[Path], list[Path]]]:
+    """The prompts, as many as one page can show, with what the base drew of each and what the fine-tuned model did."""
+    found = list(by_prompt(run, "output-images").items())[:PROMPTS]
+    before, after = (run.workspace.root / stage for stage in ("before-images", "output-images"))
+    return [(prompt, [before / n for n in names[:PER_PROMPT]], [after / n for n in names[:PER_PROMPT]]) for prompt, names in found]
+
+
+def _stages(run: Run, selected: dict[str, Any] | None) -> list[str]:
+    """What this run's model and pictures follow from, in the order of their making."""
+    chosen = [*_checkpoint_stages(selected), "checkpoint-features"] if selected else []
+    made = ["base-model", "encoders", "instance-images", evaluation.class_before(run), "latents", *chosen, "fine-tuned-model"]
+    return [*made, "output-images", "before-images", "class-after-images", "features", "scores"]
+
+
+def _checkpoint_stages(selected: dict[str, Any]) -> list[str]:
+    """The base model's pictures first."""
+    return [f"{selection.FOLDER}/{step:07d}" for step in (0, *(c["step"] for c in selected["candidates"]))]
+
+
+def _seconds(manifests: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Those of all checkpoints together."""
+    total: dict[str, float] = {}
+    for stage, manifest in manifests.items():
+        name = stage.partition("/")[0]
+        total[name] = total.get(name, 0) + manifest.get("seconds", 0)
+    return total
+
+
 def _strip(run: Run, selected: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What the checkpoints drew: a column each, the base model's first, and a line a prompt."""
-    if not selected:
+    """What the checkpoints drew, if it is still there: a column each, the base model's first, and a line a prompt."""
+    stages = _checkpoint_stages(selected) if selected else []
+    if not selected or not all(run.held(stage) for stage in stages):
         return None
+    first = {prompt: names[0] for prompt, names in by_prompt(run, stages[0]).items()}
+    lines = [(prompt, [run.workspace.root / stage / name for stage in stages]) for prompt, name in first.items()]
     steps = [0, *(c["step"] for c in selected["candidates"])]
-    files = {r["prompt"]: r["name"] for r in reversed(selection.rows_of(run))}  # the first picture of each prompt
-    lines = [(prompt, [_uri(run.workspace.root / selection.FOLDER / f"{step:07d}" / name) for step in steps]) for prompt, name in reversed(files.items())]
     return {"steps": steps, "taken": selected["step"], "rule": selected["rule"], "lines": lines, "scores": selected["candidates"]}
 
 
@@ -127,11 +175,11 @@ def version(name: str) -> str:
         return "not installed"
 
 
-def _uri(path: Path) -> str:
+def _uri(path: Path, side: int) -> str:
+    """The picture in the page itself, of `side` pixels at most."""
     with Image.open(path) as image:
         small = image.convert("RGB")
-    if max(small.size) > SIDE:
-        small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = io.BytesIO()
     small.save(data, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -36,7 +36,9 @@ def diversity(patches: Sequence[Array]) -> Array:
 
 
 def variety(patches: Array) -> Array:
-    """DIV of many pictures of one prompt, whose patches are (n, p, d): of each its mean distance to the others, (n,)."""
+    """DIV of many pictures of one prompt, whose patches are (n, p, d): of each its mean distance to the others, (n,). Two have one distance: (1,)."""
+    if len(patches) == 2:
+        return diversity([patches])
     return np.array([np.mean([_distance(a, b) for k, b in enumerate(patches) if k != i]) for i, a in enumerate(patches)], dtype=np.float32)
 
 
@@ -46,17 +48,19 @@ def _distance(a: Array, b: Array) -> float:
 
 @dataclass(frozen=True)
 class Score:
-    """A mean with its bootstrap 95% interval; `floor` is the base model's before fine-tuning, `ceiling` the photographs' own."""
+    """A mean with its bootstrap 95% interval (none of a single value); `floor` is the base model's before fine-tuning, `ceiling` the photographs' own."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     floor: float | None
     ceiling: float | None
 
 
 def scored(values: Array, floor: float | None = None, ceiling: float | None = None, draws: int = 2000) -> Score:
     """Percentile bootstrap (Efron 1979) over `values`, with a fixed seed."""
+    if len(values) == 1:
+        return Score(float(values[0]), None, None, floor, ceiling)
     picked = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
     low, high = np.percentile(values[picked].mean(axis=1), [2.5, 97.5])
     return Score(float(values.mean()), float(low), float(high), floor, ceiling)

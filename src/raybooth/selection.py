@@ -1,11 +1,12 @@
 """The best checkpoint: the kept ones draw a few pictures each, and the best of them becomes the fine-tuned model."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from raybooth.drawing import draw, model_bytes, output_rows
+from raybooth.drawing import draw, model_bytes, output_rows, photographs
 from raybooth.features import features, prepare_encoders, scored_prompt
 from raybooth.score import among, to_prompt, to_subject
 from raybooth.session import Run
@@ -43,15 +44,15 @@ def candidates(run: Run, checkpoints: Mapping[int, str]) -> list[Candidate]:
     for step, folder in shown.items():
         draw(run, folder, checkpoints.get(step, "base-model"), run.config.generate, rows, {"seed": run.config.seed})
     names = [r["name"] for r in rows]
-    pictures = {"photographs": ("instance-images", run.facts("instance-images")["pictures"])} | {f: (f, names) for f in shown.values()}
+    pictures = {"photographs": ("instance-images", photographs(run))} | {f: (f, names) for f in shown.values()}
     found = features(run, "checkpoint-features", pictures, [scored_prompt(run, r["prompt"]) for r in rows])
-    photographs, texts = found["photographs"]["dino"], found["prompts"]["clip"]
-    own = float(among(photographs).mean()) if len(photographs) > 1 else 1.0
+    subject, texts = found["photographs"]["dino"], found["prompts"]["clip"]
+    own = float(among(subject).mean()) if len(subject) > 1 else 1.0
     floor = float(to_prompt(found[shown[0]]["clip"], texts).mean())
 
     def scored(step: int) -> Candidate:
         pictures = found[shown[step]]
-        return Candidate(step, float(to_subject(pictures["dino"], photographs).mean()), float(to_prompt(pictures["clip"], texts).mean()), own, floor)
+        return Candidate(step, float(to_subject(pictures["dino"], subject).mean()), float(to_prompt(pictures["clip"], texts).mean()), own, floor)
 
     return [scored(step) for step in checkpoints]
 
@@ -72,6 +73,7 @@ def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, A
         marks = f"subject {c.dino / c.own:.0%} of the photographs' own, prompt {c.clip_t / c.floor:.0%} of the base model's"
         run.say(f"checkpoint {c.step}: {marks}{'; taken' if c is best else ''}")
     if best.step != max(checkpoints):
+        shutil.rmtree(run.workspace.root / target, ignore_errors=True)  # the last step's: a pull would take it for the one that another machine has made
         make = partial(tuning.exporter, run.workspace.uri, checkpoints[best.step], target)
         list(map_rows(make, [{"name": "model"}], batch=1, have=run.ray, model_bytes=model_bytes(run, "base-model")))
         run.workspace.pull("fine-tuned-model")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raybooth.config import Config
-from raybooth.workspace import Workspace, model_digest, write_atomically
+from raybooth.workspace import Workspace, model_digest, read_manifest, write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -82,6 +82,11 @@ class Run:
 
     def facts(self, stage: str) -> dict[str, Any]:
         return self.workspace.manifest(stage)["facts"]
+
+    def held(self, stage: str) -> dict[str, Any] | None:
+        """The manifest of a stage, None if it has not been run."""
+        self.workspace.pull(stage)
+        return read_manifest(self.workspace.root / stage)
 
     def images(self, what: str = "output") -> list["Image"]:
         """The pictures of a stage, as PIL images: "instance", "class", "output", or a stage folder's own name."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from raybooth.base_model import prepare_base
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
+from raybooth.naming import AUTO
 from raybooth.session import Run
 from raybooth.workspace import file_digest, files_under, read_manifest
 
@@ -16,7 +17,10 @@ def import_lora(run: Run, file: Path) -> Path:
         RayboothError: if the file is not a plain LoRA or does not fit the base, or the storage holds a model of its own.
     """
     from raybooth.families.foreign import read, write
+    from raybooth.families.lowrank import hollow
 
+    if run.config.subject.token == AUTO:
+        raise RayboothError(f"subject.token = '{AUTO}' is for runs that learn it: give the word that the LoRA was made with, as in --token unqtkn.")
     file = file.expanduser()
     if not file.is_file():
         raise RayboothError(f"There is no LoRA file {file}: give the path of a .safetensors file.")
@@ -31,7 +35,7 @@ def import_lora(run: Run, file: Path) -> Path:
         return stage.folder
     stage.clear()
     family = family_of(run.base_folder)
-    low = read(family, run.base_folder, file)
+    low = read(family, hollow(family, run.base_folder), file)
     write(family, low, stage.partial)
     layers = {part: len(pairs) for part, pairs in low.parts.items()}
     stage.finish({"imported": file.name, "rank": low.rank, "layers": layers, "history": []}, only=files_under(stage.partial))

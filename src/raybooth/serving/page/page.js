@@ -56,7 +56,8 @@ const name = (one) => [one.token, one.class].filter(Boolean).join(" ");
 
 // As the server does it.
 function filled(prompt, one) {
-  return prompt.replaceAll("{subject}", name(one)).replaceAll("{token}", one.token ?? "").replaceAll("{class}", one.class ?? "");
+  const words = { "{subject}": name(one), "{token}": one.token, "{class}": one.class };
+  return one.token ? prompt.replace(/\{(subject|token|class)\}/g, (word) => words[word]) : prompt;
 }
 
 // The token means nothing to the base model: there the class stands alone.

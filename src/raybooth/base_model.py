@@ -1,5 +1,6 @@
 """The base model of a run, into its storage: from the hub, a local folder, one checkpoint file, or mini."""
 
+import os
 import shutil
 import tempfile
 from functools import partial
@@ -75,6 +76,14 @@ def check_fits(config: Config, folder: Path) -> None:
     if side and side % multiple:
         next_one = (side // multiple + 1) * multiple
         raise RayboothError(f"base.resolution = {side} is not possible with {family.name}: it must be a multiple of {multiple}, such as {next_one}.")
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A stage's output for another storage. Outputs are replaced and never written into: a link will do where the file system has them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def stats(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:

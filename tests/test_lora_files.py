@@ -16,6 +16,7 @@ from test_import import TE, Tensors, by_hand, kohya, old_layout
 from test_serving import merged
 from toys import make_sdxl
 
+from raybooth.errors import RayboothError
 from raybooth.families.lora import WEIGHTS
 from raybooth.serving.engine import Engine, Row
 from raybooth.serving.subjects import BASE, Subject, Subjects
@@ -72,6 +73,17 @@ def test_a_dora_in_diffusers_layout_is_drawn_as_the_run_draws_it(toy: Path, tmp_
     row = Row(subject, PROMPT, 1)
     assert not engine.shared(subject)
     assert np.array_equal(engine.draw([row], subject.sampling)[0], merged(row))
+
+
+def test_adapters_of_no_layer_of_the_base_do_not_pass_for_a_subject(toy: Path, tmp_path: Path):
+    names = {"of no part": "down_blocks.1.to_k.lora_magnitude_vector", "plain": "unet.down_blocks.7.to_k.lora_B.weight"}
+    for stem, second in names.items():
+        file = tmp_path / f"{stem.replace(' ', '-')}.safetensors"
+        first = f"{second.partition('.lora_')[0]}.lora_A.weight"
+        save_file({first: torch.ones(2, 32), second: torch.ones(32, 2)}, file)
+        engine, subject = found(file, toy)
+        with pytest.raises(RayboothError, match=f"'{file.stem}' cannot be loaded"):
+            engine.draw([Row(subject, PROMPT, 1)], SAMPLING)
 
 
 @pytest.fixture(scope="module")

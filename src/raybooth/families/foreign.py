@@ -21,13 +21,8 @@ if TYPE_CHECKING:
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 PEFT = "base_model.model."
-DOWN_UP = (
-    ("lora_A.weight", "lora_B.weight"),
-    ("lora_down.weight", "lora_up.weight"),
-    ("lora.down.weight", "lora.up.weight"),
-    ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
-)
-"""How PEFT, kohya's sd-scripts and, of old, diffusers call the two matrices of a layer."""
+UPS = ((".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight"), (".lora.down.weight", ".lora.up.weight"))
+"""The two matrices of a layer in the layouts that have an alpha beside them."""
 
 
 @contextlib.contextmanager
@@ -65,14 +60,18 @@ def plain_rank(file: Path) -> int:
         RayboothError: as `opened`; if there are no adapters in it, or those of a DoRA that diffusers would read wrong.
     """
     held = tensor_shapes(file)
-    ends = tuple(down for down, _ in DOWN_UP)
-    downs = [shape for name, shape in held.items() if name.endswith(ends) and len(shape) > 1]
+    downs = [shape for name, shape in held.items() if _is_down(name) and len(shape) > 1]
     if not downs:
         raise RayboothError(f"{file} holds no LoRA: its tensors are not the pairs of matrices that one is made of.")
     magnitudes = _magnitudes(held)
     if not all(map(_is_read, magnitudes)):
         raise _dora(file)
     return 0 if magnitudes or any(len(s) > 2 for s in downs) else max(s[0] for s in downs)
+
+
+def _is_down(name: str) -> bool:
+    """Whether it is the first matrix of a layer: lora_A in PEFT's names, lora_down, lora.down, lora_linear_layer.down, qkv_lora1.down in others'."""
+    return "lora" in name and name.endswith(("lora_A.weight", "down.weight"))
 
 
 def is_dora(file: Path) -> bool:
@@ -112,7 +111,7 @@ def read(family: Family, modules: "Modules", file: Path) -> LowRank:
         state = _in_diffusers_names(family, modules, _scaled(tensors))
         peft = {part: _in_peft_names(part, state) for part in known}
         parts = {part: _pairs(part, own, how) for part, own in peft.items()}
-    except (ValueError, KeyError, IndexError, RuntimeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RayboothError(f"The LoRA {file} is of no layout that diffusers knows for {family.name} ({reason}).") from None
     _check(parts, known, file, len(state))
@@ -176,8 +175,8 @@ def _scaled(tensors: "State") -> "State":
     """alpha / rank of each layer into its `up`: diffusers mistakes the names of those whose alpha is not the others'."""
     rest = {k: t for k, t in tensors.items() if not k.endswith(".alpha")}
     for key, alpha in tensors.items():
-        layer = key.removesuffix("alpha")
-        for down, up in DOWN_UP if key.endswith(".alpha") else ():
+        layer = key.removesuffix(".alpha")
+        for down, up in UPS if key.endswith(".alpha") else ():
             if layer + down in rest and layer + up in rest:
                 rest[layer + up] = rest[layer + up] * (alpha.item() / rest[layer + down].shape[0])
     return rest

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import nn
 
@@ -12,6 +12,9 @@ from raybooth.errors import RayboothError
 from raybooth.families.base import Family, Loaded
 from raybooth.families.parts import load
 from raybooth.noise import reseeded
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The file that diffusers' load_lora_weights looks for."""
@@ -83,11 +86,17 @@ def _described(how: Any) -> dict[str, Any]:
 
 
 def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:
-    """Merge the adapters of `folder` (or of one file) into the loaded parts: drawing then costs what the base does."""
+    """Merge the adapters of `folder` (or of one file) into the loaded parts: drawing then costs what the base does.
+
+    Raises:
+        RayboothError: if none of them is of this model.
+    """
     _put_in(family, loaded.modules, folder)
-    for module in loaded.modules.values():
-        for _, layer in _adapted(module):
-            layer.merge()
+    layers = [layer for module in loaded.modules.values() for layer in module.modules() if _is_adapted(layer)]
+    if not layers:
+        raise RayboothError(f"The adapters in {folder} are none of {family.name}'s as diffusers names them: they would change nothing.")
+    for layer in layers:
+        layer.merge()
 
 
 def _put_in(family: Family, modules: Mapping[str, nn.Module], folder: Path) -> None:
@@ -117,7 +126,7 @@ def load_merged(family: Family, base: Path, folder: Path, parts: Iterable[str]) 
     return loaded
 
 
-def _adapted(module: nn.Module) -> list[tuple[str, Any]]:
+def _is_adapted(layer: nn.Module) -> TypeGuard["BaseTunerLayer"]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)]
+    return isinstance(layer, BaseTunerLayer)

@@ -5,7 +5,6 @@ from pathlib import Path
 from raybooth.base_model import prepare_base
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
-from raybooth.naming import AUTO
 from raybooth.session import Run
 from raybooth.workspace import file_digest, files_under, read_manifest
 
@@ -16,14 +15,11 @@ def import_lora(run: Run, file: Path) -> Path:
     Raises:
         RayboothError: if the file is not a plain LoRA or does not fit the base, or the storage holds a model of its own.
     """
-    from raybooth.families.foreign import read, write
+    from raybooth.families.foreign import plain_rank, read, write
     from raybooth.families.lowrank import hollow
 
-    if run.config.subject.token == AUTO:
-        raise RayboothError(f"subject.token = '{AUTO}' is for runs that learn it: give the word that the LoRA was made with, as in --token unqtkn.")
     file = file.expanduser()
-    if not file.is_file():
-        raise RayboothError(f"There is no LoRA file {file}: give the path of a .safetensors file.")
+    plain_rank(file)  # what is no LoRA shows before a base model is fetched
     run.workspace.pull("fine-tuned-model")
     held = read_manifest(run.workspace.root / "fine-tuned-model")
     if held and "imported" not in held["inputs"]:

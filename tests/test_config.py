@@ -60,6 +60,8 @@ def test_an_unknown_key_names_the_nearest_known_one(key: str, meant: str):
 def test_prompts_are_filled_in():
     made = config.load(None, ["subject.class=dog", "subject.token=zwx"])
     assert made.fill("{subject} / {token} / {class}") == "zwx dog / zwx / dog"
+    assert made.fill("{{subject}} {red} {subject.upper} {token:>9} {} {") == "{zwx dog} {red} {subject.upper} {token:>9} {} {"
+    assert config.load(None, ["subject.class={token}", "subject.token=zwx"]).fill("a {subject}") == "a zwx {token}"
     assert made.class_prompt == "photo of a dog"
     assert made.subject.prompt == "photo of zwx dog"
 
@@ -71,7 +73,10 @@ def test_prompts_are_filled_in():
         (["finetune.optimizer=adafactor", "finetune.precision=bf16-weights"], "goes with finetune.optimizer = 'adamw'"),
         (["cluster.gpus_per_worker=0.5", "cluster.workers=2"], "each needs whole GPUs"),
         (["cluster.gpus_per_worker=1.5"], "each needs whole GPUs"),
-        (["generate.prompts=['{subject[a]}']"], "has a placeholder that is not known"),
+        *(
+            ([f"generate.prompts=['a {word} dog']"], "has a placeholder that is not known")
+            for word in ("{subject[a]}", "{subject.upper}", "{token:>9}", "{red}")
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_at_once(settings: list[str], told: str):

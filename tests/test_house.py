@@ -14,7 +14,7 @@ LAYERS = [
     {"evaluation", "plots"}, {"stages", "plan"}, {"selection"}, {"features"}, {"drawing", "base_model", "naming"}, {"loading"},
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "checkpoint"}, {"families", "loss", "noise", "lora", "optim", "dreambench", "photos", "sources", "hub"},
-    {"config", "workspace"}, {"disk", "remote"}, {"errors"},
+    {"config", "workspace"}, {"disk", "remote"}, {"errors", "prompts"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers"}
 

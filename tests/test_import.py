@@ -21,6 +21,7 @@ from raybooth.drawing import output_rows
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.families.foreign import read
+from raybooth.families.lowrank import hollow
 from raybooth.jobs import sampler
 from raybooth.session import Run
 
@@ -68,10 +69,12 @@ LAYERS = {
 }
 
 
-def by_hand(base: Path, ranks: list[int], alphas: list[float]) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], Any]:
-    """Updates of LAYERS, each of its own rank and alpha; and the pipeline with them added to its weights."""
+def by_hand(
+    base: Path, ranks: list[int], alphas: list[float], layers: dict[str, list[str]] = LAYERS
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], Any]:
+    """Updates of `layers`, each of its own rank and alpha; and the pipeline with them added to its weights."""
     pipe, made = opened(base), {}
-    names = [(part, layer) for part, layers in LAYERS.items() for layer in layers]
+    names = [(part, layer) for part, names in layers.items() for layer in names]
     for i, (part, layer) in enumerate(names):
         weight = getattr(pipe, part).get_submodule(layer).weight
         down, up = update(weight, ranks[i], i)
@@ -99,6 +102,12 @@ def test_kohyas_layout_with_ranks_and_alphas_of_each_layer(bases: Callable[[str]
 
 def test_diffusers_old_layout(bases: Callable[[str], Path], tmp_path: Path):
     made, pipe = by_hand(bases("sd1"), [3] * 5, [3.0] * 5)  # it knows no alpha
+    save_file(old_layout(made), tmp_path / "theirs.safetensors")
+    imported(tmp_path / "run", bases("sd1"), tmp_path / "theirs.safetensors")
+    assert apart(ours(tmp_path / "run"), theirs(pipe, bases("sd1"))) <= CLOSE
+
+
+def old_layout(made: dict[str, tuple[torch.Tensor, torch.Tensor, float]]) -> Tensors:
     tensors: Tensors = {}
     for name, (down, up, _) in made.items():
         if "to_k" in name:
@@ -108,9 +117,7 @@ def test_diffusers_old_layout(bases: Callable[[str], Path], tmp_path: Path):
         else:
             key = f"{name}.lora"
         tensors |= {f"{key}.down.weight": down, f"{key}.up.weight": up}
-    save_file(tensors, tmp_path / "theirs.safetensors")
-    imported(tmp_path / "run", bases("sd1"), tmp_path / "theirs.safetensors")
-    assert apart(ours(tmp_path / "run"), theirs(pipe, bases("sd1"))) <= CLOSE
+    return tensors
 
 
 def test_pefts_layout_says_its_alpha_beside_itself(bases: Callable[[str], Path], tmp_path: Path):
@@ -118,7 +125,8 @@ def test_pefts_layout_says_its_alpha_beside_itself(bases: Callable[[str], Path],
     tensors: Tensors = {f"base_model.model.{TE}.lora_{k}.weight": t for k, t in zip("AB", made[f"text_encoder.{TE}"][:2], strict=True)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
-    low = read(family_of(bases("sd1")), bases("sd1"), tmp_path / "adapter_model.safetensors")
+    family = family_of(bases("sd1"))
+    low = read(family, hollow(family, bases("sd1")), tmp_path / "adapter_model.safetensors")
     assert list(low.parts) == ["text_encoder"]
     down, up = low.parts["text_encoder"][f"text_model.{TE}"]
     assert torch.equal(down, made[f"text_encoder.{TE}"][0])
@@ -161,7 +169,7 @@ def spoilt(how: str, tensors: Tensors) -> Tensors:
         ("layer", "which the model does not have"),
         ("dora", "is a DoRA"),
         ("lokr", "of no layout that diffusers knows"),
-        ("none", "no low-rank updates"),
+        ("none", "holds no LoRA"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_no_model(bases: Callable[[str], Path], tmp_path: Path, how: str, named: str):
@@ -170,6 +178,7 @@ def test_what_does_not_fit_is_refused_and_leaves_no_model(bases: Callable[[str],
     with pytest.raises(RayboothError, match=named):
         imported(tmp_path / "run", bases("sd1"), tmp_path / "theirs.safetensors")
     assert not (tmp_path / "run" / "fine-tuned-model" / "manifest.json").exists()
+    assert (tmp_path / "run" / "base-model").exists() == (how in ("shape", "layer", "lokr"))  # what is no LoRA shows before a base is fetched
 
 
 def test_another_base_a_damaged_file_and_a_storage_with_a_model_of_its_own(bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -177,7 +186,7 @@ def test_another_base_a_damaged_file_and_a_storage_with_a_model_of_its_own(bases
     file = tmp_path / "theirs.safetensors"
     save_file(kohya(made), file)
     for other in ("sdxl", "sd3"):
-        with pytest.raises(RayboothError, match=r"does not fit the model|of no layout"):
+        with pytest.raises(RayboothError, match=r"does not fit the base model|of no layout"):
             imported(tmp_path / other, bases(other), file)
     own = fine_tuned(tmp_path / "own", bases("sd1"))
     before = {p: p.read_bytes() for p in own.rglob("*") if p.is_file() and p.name != ".lock"}

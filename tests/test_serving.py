@@ -21,9 +21,11 @@ from stored import make_adapters, make_run
 from toys import MAKERS
 
 import raybooth
+from raybooth.config import load
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
-from raybooth.families.lora import WEIGHTS, load_adapters, plain_rank
+from raybooth.families.foreign import plain_rank
+from raybooth.families.lora import WEIGHTS, load_adapters
 from raybooth.jobs import for_inference, sampler
 from raybooth.sample import Sampler
 from raybooth.serving import engine
@@ -34,6 +36,7 @@ from raybooth.serving.subjects import BASE, Subject, Subjects
 from raybooth.workspace import model_digest, read_manifest
 
 PROMPT = "photo of a red dog"
+CONFIG = load(subject={"class": "dog"})
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +142,7 @@ def test_a_model_that_is_gone_or_is_being_replaced_says_so(runs: Path, tmp_path:
     subjects = found(tmp_path)
     engine = Engine(subjects[BASE], 16)
     shutil.copyfile(runs / "subject-1" / "fine-tuned-model" / WEIGHTS, tmp_path / "a" / "fine-tuned-model" / WEIGHTS)
-    with pytest.raises(RayboothError, match="'a' is just being replaced"):
+    with pytest.raises(RayboothError, match="'a' cannot be loaded: it is just being replaced"):
         engine.draw(rows_of(subjects, "a"), subjects["a"].sampling)
     assert not engine.adapters.held
     shutil.rmtree(tmp_path / "b")
@@ -259,7 +262,8 @@ def test_the_base_model_named_and_the_runs_own_are_one(runs: Path, toy: Path):
 
 def test_prompts_are_filled_in_and_nothing_else_is(runs: Path):
     subjects = found(runs)
-    assert subjects["whole"].fill("photo of {subject}, a {class} {token:>99} {}") == "photo of unqtkn dog, a dog {token:>99} {}"
+    prompt = "photo of {subject}, a {class} {token:>99} {{subject}} {red} {}"
+    assert subjects["whole"].fill(prompt) == "photo of unqtkn dog, a dog {token:>99} {unqtkn dog} {red} {}" == CONFIG.fill(prompt)
     with pytest.raises(RayboothError, match="has no subject of its own"):
         subjects[BASE].fill("photo of {subject}")
 
@@ -297,7 +301,7 @@ def test_load_says_what_is_wrong(runs: Path, tmp_path: Path):
     with pytest.raises(RayboothError, match="holds no complete fine-tuned-model"):
         raybooth.load(tmp_path)
     model = raybooth.load(runs / "subject-0")
-    for wrong, told in (({"n": 0}, "n = 0"), ({"steps": 0}, "steps = 0"), ({"prompt": "a {dog}"}, "placeholder")):
+    for wrong, told in (({"n": 0}, "n = 0"), ({"steps": 0}, "steps = 0")):
         with pytest.raises(RayboothError, match=told):
             model.draw(**{"prompt": "x", **wrong})  # type: ignore[arg-type]
 

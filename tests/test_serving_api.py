@@ -204,6 +204,8 @@ def test_errors_have_one_shape(subjects: Subjects):
                 assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
             for path in ("/healthz", "/openapi.json", "/docs"):
                 assert (await http.get(path)).status_code == 200
+                assert (await http.head(path)).status_code == 200
+            assert (await http.head("/v1/models")).status_code == 401
 
             async def endless() -> AsyncIterator[bytes]:
                 for _ in range(100):
@@ -392,7 +394,9 @@ def test_keys_from_a_file(tmp_path: Path):
     file = tmp_path / "keys"
     file.write_text("# of the lab\n\n one \ntwo\n")
     assert read_keys(file) == ["one", "two"]
-    for text in (None, "", "# nothing\n"):
+    file.write_bytes(b"\xef\xbb\xbfone\r\n")  # as Windows' Notepad writes it
+    assert read_keys(file) == ["one"]
+    for text in (None, "", "# nothing\n", "cl\u00e9\n", "a\x07b\n"):
         if text is None:
             file.unlink()
         else:

@@ -4,18 +4,22 @@ import json
 from pathlib import Path
 
 import pytest
+from finished import fine_tuned
+from safetensors import safe_open
 from test_pipeline import call
 
+import raybooth
 from raybooth.cli import main
+from raybooth.config import Lora, load
 from raybooth.families import family_of, mini_folder
-from raybooth.families.parts import load
+from raybooth.families.parts import load as load_parts
 from raybooth.families.tokens import propose
 
 
 def test_words_that_mini_knows_are_strong_and_those_that_it_proposes_are_weak():
     folder = mini_folder()
     family = family_of(folder)
-    loaded = load(family, folder, ("text_encoder",))
+    loaded = load_parts(family, folder, ("text_encoder",))
     tokenizer, table = loaded.tokenizers["tokenizer"], loaded.modules["text_encoder"].get_input_embeddings().weight  # type: ignore[operator]
     norms = table.norm(dim=1) / table.norm(dim=1).median()
     known = [float(norms[tokenizer.convert_tokens_to_ids(f"{w}</w>")]) for w in ("dog", "snow", "beach", "night", "red", "collar")]
@@ -38,6 +42,18 @@ def test_auto_names_the_subject_everywhere(tmp_path: Path, toy: Path, photos: Pa
     assert kept["subject"]["token"] == word
     assert "up to date" in call("prepare", tmp_path, toy, photos, subject__token="auto")
     assert json.loads((tmp_path / "config.json").read_text()) == kept
+
+
+def test_an_export_has_the_word_and_not_auto(tmp_path: Path, toy: Path):
+    storage = fine_tuned(tmp_path / "run", toy, Lora(rank=2))
+    config = load(None, ["subject.token=auto"], subject={"class": "dog"}, base={"model": str(toy)}, storage=str(storage))
+    folder = Path(raybooth.export(config, "kohya"))
+    word = json.loads((storage / "token" / "proposals.json").read_text())[0]["word"]
+    (file,) = folder.glob("*.safetensors")
+    assert file.name == f"{word}-dog.safetensors"
+    with safe_open(file, "np") as held:
+        assert held.metadata()["modelspec.trigger_phrase"] == f"{word} dog"
+    assert f"`{word}`" in (folder / "README.md").read_text()
 
 
 def test_the_verb_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,7 +1,6 @@
 """The DreamBooth paper's protocol (Ruiz et al. 2023, section 4): many subjects, a row of mean scores a recipe."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from typing import Any
 
 from raybooth import config as configuration
 from raybooth import evaluation
+from raybooth.base_model import link_or_copy
 from raybooth.config import Config
 from raybooth.dreambench import PUBLISHED, Subject
 from raybooth.score import Score
@@ -71,15 +71,7 @@ def _share(other: Path | None, storage: Path) -> None:
     for stage in SHARED if other else ():
         assert other is not None
         if (other / stage).is_dir() and not (storage / stage).exists():
-            shutil.copytree(other / stage, storage / stage, copy_function=_link)
-
-
-def _link(source: str, target: str) -> None:
-    """Outputs are never written into, only replaced: a link will do where the file system has them."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+            shutil.copytree(other / stage, storage / stage, copy_function=link_or_copy)
 
 
 def _plain(results: Results) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raybooth.errors import RayboothError
+from raybooth.prompts import filled, unknown_words
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -254,7 +255,8 @@ class Config(Section):
         for key, prompt in [("prior.prompt", self.prior.prompt), *(("generate.prompts", p) for p in self.generate.prompts)]:
             if not prompt.strip():
                 raise ValueError(f"{key} holds an empty prompt: write what the picture shall show")
-            self.fill(prompt, key)
+            if unknown_words(prompt):
+                raise ValueError(f"{key} '{prompt}' has a placeholder that is not known: use {{subject}}, {{token}} or {{class}}")
         return self
 
     def _check_optimizer(self) -> None:
@@ -266,12 +268,9 @@ class Config(Section):
         if how.precision == "bf16-weights" and how.method == "full" and how.optimizer != "adamw":
             raise ValueError(f"finetune.precision = 'bf16-weights' goes with finetune.optimizer = 'adamw', not '{how.optimizer}': change one of them")
 
-    def fill(self, prompt: str, key: str = "prompt") -> str:
+    def fill(self, prompt: str) -> str:
         """`prompt` with {subject}, {token} and {class} filled in."""
-        try:
-            return prompt.format(**{"subject": self.subject.name, "token": self.subject.token, "class": self.subject.class_name})
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError):
-            raise ValueError(f"{key} '{prompt}' has a placeholder that is not known: use {{subject}}, {{token}} or {{class}}") from None
+        return filled(prompt, self.subject.token, self.subject.class_name)
 
     @property
     def class_prompt(self) -> str:

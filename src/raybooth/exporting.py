@@ -13,6 +13,7 @@ from raybooth import card
 from raybooth.drawing import resolution
 from raybooth.errors import RayboothError
 from raybooth.families import Family, family_of
+from raybooth.naming import settle_token
 from raybooth.session import Run
 from raybooth.workspace import Stage, Workspace, files_under
 
@@ -59,21 +60,22 @@ class Model:
 
     def modules(self, *parts: str) -> dict[str, Any]:
         """Parts of it with all that was learnt in their weights."""
-        from raybooth.families.lora import merged
+        from raybooth.families.lora import load_merged
         from raybooth.families.parts import load
 
-        loaded = merged(self.family, self.base, self.folder, parts) if self.adapted else load(self.family, self.folder, parts)
+        loaded = load_merged(self.family, self.base, self.folder, parts) if self.adapted else load(self.family, self.folder, parts)
         return dict(loaded.modules)
 
     def low_rank(self) -> "tuple[LowRank, list[str]]":
         """Its adapters; of a model that has none, or whose adapters are no plain LoRA, what can be extracted. And what is to be said about that."""
         from raybooth.families.foreign import is_dora, read
         from raybooth.families.lora import WEIGHTS
+        from raybooth.families.lowrank import hollow
 
         if self.adapted and not is_dora(self.folder / WEIGHTS):
             if self.rank is not None:
                 raise RayboothError("This run is a LoRA already and keeps its rank: leave --rank out.")
-            return read(self.family, self.base, self.folder / WEIGHTS), []
+            return read(self.family, hollow(self.family, self.base), self.folder / WEIGHTS), []
         return self._extracted(self.rank or RANK)
 
     def _extracted(self, rank: int) -> "tuple[LowRank, list[str]]":
@@ -173,6 +175,7 @@ def export(run: Run, to: str, output: str | None = None, rank: int | None = None
     if rank is not None and to not in ("lora", "kohya"):
         raise RayboothError(f"--rank {rank} is for --to lora and --to kohya: nothing else has a rank.")
     with quietly():
+        settle_token(run)
         return _push(model, repo, output) if to == "hub" else str(_write(model, to, output))
 
 

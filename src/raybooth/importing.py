@@ -16,11 +16,11 @@ def import_lora(run: Run, file: Path) -> Path:
     Raises:
         RayboothError: if the file is not a plain LoRA or does not fit the base, or the storage holds a model of its own.
     """
-    from raybooth.families.foreign import read, write
+    from raybooth.families.foreign import plain_rank, read, write
+    from raybooth.families.lowrank import hollow
 
     file = file.expanduser()
-    if not file.is_file():
-        raise RayboothError(f"There is no LoRA file {file}: give the path of a .safetensors file.")
+    plain_rank(file)  # what is no LoRA shows before a base model is fetched
     run.workspace.pull("fine-tuned-model")
     held = read_manifest(run.workspace.root / "fine-tuned-model")
     if held and "imported" not in held["inputs"]:
@@ -32,7 +32,7 @@ def import_lora(run: Run, file: Path) -> Path:
         return stage.folder
     stage.clear()
     family = family_of(run.base_folder)
-    low = read(family, run.base_folder, file)
+    low = read(family, hollow(family, run.base_folder), file)
     write(family, low, stage.partial)
     layers = {part: len(pairs) for part, pairs in low.parts.items()}
     stage.finish({"imported": file.name, "rank": low.rank, "layers": layers, "history": []}, only=files_under(stage.partial))

@@ -62,7 +62,7 @@ class Model:
         from PIL import Image
 
         sampler, seeds = self._sampler, range(seed, seed + n)
-        sampling, text = sampler.sampling.changed(steps, guidance), _filled(self.config, prompt)
+        sampling, text = sampler.sampling.changed(steps, guidance), self.config.fill(prompt)
         for name, value, most in (("n", n, 10_000), ("steps", sampling.steps, 1000)):
             if not 1 <= value <= most:
                 raise RayboothError(f"{name} = {value} is not possible: it is a number from 1 to {most}.")
@@ -75,13 +75,6 @@ class Model:
                     image.info |= {"prompt": text, "seed": str(own), "model": self.digest}
                     pictures.append(image)
         return pictures
-
-
-def _filled(config: configuration.Config, prompt: str) -> str:
-    try:
-        return config.fill(prompt)
-    except ValueError as error:
-        raise RayboothError(f"{error}.") from None
 
 
 @contextlib.contextmanager

@@ -1,27 +1,81 @@
 """LoRA files of any layout that diffusers reads, in and out: its own, kohya's, PEFT's."""
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from raybooth.errors import RayboothError
-from raybooth.families.base import Family
-from raybooth.families.lora import WEIGHTS
-from raybooth.families.lowrank import LowRank, even, file_name, shapes
-from raybooth.families.parts import config
+from raybooth.families.base import Family, Loaded
+from raybooth.families.lora import WEIGHTS, load_adapters
+from raybooth.families.lowrank import LowRank, even, file_name, layers_of, names_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from raybooth.families.lowrank import Pair
+    from raybooth.families.lowrank import Matrices, Pair
 
     State = dict[str, Tensor]
+    Modules = Mapping[str, nn.Module]
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 PEFT = "base_model.model."
 UPS = ((".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight"), (".lora.down.weight", ".lora.up.weight"))
+"""The two matrices of a layer in the layouts that have an alpha beside them."""
+
+
+@contextlib.contextmanager
+def opened(file: Path, framework: str) -> Iterator[Any]:
+    """A LoRA file to read from, its tensors as those of a `framework`: "np" or "pt".
+
+    Raises:
+        RayboothError: if there is none, or it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise RayboothError(f"There is no LoRA file {file}: give the path of a .safetensors file.")
+    try:
+        with safe_open(file, framework) as held:
+            yield held
+    except (SafetensorError, OSError) as error:
+        raise RayboothError(f"The LoRA {file} is not readable as safetensors ({error}): copy or download it again; pickled ones are refused.") from None
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what a LoRA file holds, from its header.
+
+    Raises:
+        RayboothError: as `opened`.
+    """
+    with opened(file, "np") as held:
+        return {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118
+
+
+def plain_rank(file: Path) -> int:
+    """The largest rank among the adapters of a file if all are plain ones of linear layers, else 0: DoRA and adapters of convolutions.
+
+    Raises:
+        RayboothError: as `opened`; if there are no adapters in it, or those of a DoRA that diffusers would read wrong.
+    """
+    held = tensor_shapes(file)
+    downs = [shape for name, shape in held.items() if _is_down(name) and len(shape) > 1]
+    if not downs:
+        raise RayboothError(f"{file} holds no LoRA: its tensors are not the pairs of matrices that one is made of.")
+    magnitudes = _magnitudes(held)
+    if not all(map(_is_read, magnitudes)):
+        raise _dora(file)
+    return 0 if magnitudes or any(len(s) > 2 for s in downs) else max(s[0] for s in downs)
+
+
+def _is_down(name: str) -> bool:
+    """Whether it is the first matrix of a layer: lora_A in PEFT's names, lora_down, lora.down, lora_linear_layer.down, qkv_lora1.down in others'."""
+    return "lora" in name and name.endswith(("lora_A.weight", "down.weight"))
+
+
+def is_dora(file: Path) -> bool:
+    return bool(_magnitudes(tensor_shapes(file)))
 
 
 def write(family: Family, low: LowRank, target: Path) -> None:
@@ -38,47 +92,71 @@ def write(family: Family, low: LowRank, target: Path) -> None:
     getattr(diffusers, family.pipeline).save_lora_weights(target, weight_name=WEIGHTS, **layers)
 
 
-def read(family: Family, base: Path, file: Path) -> LowRank:
-    """A LoRA for the model in folder `base`, whoever made it, with alpha / rank multiplied into `up`.
+def read(family: Family, modules: "Modules", file: Path) -> LowRank:
+    """A LoRA for the model that has these parts, whoever made it, with alpha / rank multiplied into `up`.
+
+    Args:
+        modules: all that can be fine-tuned, with weights or without (lowrank.hollow).
 
     Raises:
-        RayboothError: if it cannot be read, is not a plain LoRA, or does not fit the base.
+        RayboothError: if it cannot be read, is not a plain LoRA, or does not fit.
     """
-    tensors, header = _opened(file)
+    with opened(file, "pt") as held:
+        tensors, header = {name: held.get_tensor(name) for name in held.keys()}, held.metadata() or {}  # noqa: SIM118
     if _magnitudes(tensors):
-        raise RayboothError(f"The LoRA {file} is a DoRA, whose magnitudes diffusers does not read from every layout: only plain LoRAs can be taken over.")
-    known = shapes(family, base)
+        raise _dora(file)
+    known = {part: _shapes(part, modules[part]) for part in family.trainable(text_encoder=True)}
     try:
         tensors, how = _of_a_part(family, known, file, tensors, json.loads(header.get("lora_adapter_metadata", "{}")))
-        state = _in_diffusers_names(family, base, _scaled(tensors))
+        state = _in_diffusers_names(family, modules, _scaled(tensors))
         peft = {part: _in_peft_names(part, state) for part in known}
         parts = {part: _pairs(part, own, how) for part, own in peft.items()}
-    except (ValueError, KeyError, IndexError, RuntimeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RayboothError(f"The LoRA {file} is of no layout that diffusers knows for {family.name} ({reason}).") from None
-    _check(parts, known, base, file, len(state))
+    _check(parts, known, file, len(state))
     return even(parts)
 
 
-def is_dora(file: Path) -> bool:
-    return _magnitudes(_opened(file)[0])
+def _shapes(part: str, module: "nn.Module") -> dict[str, tuple[int, ...]]:
+    return {name: tuple(layer.weight.shape) for name, layer in layers_of(part, module).items()}
 
 
-def _magnitudes(names: Iterable[str]) -> bool:
-    return any("dora_scale" in k or "lora_magnitude_vector" in k for k in names)
+def matrices(family: Family, modules: "Modules", file: Path) -> "Matrices":
+    """A LoRA as `read` has it, by the layers' own names: part -> layer -> (down (rank, in), up (out, rank)), what its input is led through beside the layer."""
+    parts: Matrices = {}
+    for part, layers in read(family, modules, file).parts.items():
+        own = names_of(part, modules[part])
+        parts[part] = {own[name]: pair for name, pair in layers.items()}
+    return parts
 
 
-def _opened(file: Path) -> "tuple[State, dict[str, str]]":
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
+def merge(family: Family, loaded: Loaded, file: Path) -> None:
+    """Add the LoRA of `file` to the weights of the loaded parts: drawing then costs what the base does.
 
-    if not file.is_file():
-        raise RayboothError(f"There is no LoRA file {file}: give the path of a .safetensors file.")
-    try:
-        with safe_open(file, "pt") as held:
-            return load_file(file), held.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise RayboothError(f"The LoRA {file} is not readable as safetensors ({error}): download it again; pickled ones are refused.") from None
+    Raises:
+        RayboothError: as `read`.
+    """
+    if is_dora(file):
+        return load_adapters(family, loaded, file)
+    for part, pairs in read(family, loaded.modules, file).parts.items():
+        layers = layers_of(part, loaded.modules[part])
+        for name, (down, up) in pairs.items():
+            weight = layers[name].weight
+            weight.data += (up.flatten(1) @ down.flatten(1)).reshape(weight.shape).to(weight)
+
+
+def _magnitudes(names: Iterable[str]) -> list[str]:
+    return [n for n in names if "dora_scale" in n or "lora_magnitude_vector" in n]
+
+
+def _is_read(magnitude: str) -> bool:
+    """By diffusers: it drops those of kohya, does not know PEFT's own names, and transformers 5 reads none back."""
+    return "dora_scale" not in magnitude and not magnitude.startswith((PEFT, "text_encoder"))
+
+
+def _dora(file: Path) -> RayboothError:
+    return RayboothError(f"The LoRA {file} is a DoRA, whose magnitudes diffusers does not read from every layout: only plain LoRAs can be taken over.")
 
 
 def _of_a_part(family: Family, known: Shapes, file: Path, tensors: "State", how: dict[str, Any]) -> "tuple[State, dict[str, Any]]":
@@ -104,10 +182,10 @@ def _scaled(tensors: "State") -> "State":
     return rest
 
 
-def _in_diffusers_names(family: Family, base: Path, tensors: "State") -> "State":
+def _in_diffusers_names(family: Family, modules: "Modules", tensors: "State") -> "State":
     import diffusers
 
-    unet = {"unet_config": SimpleNamespace(**config(base, "unet/config"))} if family.denoiser == "unet" else {}
+    unet = {"unet_config": modules["unet"].config} if family.denoiser == "unet" else {}
     state, *_ = getattr(diffusers, family.pipeline).lora_state_dict(dict(tensors), return_lora_metadata=True, **unet)
     return state
 
@@ -142,9 +220,9 @@ def _scale(how: dict[str, Any], layer: str, rank: int) -> float:
     return alpha / (rank**0.5 if how.get("use_rslora") else rank)
 
 
-def _check(parts: "dict[str, dict[str, Pair]]", known: Shapes, base: Path, file: Path, tensors: int) -> None:
+def _check(parts: "Matrices", known: Shapes, file: Path, tensors: int) -> None:
     def refused(why: str) -> RayboothError:
-        return RayboothError(f"The LoRA {file} does not fit the model {base} ({why}): give the base it was made for with --base.")
+        return RayboothError(f"The LoRA {file} does not fit the base model ({why}): give the one it was made for with --base.")
 
     for part, layers in parts.items():
         for layer, (down, up) in layers.items():

@@ -1,19 +1,20 @@
 """Low-rank adapters (Hu et al. 2021) by PEFT: put in, switched off, saved and loaded in diffusers' form."""
 
 import contextlib
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from raybooth.config import Lora
 from raybooth.errors import RayboothError
 from raybooth.families.base import Family, Loaded
 from raybooth.families.parts import load
 from raybooth.noise import reseeded
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The file that diffusers' load_lora_weights looks for."""
@@ -85,47 +86,17 @@ def _described(how: Any) -> dict[str, Any]:
 
 
 def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:
-    """Merge the adapters of `folder` (or of one file) into the loaded parts: drawing then costs what the base does."""
+    """Merge the adapters of `folder` (or of one file) into the loaded parts: drawing then costs what the base does.
+
+    Raises:
+        RayboothError: if none of them is of this model.
+    """
     _put_in(family, loaded.modules, folder)
-    for module in loaded.modules.values():
-        for _, layer in _adapted(module):
-            layer.merge()
-
-
-Matrices = dict[str, dict[str, tuple[Tensor, Tensor]]]
-"""part -> layer -> (down (rank, in), up (out, rank)): what a row's input is led through beside the layer. Scaled by alpha / rank."""
-
-
-def read_adapters(family: Family, hollow: Mapping[str, nn.Module], folder: Path) -> Matrices:
-    """The adapters of `folder` (or of one file), by way of copies of modules without weights (on the meta device)."""
-    # diffusers moves a module to its own device after loading, so meta will not do; memory that is never written to costs nothing.
-    modules = {part: copy.deepcopy(module).to_empty(device="cpu") for part, module in hollow.items()}
-    _put_in(family, modules, folder)
-    found: Matrices = {}
-    for part, module in modules.items():
-        for name, layer in _adapted(module):
-            (key,) = layer.active_adapters
-            up = layer.lora_B[key].weight.detach() * layer.scaling[key]
-            found.setdefault(part, {})[name] = (layer.lora_A[key].weight.detach(), up)
-    return found
-
-
-def shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors in a file of adapters, from its header."""
-    with safe_open(file, "np") as held:
-        return {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118
-
-
-def plain_rank(file: Path) -> int:
-    """The largest rank among the adapters of a file if all are plain ones of linear layers, else 0: DoRA and adapters of convolutions."""
-    found = shapes(file)
-    if any("magnitude" in n or "dora_scale" in n or len(s) > 2 for n, s in found.items()):
-        return 0
-    return max((s[0] for n, s in found.items() if n.endswith(_DOWN)), default=0)
-
-
-_DOWN = ("lora_A.weight", "lora.down.weight", "lora_down.weight", "lora_linear_layer.down.weight")
-"""How PEFT, diffusers and others call the first matrix."""
+    layers = [layer for module in loaded.modules.values() for layer in module.modules() if _is_adapted(layer)]
+    if not layers:
+        raise RayboothError(f"The adapters in {folder} are none of {family.name}'s as diffusers names them: they would change nothing.")
+    for layer in layers:
+        layer.merge()
 
 
 def _put_in(family: Family, modules: Mapping[str, nn.Module], folder: Path) -> None:
@@ -142,7 +113,7 @@ def _put_in(family: Family, modules: Mapping[str, nn.Module], folder: Path) -> N
             pipeline.load_lora_into_text_encoder(state, alphas, modules[part], prefix=part, metadata=metadata)
 
 
-def merged(family: Family, base: Path, folder: Path, parts: Iterable[str]) -> Loaded:
+def load_merged(family: Family, base: Path, folder: Path, parts: Iterable[str]) -> Loaded:
     """`parts` of the base with the adapters of `folder` in their weights, as if there had never been any."""
     from diffusers.utils import recurse_remove_peft_layers
 
@@ -155,7 +126,7 @@ def merged(family: Family, base: Path, folder: Path, parts: Iterable[str]) -> Lo
     return loaded
 
 
-def _adapted(module: nn.Module) -> list[tuple[str, Any]]:
+def _is_adapted(layer: nn.Module) -> TypeGuard["BaseTunerLayer"]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)]
+    return isinstance(layer, BaseTunerLayer)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     Pair = tuple[Tensor, Tensor]
+    Matrices = dict[str, dict[str, Pair]]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class LowRank:
     """
 
     rank: int
-    parts: "dict[str, dict[str, Pair]]"
+    parts: "Matrices"
 
     def tensors(self) -> "dict[str, dict[str, Tensor]]":
         """part -> PEFT's key -> tensor."""
@@ -32,7 +33,7 @@ class LowRank:
         }  # fmt: skip
 
 
-def even(parts: "dict[str, dict[str, Pair]]") -> LowRank:
+def even(parts: "Matrices") -> LowRank:
     """Of one rank, padded with zeros: readers disagree about ranks and alphas that differ from layer to layer."""
     import torch
 
@@ -46,11 +47,16 @@ def even(parts: "dict[str, dict[str, Pair]]") -> LowRank:
     return LowRank(rank, {part: {layer: padded(*pair) for layer, pair in layers.items()} for part, layers in parts.items() if layers})
 
 
-def layers_of(part: str, module: "nn.Module") -> "dict[str, Any]":
-    """The layers that can have a low-rank update, by the names they have in files."""
+def names_of(part: str, module: "nn.Module") -> dict[str, str]:
+    """The layers that can have a low-rank update: the name they have in files -> their own."""
     from torch import nn
 
-    return {file_name(part, name): layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    return {file_name(part, name): name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+
+
+def layers_of(part: str, module: "nn.Module") -> "dict[str, Any]":
+    """The layers that can have a low-rank update, by the names they have in files."""
+    return {name: module.get_submodule(own) for name, own in names_of(part, module).items()}
 
 
 def file_name(part: str, name: str) -> str:
@@ -59,10 +65,9 @@ def file_name(part: str, name: str) -> str:
     return f"text_model.{name}" if bare else name
 
 
-def shapes(family: Family, folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """part -> layer -> shape of its weight, of all that can have an update, from the configuration alone."""
+def hollow(family: Family, folder: Path) -> "dict[str, nn.Module]":
+    """The parts that can have updates, from their configurations alone: the right shapes, and no weights (on the meta device)."""
     import torch
 
     with torch.device("meta"):
-        modules = unloaded(family, folder, family.trainable(text_encoder=True)).modules
-    return {part: {name: tuple(layer.weight.shape) for name, layer in layers_of(part, module).items()} for part, module in modules.items()}
+        return unloaded(family, folder, family.trainable(text_encoder=True)).modules

@@ -2,12 +2,15 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from raybooth.errors import RayboothError
-from raybooth.families.lora import Matrices
+
+if TYPE_CHECKING:
+    from raybooth.families.lowrank import Matrices
 
 
 class Stacked(nn.Module):
@@ -64,7 +67,7 @@ class Adapters:
     def __contains__(self, name: str) -> bool:
         return name in self.held
 
-    def put(self, name: str, matrices: Matrices) -> None:
+    def put(self, name: str, matrices: "Matrices") -> None:
         """Into a free slot, or in place of the one that was not used for longest.
 
         Raises:

@@ -15,8 +15,9 @@ from raybooth.config import Sampling
 from raybooth.errors import RayboothError
 from raybooth.families import Loaded, family_of
 from raybooth.families.folder import INDEX
-from raybooth.families.lora import load_adapters, read_adapters
-from raybooth.families.parts import unloaded
+from raybooth.families.foreign import matrices, merge
+from raybooth.families.lora import WEIGHTS, load_adapters
+from raybooth.families.lowrank import hollow
 from raybooth.jobs import for_inference
 from raybooth.sample import Sampler
 from raybooth.serving.adapters import Adapters, slot_bytes
@@ -53,8 +54,7 @@ class Engine:
         folder = base.weights
         self.family = family = family_of(folder)
         loaded = _without_its_folder(for_inference(folder, (family.denoiser, "vae", *family.encoders)))
-        with torch.device("meta"):
-            self._hollow = unloaded(family, folder, family.trainable(True)).modules
+        self._hollow = hollow(family, folder)
         room = MEMORY // slot_bytes([loaded.modules[part] for part in self._hollow], rank)
         self.adapters = Adapters(loaded.modules, max(min(slots, room), self.batch), rank)
         self.sampler = Sampler(family, loaded, base.sampling, self.batch, self.adapters.use)
@@ -98,11 +98,9 @@ class Engine:
             elif subject.kind == "lora" and subject.model in self.adapters:
                 self.adapters.held.move_to_end(subject.model)  # not to go for one of its own batch
             elif subject.kind == "lora":
-                matrices = read_adapters(self.family, self._hollow, subject.weights)
+                pairs = matrices(self.family, self._hollow, subject.weights if _is_file(subject) else subject.weights / WEIGHTS)
                 _check(subject)
-                self.adapters.put(subject.model, matrices)
-        except RayboothError:
-            raise
+                self.adapters.put(subject.model, pairs)
         except Exception as error:  # whatever libraries make of files that go, change under them or do not fit: nobody else's pictures shall fail by it
             raise RayboothError(f"The model '{subject.id}' cannot be loaded: {error}") from error
 
@@ -114,16 +112,23 @@ class Engine:
             assert folder is not None
             family = family_of(folder)
             loaded = _without_its_folder(for_inference(folder, (family.denoiser, "vae", *family.encoders)))
-            if subject.kind == "lora":
+            if _is_file(subject):
+                merge(family, loaded, subject.weights)
+            elif subject.kind == "lora":
                 load_adapters(family, loaded, subject.weights)
             _check(subject)
             self._models[subject.model] = Sampler(family, loaded, subject.sampling, subject.batch)
         self._models.move_to_end(subject.model)
 
 
+def _is_file(subject: Subject) -> bool:
+    """Adapters alone, and not a run's; whether they are still there or not."""
+    return subject.weights.suffix == ".safetensors"
+
+
 def _check(subject: Subject) -> None:
     """Whether what was read is what was found: a run that is made anew replaces its files one by one."""
-    if subject.weights.is_file():
+    if _is_file(subject):
         return
     manifest = read_manifest(subject.weights)
     same = manifest is not None and model_digest(manifest) == subject.model
@@ -132,7 +137,7 @@ def _check(subject: Subject) -> None:
         same &= path.stat().st_size == described["bytes"]
         same &= described["bytes"] > HASHED or file_digest(path) == described["sha256"]
     if not same:
-        raise RayboothError(f"The model '{subject.id}' is just being replaced: try again in a moment.")
+        raise RayboothError("it is just being replaced, try again in a moment.")
 
 
 def _without_its_folder(loaded: Loaded) -> Loaded:

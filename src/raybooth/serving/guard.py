@@ -24,15 +24,17 @@ def read_keys(file: Path) -> list[str]:
     """One key a line; empty lines and those after a # do not count.
 
     Raises:
-        RayboothError: if there is none.
+        RayboothError: if there is none, or one that nobody can send.
     """
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise RayboothError(f"The file of API keys {file} cannot be read ({error}): give a text file with one key a line.") from None
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise RayboothError(f"The file of API keys {file} holds no key: write one a line, such as what 'openssl rand -hex 32' prints.")
+    if not all(key.isascii() and key.isprintable() for key in keys):
+        raise RayboothError(f"The file of API keys {file} holds a key that no header can carry: use letters without accents, digits and signs.")
     return keys
 
 
@@ -67,6 +69,8 @@ class Guard:
         problem = self._problem(scope, Headers(scope=scope), most)
         if problem:
             return await problem.send(scope, receive, send)
+        if scope["method"] == "HEAD":  # an answer's body is left out by the server below
+            scope = {**scope, "method": "GET"}
         with contextlib.suppress(_StalledError):
             await self.app(scope, self._measured(receive, most), self._patient(send))
 

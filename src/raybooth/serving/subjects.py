@@ -16,7 +16,9 @@ from raybooth.config import Config, Sampling
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.families.folder import needed_files, plain_name
-from raybooth.families.lora import WEIGHTS, plain_rank
+from raybooth.families.foreign import plain_rank
+from raybooth.families.lora import WEIGHTS
+from raybooth.prompts import asks_for_subject, filled
 from raybooth.workspace import MANIFEST, Workspace, digest, file_digest, files_under, model_digest, read_manifest
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -59,17 +61,14 @@ class Subject:
         return f"photo of {self.token} {self.class_name}" if self.token else None
 
     def fill(self, prompt: str) -> str:
-        """`prompt` with {subject}, {token} and {class} filled in. Nothing else in braces means anything: prompts come from anybody.
+        """`prompt` with {subject}, {token} and {class} filled in.
 
         Raises:
             RayboothError: if it asks for what this model does not have.
         """
-        words = {"{subject}": f"{self.token} {self.class_name}", "{token}": self.token or "", "{class}": self.class_name or ""}
-        if self.token is None and any(w in prompt for w in words):
+        if self.token is None and asks_for_subject(prompt):
             raise RayboothError(f"The model '{self.id}' has no subject of its own: write the prompt without {{subject}}, {{token}} and {{class}}.")
-        for word, text in words.items():
-            prompt = prompt.replace(word, text)
-        return prompt
+        return filled(prompt, self.token or "", self.class_name or "")
 
 
 def of_base(folder: Path, config: Config | None = None, base: str | None = None) -> Subject:
@@ -123,9 +122,13 @@ def _sampling(config: Config, base_folder: Path) -> Sampling:
 
 
 def of_file(file: Path, base: Subject) -> Subject:
-    """Adapters alone, taken to belong to `base`."""
-    sha = digest({WEIGHTS: file_digest(file)})
-    return Subject(_id_of_file(file), "lora", file, base.base_folder, base.base, sha, base.sampling, base.batch, int(file.stat().st_mtime), plain_rank(file))
+    """Adapters alone, of whatever layout, taken to belong to `base`.
+
+    Raises:
+        RayboothError: if the file is damaged, or holds no adapters that can be drawn with.
+    """
+    rank, sha = plain_rank(file), digest({WEIGHTS: file_digest(file)})
+    return Subject(_id_of_file(file), "lora", file, base.base_folder, base.base, sha, base.sampling, base.batch, int(file.stat().st_mtime), rank)
 
 
 def folder_of(base: Subject, found: Mapping[str, Subject]) -> Path | None:

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from raybooth import config as configuration
+from raybooth.base_model import link_or_copy
 from raybooth.config import Config, merged
 from raybooth.errors import RayboothError
 from raybooth.photos import SUFFIXES, Photo, refuse_duplicates, square
@@ -125,23 +126,16 @@ def store(storage: Path, config: Config, photos: list[Photo], base: Path | None 
 
 
 def _copy_base(folder: Path, target: Path) -> None:
-    """What its manifest names, as links where the file system has them: stages replace their files and never write into them."""
+    """What its manifest names, as it is."""
     manifest = read_manifest(folder)
     if manifest is None or manifest.get("stage") != target.name:
         return  # a model of the user's: the run copies it by itself
     try:
         for name in [*manifest["outputs"], MANIFEST]:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(folder / name, target / name)
+            link_or_copy(folder / name, target / name)
     except FileNotFoundError:  # that storage is just being removed: the run has the base from where it came from
         shutil.rmtree(target)
-
-
-def _link(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copyfile(file, target)
 
 
 def refuse_taken(storage: Path) -> None:

@@ -44,7 +44,7 @@ function choose(one) {
   const prompt = $("prompt");
   if (!prompt.value) prompt.value = opening(one);
   else if (before && prompt.value.startsWith(opening(before))) prompt.value = opening(one) + prompt.value.slice(opening(before).length);
-  else if (before && name(before) && name(one)) prompt.value = prompt.value.replaceAll(name(before), name(one));
+  else if (before && name(before) && name(one)) prompt.value = prompt.value.replaceAll(name(before), () => name(one));
   const photographs = (one.photographs ?? []).slice(0, 10);
   $("photographs").replaceChildren(...photographs.map((url, i) => show(el("img", { alt: `photograph ${i + 1} of ${one.id}` }), url)));
   $("compare-label").hidden = one.id === "base";
@@ -56,7 +56,8 @@ const name = (one) => [one.token, one.class].filter(Boolean).join(" ");
 
 // As the server does it.
 function filled(prompt, one) {
-  return prompt.replaceAll("{subject}", name(one)).replaceAll("{token}", one.token ?? "").replaceAll("{class}", one.class ?? "");
+  const words = { "{subject}": name(one), "{token}": one.token, "{class}": one.class };
+  return one.token ? prompt.replace(/\{(subject|token|class)\}/g, (word) => words[word]) : prompt;
 }
 
 // The token means nothing to the base model: there the class stands alone.

@@ -110,7 +110,7 @@ def model_configuration(config: Config) -> Path:
     source = local_source(config.base.model)
     if source is not None and not source.is_file():
         return source
-    prepared = Path(config.storage) / "base-model"
+    prepared = Path(config.storage).expanduser() / "base-model"
     if not (prepared / "model_index.json").exists():
         raise RayboothError(f"The model {config.base.model} is not on this machine yet: run 'raybooth prepare' first, or give a local folder with --base.")
     return prepared

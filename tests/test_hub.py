@@ -1,6 +1,7 @@
 """The hub's path, against a server on loopback with huggingface_hub itself as the client."""
 
 import contextlib
+import errno
 import io
 import json
 import shutil
@@ -227,6 +228,16 @@ def test_an_incomplete_repository_is_refused_before_its_weights_come(hub: Hub, t
     assert done.returncode == 2
     assert "The model me/toy has no unet/diffusion_pytorch_model-00002-of-00002.safetensors" in done.stderr
     assert not [f for f in fetched(hub) if f.endswith(".safetensors")]
+
+
+def test_a_full_disk_is_not_the_hubs_fault(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("raybooth.hub._append", full)
+    done = prepare(hub, tmp_path / "run")
+    assert done.returncode == 2
+    assert "is over its quota" in done.stderr
 
 
 def test_pickled_weights_only_are_refused_with_the_way_out(hub: Hub, tmp_path: Path):

@@ -4,12 +4,15 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raybooth.config import Config
 from raybooth.errors import RayboothError
 from raybooth.session import Run
 from raybooth.workspace import Stage, files_under, read_manifest
+
+if TYPE_CHECKING:
+    from raybooth.families import Facts
 
 
 def prepare_base(run: Run) -> None:
@@ -69,6 +72,7 @@ def check_fits(config: Config, folder: Path) -> None:
 
     family = family_of(folder)
     check_described(folder, family.weights, family.settings)
+    facts, side = family.facts(folder), config.base.resolution
     family.conditioning(folder)
     drawn = {"generate.scheduler": config.generate.scheduler} | ({"prior.scheduler": config.prior.scheduler} if config.prior.drawn else {})
     for key, name in drawn.items():
@@ -76,12 +80,16 @@ def check_fits(config: Config, folder: Path) -> None:
             raise RayboothError(f"{key} = '{name}' is not possible with {family.name}: choose {' or '.join(family.samplers)}.")
     if config.finetune.min_snr_gamma and not family.min_snr:
         raise RayboothError(f"finetune.min_snr_gamma is for models of epsilon or velocity, and {family.name} is a flow: leave it out.")
-    facts, side = family.facts(folder), config.base.resolution
-    if side and side % facts.multiple:
+    if side:
+        _check_side(side, family.name, facts)
+
+
+def _check_side(side: int, family: str, facts: "Facts") -> None:
+    if side % facts.multiple:
         next_one = (side // facts.multiple + 1) * facts.multiple
-        raise RayboothError(f"base.resolution = {side} is not possible with {family.name}: it must be a multiple of {facts.multiple}, such as {next_one}.")
-    if side and facts.largest and side > facts.largest:
-        raise RayboothError(f"base.resolution = {side} is not possible with {folder}, which has positions for at most {facts.largest}: lower it.")
+        raise RayboothError(f"base.resolution = {side} is not possible with {family}: it must be a multiple of {facts.multiple}, such as {next_one}.")
+    if facts.largest and side > facts.largest:
+        raise RayboothError(f"base.resolution = {side} is not possible with this {family}, which knows places up to {facts.largest} pixels: lower it.")
 
 
 def stats(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:

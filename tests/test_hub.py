@@ -169,7 +169,7 @@ ENCODERS = ["--set=evaluate.select=balance", "--set=evaluate.dino=mini"]
 
 
 @pytest.mark.parametrize(
-    ("more", "base", "photos", "named"),
+    ("more", "base", "source", "named"),
     [
         (["--set=base.revision=nope"], "me/toy", "hf://me/dog", "no revision 'nope' on HUB: check base.revision"),
         ([], "me/other", "hf://me/dog", "There is no model me/other on HUB, or it is private: check base.model"),
@@ -181,8 +181,8 @@ ENCODERS = ["--set=evaluate.select=balance", "--set=evaluate.dino=mini"]
         ([*ENCODERS, "--set=evaluate.clip=me/other"], "me/toy", "hf://me/dog", "There is no model me/other on HUB, or it is private: check evaluate.clip"),
     ],
 )
-def test_what_the_hub_does_not_have_is_named(hub: Hub, tmp_path: Path, more: list[str], base: str, photos: str, named: str):
-    done = prepare(hub, tmp_path / "run", *more, base=base, photos=photos)
+def test_what_the_hub_does_not_have_is_named(hub: Hub, tmp_path: Path, more: list[str], base: str, source: str, named: str):
+    done = prepare(hub, tmp_path / "run", *more, base=base, photos=source)
     assert done.returncode == 2
     assert named.replace("HUB", hub.url) in done.stderr
     assert "Traceback" not in done.stderr

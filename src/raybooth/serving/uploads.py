@@ -14,9 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from raybooth import config as configuration
-from raybooth.config import Config
+from raybooth.config import Config, merged
 from raybooth.errors import RayboothError
-from raybooth.layers import merged
 from raybooth.photos import SUFFIXES, Photo, refuse_duplicates, square
 from raybooth.serving.errors import ApiError
 from raybooth.serving.progress import LOG

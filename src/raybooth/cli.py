@@ -41,14 +41,15 @@ def _storage(args: argparse.Namespace) -> str | None:
 
 
 def _kept_config(args: argparse.Namespace) -> Path | None:
-    """A single stage, given no file, goes by what the storage was made with."""
+    """A single stage, given no file, goes by what the storage was made with, and needs that unless it is told the one setting without a default."""
     if args.verb == "run":
         return None
     from raybooth.config import Config
     from raybooth.session import config_in, kept_config
 
     storage = _storage(args) or Config.model_fields["storage"].default
-    return kept_config(storage) if args.verb in FIRST else config_in(storage)
+    said_whole = args.class_name is not None or any(override.startswith("subject.class") for override in args.set)
+    return kept_config(storage) if said_whole or args.verb in FIRST else config_in(storage)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,9 +15,10 @@ PROPOSED = "0123456789012345678901234567890123456789"
 
 
 class Hub:
-    """Repositories "models/owner/name" or "datasets/owner/name" -> folder, all at one commit. `asked` is what was requested.
+    """Repositories "models/owner/name" or "datasets/owner/name" -> folder, all at one `commit`. `asked` is what was requested.
 
-    `cut_after` ends the connection after so many bytes of any weights, and refuses them from then on.
+    `cut_after` ends the connection after so many bytes of any weights, and refuses them from then on. `short` ends them so early once, as if that were all.
+    `instead` is what any question about a repository is answered with: status, the header X-Error-Message, body.
     `lies` are files whose stated hash is wrong. `proposed` are what pull request 1 of a repository would make of it: its author, and the folder.
     """
 
@@ -25,7 +26,10 @@ class Hub:
         self.folders: dict[str, Path] = {}
         self.proposed: dict[str, tuple[str, Path]] = {}
         self.asked: list[tuple[str, str, str]] = []  # method, path, Range
+        self.commit = COMMIT
         self.cut_after: int | None = None
+        self.short: int | None = None
+        self.instead: tuple[int, str, bytes] | None = None
         self.lies: set[str] = set()
         self.url = ""
 
@@ -49,7 +53,9 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, body: bool) -> None:
         path = unquote(urlparse(self.path).path)
         self.hub.asked.append((self.command, path, self.headers.get("Range", "")))
-        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+        if self.hub.instead and path.startswith("/api/"):
+            self.say(*self.hub.instead)
+        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self.info(f"{found[1]}/{found[2]}", found[3], body)
         elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/.*)?", path):
             self.tree(f"{found[1]}/{found[2]}", body)
@@ -59,6 +65,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.file(f"{'datasets' if found[1] else 'models'}/{found[2]}", found[3], found[4], body)
         else:
             self.refuse("EntryNotFound")
+
+    def say(self, status: int, error: str, data: bytes) -> None:
+        self.send_response(status)
+        if error:
+            self.send_header("X-Error-Message", error)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
     def refuse(self, code: str, status: int = 404) -> None:
         self.send_response(status)
@@ -71,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse("RepoNotFound")
         elif repo in self.hub.proposed and revision in ("refs/pr/1", PROPOSED):
             return self.hub.proposed[repo][1]
-        elif revision not in (None, "main", COMMIT):
+        elif revision not in (None, "main", self.hub.commit):
             self.refuse("RevisionNotFound")
         else:
             return self.hub.folders[repo]
@@ -100,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "id": repo.partition("/")[2],
                 "modelId": repo.partition("/")[2],
-                "sha": COMMIT if folder == self.hub.folders[repo] else PROPOSED,
+                "sha": self.hub.commit if folder == self.hub.folders[repo] else PROPOSED,
                 "siblings": siblings,
                 "tags": [],
                 "private": False,
@@ -138,12 +152,16 @@ class _Handler(BaseHTTPRequestHandler):
         asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
         self.send_response(206 if start else 200)
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.hub.commit)
         self.send_header("ETag", f'"{self.hub.sha256(path)}"')
         self.send_header("X-Linked-Size", str(len(data)))
         self.send_header("X-Linked-Etag", f'"{self.hub.sha256(path)}"')
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(data) - start))
+        if self.hub.short and name.endswith(".safetensors"):
+            data, self.hub.short = data[: self.hub.short], None
+            self.close_connection = True
+        else:
+            self.send_header("Content-Length", str(len(data) - start))
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()

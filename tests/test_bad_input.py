@@ -111,9 +111,9 @@ def odd_prediction(w: World) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
 
 
-def toml(text: str) -> Callable[[World], None]:
+def put(name: str, text: str) -> Callable[[World], None]:
     def write(w: World) -> None:
-        (w.folder / "my.toml").write_text(text)
+        (w.folder / name).write_text(text)
 
     return write
 
@@ -127,6 +127,43 @@ def in_the_way(w: World) -> None:
 def fresh(w: World) -> None:
     """What shows after the storage was prepared: from then on the configuration is that of what was prepared."""
     w.config.unlink()
+
+
+def without(*names: str) -> Callable[[World], None]:
+    def remove(w: World) -> None:
+        for name in names:
+            (w.model / name).unlink()
+
+    return remove
+
+
+def sharded(listed: str | None, present: bool = True) -> Callable[[World], None]:
+    """The weights of the UNet as the first of two shards, or absent, with that text as their list."""
+
+    def write(w: World) -> None:
+        unet_file(w).rename(unet_file(w).with_stem("diffusion_pytorch_model-00001-of-00002"))
+        if not present:
+            unet_file(w).with_stem("diffusion_pytorch_model-00001-of-00002").unlink()
+        if listed is not None:
+            unet_file(w).with_name("diffusion_pytorch_model.safetensors.index.json").write_text(listed)
+
+    return write
+
+
+SHARDS = json.dumps({"weight_map": {f"{i}": f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)}})
+
+
+def header(text: str) -> Callable[[World], None]:
+    """Weights that begin as safetensors do."""
+
+    def write(w: World) -> None:
+        unet_file(w).write_bytes(struct.pack("<Q", len(text)) + text.encode() + bytes(64))
+
+    return write
+
+
+def toml(text: str) -> Callable[[World], None]:
+    return put("my.toml", text)
 
 
 def locked(w: World) -> None:
@@ -178,11 +215,37 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("weights cut off", cut_weights, [], "diffusion_pytorch_model.safetensors are cut off"),
     ("empty weights", hollow_weights, [], "diffusion_pytorch_model.safetensors are cut off"),
     ("weights that are none", garbage_weights, [], "not safetensors"),
+    ("weights whose header makes no sense", header('{"a": {"data_offsets": []}}'), [], "not readable as safetensors"),
+    ("weights whose offsets are none", header('{"a": {"data_offsets": [0, "x"]}}'), [], "not readable as safetensors"),
+    ("a shard too few", sharded(SHARDS), [], "has no unet/diffusion_pytorch_model-00002-of-00002.safetensors"),
+    ("a list of shards alone", sharded(SHARDS, present=False), [], "has no unet/diffusion_pytorch_model-00001-of-00002.safetensors"),
+    ("shards without their list", sharded(None), [], "no list of them"),
+    ("a torn list of shards", sharded(SHARDS[:40]), [], "diffusion_pytorch_model.safetensors.index.json is damaged"),
+    ("a list of no shards", sharded("{}"), [], "no weight_map"),
+    ("a part without its configuration", without("text_encoder/config.json"), [], "has no text_encoder/config.json"),
+    ("a torn configuration", put("model/text_encoder/config.json", '{"a":'), [], "text_encoder/config.json is damaged"),
+    ("a tokenizer without words", without("tokenizer/tokenizer.json"), [], "no vocabulary in tokenizer/"),
+    ("torn words", put("model/tokenizer/tokenizer.json", '{"a":'), [], "tokenizer/tokenizer.json is damaged"),
+    ("an index of no parts", put("model/model_index.json", '{"_class_name": "StableDiffusionPipeline"}'), [], "does not say of which class unet/ is"),
+    ("an empty configuration of the UNet", put("model/unet/config.json", "{}"), [], "lack something or hold nonsense ('sample_size')"),
+    ("a list as configuration", put("model/unet/config.json", "[]"), [], "unet/config.json is damaged (not a JSON object)"),
+    ("an empty configuration of the VAE", put("model/vae/config.json", "{}"), [], "lack something or hold nonsense ('block_out_channels')"),
+    ("sizes that are words", put("model/unet/config.json", '{"sample_size": "large", "cross_attention_dim": 32}'), [], "lack something or hold nonsense"),
+    ("an empty configuration of the encoder", put("model/text_encoder/config.json", "{}"), [], "('max_position_embeddings')"),
+    ("a list as scheduler", put("model/scheduler/scheduler_config.json", "[]"), [], "scheduler_config.json is damaged (not a JSON object)"),
+    ("a pickled checkpoint", put("my.ckpt", "pickle"), ["--base=FOLDER/my.ckpt"], "my.ckpt is not a .safetensors file"),
     ("a prediction that cannot be trained", odd_prediction, [], "predicts 'sample'"),
     ("a hub that cannot be reached", None, ["--base=someone/some-model"], "cannot be reached for the model someone/some-model"),
     ("a hub dataset that cannot be reached", None, ["PHOTOS=hf://someone/dog"], "cannot be reached for the dataset someone/dog"),
     ("a name that is no repository", None, ["--base=some//model"], "no model folder some/model"),
     ("a wrong type", None, ["--set=finetune.steps=many"], "finetune.steps = 'many'"),
+    ("true for a number", None, ["--set=seed=true"], "seed = True is not possible"),
+    ("false for a number", None, ["--set=prior.images=false"], "prior.images = False is not possible"),
+    ("true for a number or a range", None, ["--set=cluster.workers=true"], "cluster.workers = True is not possible"),
+    ("a section that is none", toml('subject = "dog"\n'), ["FOLDER/my.toml"], "subject = 'dog' is not possible"),
+    ("JSON that is a list", put("my.json", "[1]"), ["FOLDER/my.json"], "my.json is not a configuration"),
+    ("JSON that is nothing", put("my.json", "null"), ["FOLDER/my.json"], "my.json is not a configuration"),
+    ("a file of no kind that is not TOML", put("mine", "= 3"), ["FOLDER/mine"], "mine is not valid TOML"),
     ("a negative number", None, ["--set=prior.images=-1"], "prior.images = -1"),
     ("a rate that is not a number", None, ["--set=finetune.lr=nan"], "finetune.lr = nan"),
     ("a rate of zero", None, ["--set=finetune.lr=0"], "finetune.lr = 0"),
@@ -230,7 +293,7 @@ def test_bad_input(spoil, arguments: list[str], named: str, tmp_path: Path, toy:
     photos_option = [] if "NONE" in arguments else ["--photos", source]
     defaults = {"--class=": "dog", "--base=": str(world.model), "--storage=": str(world.storage)}
     options = [f"{k}{v}" for k, v in defaults.items() if not any(a.startswith(k) for a in given)]
-    file = [a for a in given if a.endswith(".toml")]
+    file = [a for a in given if not a.startswith("--")]
     before = snapshot(tmp_path)
     status = main(["run", *file, *photos_option, *options, *(a for a in given if a not in file)])
     while HELD:

@@ -82,3 +82,16 @@ def test_prompts_are_filled_in():
 def test_settings_that_do_not_go_together_are_refused_at_once(settings: list[str], told: str):
     with pytest.raises(RayboothError, match=told):
         config.load(None, ["subject.class=dog", *settings])
+
+
+def test_a_section_on_top_of_one_that_is_none_does_not_hide_it(tmp_path: Path):
+    path = tmp_path / "my.toml"
+    path.write_text('subject = "dog"\n')
+    with pytest.raises(RayboothError, match="subject = 'dog' is not possible"):
+        config.load(path, subject={"class": "dog"})
+    with pytest.raises(RayboothError, match="finetune = 3 is not possible"):
+        config.load(None, ["finetune=3", "finetune.steps=3"], subject={"class": "dog"})
+
+
+def test_switches_stay_switches():
+    assert config.load(None, ["subject.class=dog", "subject.flip=true", "finetune.text_encoder=false"]).subject.flip

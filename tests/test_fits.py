@@ -46,3 +46,12 @@ def test_class_pictures_that_nobody_draws_need_no_sampler(photos: Path, tmp_path
     assert main([*arguments, "--set=prior.scheduler=ddim", "--set=prior.images=0"]) == 0
     assert main([*arguments, "--set=prior.scheduler=ddim", "--set=prior.images=4"]) == 2
     assert "prior.scheduler = 'ddim'" in capsys.readouterr().err
+
+
+def test_a_picture_has_no_more_patches_than_there_are_positions(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """32 of 2 x 2 latents of 2 x 2 pixels."""
+    folder = make_sd3(tmp_path / "sd3")
+    arguments = ["prepare", f"--photos={photos}", "--class=dog", f"--base={folder}", f"--storage={tmp_path / 'run'}", "--set=generate.scheduler=euler"]
+    assert main([*arguments, "--set=base.resolution=136"]) == 2
+    assert "base.resolution = 136 is not possible" in capsys.readouterr().err
+    assert main([*arguments, "--set=base.resolution=128"]) == 0

@@ -1,16 +1,19 @@
 """The hub's path, against a server on loopback with huggingface_hub itself as the client."""
 
+import contextlib
+import errno
+import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from toys import make_flux
 
+from raybooth.cli import main
 from raybooth.mini import FOLDER
 from tests.hub_server import COMMIT, PROPOSED, Hub, serving
 
@@ -18,7 +21,7 @@ UNET = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
-def hub(toy: Path, photos: Path, tmp_path: Path) -> Iterator[Hub]:
+def hub(toy: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     repo = tmp_path / "repo"
     shutil.copytree(toy, repo)
     # What a real repository also holds, and nobody needs.
@@ -29,13 +32,22 @@ def hub(toy: Path, photos: Path, tmp_path: Path) -> Iterator[Hub]:
     (repo / "safety_checker" / "model.safetensors").write_bytes(b"x" * 20_000)
     with serving() as served:
         served.folders = {"models/me/toy": repo, "datasets/me/dog": photos}
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}")
         yield served
 
 
-def prepare(hub: Hub, storage: Path, *more: str, base: str = "me/toy", photos: str = "hf://me/dog") -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(storage.parent / "hf")}
-    command = [sys.executable, "-m", "raybooth", "prepare", "--photos", photos, "--class", "dog", "--base", base, "--storage", str(storage), *more]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+@dataclass
+class Done:
+    returncode: int
+    stderr: str
+
+
+def prepare(hub: Hub, storage: Path, *more: str, base: str = "me/toy", photos: str = "hf://me/dog") -> Done:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = main(["prepare", "--photos", photos, "--class", "dog", "--base", base, "--storage", str(storage), *more])
+    return Done(status, said.getvalue())
 
 
 def fetched(hub: Hub) -> set[str]:
@@ -69,6 +81,37 @@ def test_a_download_that_was_cut_off_goes_on_where_it_was(hub: Hub, tmp_path: Pa
     assert [r for _, path, r in hub.asked if r and r != "bytes=0-0"], "nothing was resumed"
     for part in ("unet", "vae"):
         assert (tmp_path / "run" / "base-model" / part / UNET).read_bytes() == (toy / part / UNET).read_bytes()
+
+
+OTHER = "1" * 40
+
+
+@pytest.mark.parametrize("cut", [50_000, 10_000_000], ids=["within the unet", "after the unet"])
+def test_what_has_come_of_one_commit_does_not_stay_in_another(hub: Hub, tmp_path: Path, cut: int):
+    hub.cut_after = cut
+    assert prepare(hub, tmp_path / "run").returncode == 2
+    unet = hub.folders["models/me/toy"] / "unet" / UNET
+    newer = unet.read_bytes()[:-1] + b"!"
+    unet.write_bytes(newer)
+    hub.cut_after, hub.commit = None, OTHER
+    again = prepare(hub, tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    base = tmp_path / "run" / "base-model"
+    manifest = json.loads((base / "manifest.json").read_text())
+    assert manifest["facts"]["commit"] == OTHER
+    assert (base / "unet" / UNET).read_bytes() == newer
+    assert {n for n in manifest["outputs"] if "unet/" in n} == {"unet/config.json", f"unet/{UNET}"}
+
+
+def test_a_file_that_ends_early_is_gone_on_with(hub: Hub, tmp_path: Path):
+    """As through a proxy that does not say how long it is."""
+    hub.short = 50_000
+    first = prepare(hub, tmp_path / "run")
+    assert first.returncode == 2
+    assert "ended early" in first.stderr
+    hub.asked.clear()
+    assert prepare(hub, tmp_path / "run").returncode == 0
+    assert "bytes=50000-" in [asked for _, _, asked in hub.asked]
 
 
 def test_a_file_with_another_hash_than_stated_is_refused(hub: Hub, tmp_path: Path):
@@ -122,19 +165,79 @@ def test_a_model_that_cannot_do_it_is_refused_before_its_weights_come(hub: Hub, 
     assert "is not possible with FLUX.1" in prepare(hub, tmp_path / "run", "--set=generate.scheduler=ddim").stderr  # with nothing left to fetch, too
 
 
+ENCODERS = ["--set=evaluate.select=balance", "--set=evaluate.dino=mini"]
+
+
 @pytest.mark.parametrize(
-    ("more", "base", "photos", "named"),
+    ("more", "base", "source", "named"),
     [
-        (["--set=base.revision=nope"], "me/toy", "hf://me/dog", "no revision 'nope'"),
-        ([], "me/other", "hf://me/dog", "There is no model me/other"),
-        ([], "me/toy", "hf://me/cat", "There is no dataset me/cat"),
+        (["--set=base.revision=nope"], "me/toy", "hf://me/dog", "no revision 'nope' on HUB: check base.revision"),
+        ([], "me/other", "hf://me/dog", "There is no model me/other on HUB, or it is private: check base.model"),
+        ([], "me/toy", "hf://me/cat", "There is no dataset me/cat on HUB, or it is private: check subject.photos"),
+        ([], "me/toy", "hf://me/dog@nope", "The dataset me/dog has no revision 'nope' on HUB: check subject.photos"),
+        ([], "me/a dog", "hf://me/dog", "'me/a dog' is neither a folder nor a name on the hub: write base.model as owner/name"),
+        ([], "me/toy", "hf://me/a dog", "'me/a dog' is neither a folder nor a name on the hub: write subject.photos as hf://owner/name"),
+        ([*ENCODERS, "--set=evaluate.clip=me/toy@nope"], "me/toy", "hf://me/dog", "has no revision 'nope' on HUB: check evaluate.clip"),
+        ([*ENCODERS, "--set=evaluate.clip=me/other"], "me/toy", "hf://me/dog", "There is no model me/other on HUB, or it is private: check evaluate.clip"),
     ],
 )
-def test_what_the_hub_does_not_have_is_named(hub: Hub, tmp_path: Path, more: list[str], base: str, photos: str, named: str):
-    done = prepare(hub, tmp_path / "run", *more, base=base, photos=photos)
+def test_what_the_hub_does_not_have_is_named(hub: Hub, tmp_path: Path, more: list[str], base: str, source: str, named: str):
+    done = prepare(hub, tmp_path / "run", *more, base=base, photos=source)
     assert done.returncode == 2
-    assert named in done.stderr
+    assert named.replace("HUB", hub.url) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "body", "told"),
+    [
+        (200, "", b"<html>Accept the terms of this network</html>", "is not the hub, but a proxy or a login page, perhaps"),
+        (200, "", b"{}", "is not the hub"),
+        (200, "", b"[]", "is not the hub"),
+        (401, "Invalid credentials in Authorization header", b"", "check that HF_TOKEN is a valid token"),
+        (403, "", b"", "check that HF_TOKEN is a valid token"),
+        (503, "", b"", "check the network"),
+    ],
+)
+def test_what_answers_in_place_of_the_hub_is_told_apart(hub: Hub, tmp_path: Path, status: int, error: str, body: bytes, told: str):
+    hub.instead = status, error, body
+    done = prepare(hub, tmp_path / "run")
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "me/toy" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["StableCascadePipeline", None], ids=["another family", "no pipeline"])
+def test_a_repository_of_something_else_is_called_by_its_name(hub: Hub, tmp_path: Path, name: str | None):
+    index = hub.folders["models/me/toy"] / "model_index.json"
+    if name:
+        index.write_text(json.dumps({"_class_name": name}))
+    else:
+        index.unlink()
+    done = prepare(hub, tmp_path / "run")
+    assert done.returncode == 2
+    assert (f"The model me/toy is a {name}" if name else "The repository me/toy has no model_index.json") in done.stderr
+
+
+def test_an_incomplete_repository_is_refused_before_its_weights_come(hub: Hub, tmp_path: Path):
+    part = hub.folders["models/me/toy"] / "unet"
+    (part / UNET).rename(part / "diffusion_pytorch_model-00001-of-00002.safetensors")
+    shards = {"a": "diffusion_pytorch_model-00001-of-00002.safetensors", "b": "diffusion_pytorch_model-00002-of-00002.safetensors"}
+    (part / f"{UNET}.index.json").write_text(json.dumps({"weight_map": shards}))
+    done = prepare(hub, tmp_path / "run")
+    assert done.returncode == 2
+    assert "The model me/toy has no unet/diffusion_pytorch_model-00002-of-00002.safetensors" in done.stderr
+    assert not [f for f in fetched(hub) if f.endswith(".safetensors")]
+
+
+def test_a_full_disk_is_not_the_hubs_fault(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("raybooth.hub._append", full)
+    done = prepare(hub, tmp_path / "run")
+    assert done.returncode == 2
+    assert "is over its quota" in done.stderr
 
 
 def test_pickled_weights_only_are_refused_with_the_way_out(hub: Hub, tmp_path: Path):

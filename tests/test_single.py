@@ -103,3 +103,19 @@ def test_a_file_that_is_cut_off_is_named(tmp_path: Path, toy_file: tuple[Path, P
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(RayboothError, match=r"model\.safetensors are cut off"):
         prepared(tmp_path / "run", file, configuration=str(toy))
+
+
+def test_a_pickled_one_is_refused_with_a_configuration_too(tmp_path: Path, toy_file: tuple[Path, Path]):
+    """diffusers would open it."""
+    toy, _ = toy_file
+    file = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {}}, file)
+    with pytest.raises(RayboothError, match=r"model\.ckpt is not a \.safetensors file"):
+        prepared(tmp_path / "run", file, configuration=str(toy))
+
+
+def test_a_configuration_without_its_files_does_not_fit(tmp_path: Path, toy_file: tuple[Path, Path]):
+    toy, file = toy_file
+    (toy / "unet" / "config.json").unlink()
+    with pytest.raises(RayboothError, match="does not fit the configuration"):
+        prepared(tmp_path / "run", file, configuration=str(toy))

@@ -8,7 +8,7 @@ from pathlib import Path
 from raybooth import exporting, importing, reporting, stages
 from raybooth.cluster.session import connected
 from raybooth.config import Config, load
-from raybooth.session import Run
+from raybooth.session import Run, config_in
 
 
 def connect(address: str | None = None) -> None:
@@ -39,8 +39,15 @@ report = _verb("report")
 
 
 def export(run: Config | str | Path, to: str, output: str | None = None, rank: int | None = None, repo: str | None = None) -> str:
-    """The fine-tuned model of a configuration, or of a storage's folder, as "diffusers", "lora", "kohya", "single-file" or "hub". Returns where it lies."""
-    config = run if isinstance(run, Config) else load(Path(run) / "config.json", storage=str(run))
+    """The fine-tuned model of a configuration, or of a storage (a folder or URI), as "diffusers", "lora", "kohya", "single-file" or "hub".
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        RayboothError: if there is no such run, or it is not complete, or its model cannot have that form.
+    """
+    config = run if isinstance(run, Config) else load(config_in(str(run)), storage=str(run))
     with Run(config) as made:
         return exporting.export(made, to, output, rank, repo)
 

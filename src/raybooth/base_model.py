@@ -3,15 +3,18 @@
 import os
 import shutil
 import tempfile
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raybooth.config import Config
 from raybooth.disk import explained_if_unreadable, path_of
 from raybooth.errors import RayboothError
 from raybooth.session import Run
 from raybooth.workspace import Stage, files_under, read_manifest
+
+if TYPE_CHECKING:
+    from raybooth.families import Facts
 
 
 def prepare_base(run: Run) -> None:
@@ -23,6 +26,7 @@ def prepare_base(run: Run) -> None:
 
 def _prepare(run: Run, source: Path | None) -> None:
     from raybooth.families.folder import check_weights, plain_name, settle_shards
+    from raybooth.families.single import check_kind
 
     base = run.config.base
     if source is not None and not source.exists() and _kept_of(run) == base.model:
@@ -31,10 +35,11 @@ def _prepare(run: Run, source: Path | None) -> None:
     if source is None:
         stage = run.workspace.stage("base-model", {"repo": base.model, "revision": base.pinned_revision})
     elif source.is_file():
+        check_kind(source)
         check_weights(source.parent, [source.name])
         stage = run.workspace.stage("base-model", {"files": stats(source.parent, [source.name]), "configuration": base.configuration})
     else:
-        names = _needed_of_folder(source)
+        names = needed_of_folder(source)
         check_fits(run.config, source)
         check_weights(source, names)
         stage = run.workspace.stage("base-model", {"files": stats(source, names)})
@@ -64,24 +69,34 @@ def _kept_of(run: Run) -> str | None:
 
 
 def check_fits(config: Config, folder: Path) -> None:
-    """Whether the model in `folder`, of which the configuration files suffice, can do what is asked of it.
+    """Whether the model in `folder`, of which the configuration files suffice, is described whole and can do what is asked of it.
 
     Raises:
         RayboothError: if not, naming the setting.
     """
     from raybooth.families import family_of
+    from raybooth.families.folder import check_described
 
     family = family_of(folder)
+    check_described(folder, family.weights, family.settings)
+    facts, side = family.facts(folder), config.base.resolution
+    family.conditioning(folder)
     drawn = {"generate.scheduler": config.generate.scheduler} | ({"prior.scheduler": config.prior.scheduler} if config.prior.drawn else {})
     for key, name in drawn.items():
         if name not in family.samplers:
             raise RayboothError(f"{key} = '{name}' is not possible with {family.name}: choose {' or '.join(family.samplers)}.")
     if config.finetune.min_snr_gamma and not family.min_snr:
         raise RayboothError(f"finetune.min_snr_gamma is for models of epsilon or velocity, and {family.name} is a flow: leave it out.")
-    side, multiple = config.base.resolution, family.facts(folder).multiple
-    if side and side % multiple:
-        next_one = (side // multiple + 1) * multiple
-        raise RayboothError(f"base.resolution = {side} is not possible with {family.name}: it must be a multiple of {multiple}, such as {next_one}.")
+    if side:
+        _check_side(side, family.name, facts)
+
+
+def _check_side(side: int, family: str, facts: "Facts") -> None:
+    if side % facts.multiple:
+        next_one = (side // facts.multiple + 1) * facts.multiple
+        raise RayboothError(f"base.resolution = {side} is not possible with {family}: it must be a multiple of {facts.multiple}, such as {next_one}.")
+    if facts.largest and side > facts.largest:
+        raise RayboothError(f"base.resolution = {side} is not possible with this {family}, which knows places up to {facts.largest} pixels: lower it.")
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -104,7 +119,7 @@ def _unpack(run: Run, file: Path, target: Path) -> None:
     run.say(f"base-model: reading {file}")
     with tempfile.TemporaryDirectory(dir=run.workspace.root, prefix=".unpacking-") as scratch:
         unpack(file, run.config.base.configuration, Path(scratch))
-        for name in _needed_of_folder(Path(scratch)):
+        for name in needed_of_folder(Path(scratch)):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(Path(scratch) / name, target / name)
 
@@ -149,26 +164,40 @@ def _licence(folder: Path) -> str | None:
         return None
 
 
-def _needed_of_folder(folder: Path) -> list[str]:
+def needed_of_folder(folder: Path) -> list[str]:
+    """The files of a complete model folder that a pipeline needs.
+
+    Raises:
+        RayboothError: if it is not complete, or a configuration is damaged.
+    """
     from raybooth.families import family_of
-    from raybooth.families.folder import needed_files
+    from raybooth.families.folder import check_files, names_in, needed_files
 
     family = family_of(folder)
-    return needed_files(files_under(folder), family.weights, family.settings, str(folder))
+    names = needed_files(names_in(folder), family.weights, family.settings, str(folder))
+    check_files(folder, names, str(folder))
+    return names
 
 
 def _fetch(run: Run, stage: Stage) -> dict[str, Any]:
     from raybooth import hub
     from raybooth.families import family_of
-    from raybooth.families.folder import needed_files
+    from raybooth.families.folder import INDEX, check_files, needed_files
 
     base = run.config.base
-    commit = hub.resolve(base.model, base.pinned_revision)
+    asked = hub.Repo(base.model, base.pinned_revision, "base.model", "base.revision")
+    repo = replace(asked, revision=hub.resolve(asked))
 
     def choose(names: list[str], folder: Path) -> list[str]:
-        family = family_of(folder)
+        if INDEX not in names:
+            raise RayboothError(f"The repository {base.model} has no {INDEX}, so it is no diffusers pipeline: give one of a whole model with --base.")
+        family = family_of(folder, base.model)
         return needed_files(names, family.weights, family.settings, base.model)
 
-    run.say(f"base-model: {base.model} at {commit}")
-    licence = hub.fetch_model(base.model, commit, stage.partial, choose, partial(check_fits, run.config))
-    return {"source": base.model, "commit": commit, "license": licence}
+    def check(folder: Path, names: list[str]) -> None:
+        check_files(folder, names, base.model)
+        check_fits(run.config, folder)
+
+    run.say(f"base-model: {base.model} at {repo.revision}")
+    licence = hub.fetch_model(repo, stage.partial, choose, check)
+    return {"source": base.model, "commit": repo.revision, "license": licence}

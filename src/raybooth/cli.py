@@ -14,36 +14,42 @@ if TYPE_CHECKING:
     from raybooth.config import Config
 
 
+FIRST = ("prepare", "plan", "token", "import")
+"""Verbs beside `run` that a run may begin with: they need no storage that holds one."""
+
+
 def config_of(args: argparse.Namespace) -> "Config":
     """The configuration a verb was given: file, then options, then --set."""
     from raybooth import config
 
+    storage = _storage(args)
     subject = {"photos": args.photos, "token": args.token, "class": args.class_name}
     values = {
         "subject": {k: v for k, v in subject.items() if v is not None},
         "base": {"model": args.base} if args.base is not None else {},
-        **({"storage": args.storage} if args.storage is not None else {}),
+        **({"storage": storage} if storage is not None else {}),
     }
-    path = args.config or _settings_of_storage(args)
-    return config.load(path, args.set, **values)
+    return config.load(args.config or _kept_config(args), args.set, **values)
 
 
-def _settings_of_storage(args: argparse.Namespace) -> Path | None:
-    """A single stage, given no file, goes by what the storage was made with."""
+def _storage(args: argparse.Namespace) -> str | None:
+    """The storage that is named by --storage or --set, if any."""
+    from raybooth.layers import parsed_override
+
+    named = [layer["storage"] for layer in map(parsed_override, args.set) if "storage" in layer]
+    return str(named[-1]) if named else args.storage
+
+
+def _kept_config(args: argparse.Namespace) -> Path | None:
+    """A single stage, given no file, goes by what the storage was made with, and needs that unless it is told the one setting without a default."""
     if args.verb == "run":
         return None
-    from raybooth.disk import path_of
+    from raybooth.config import Config
+    from raybooth.session import config_in, kept_config
 
-    storage = args.storage or "raybooth-run"
-    root = path_of(storage, "storage")
-    if "://" in storage:
-        from raybooth.workspace import Workspace
-
-        workspace = Workspace(storage)
-        workspace.pull("config.json")
-        root = workspace.root
-    path = root / "config.json"
-    return path if path.exists() else None
+    storage = _storage(args) or Config.model_fields["storage"].default
+    said_whole = args.class_name is not None or any(override.startswith("subject.class") for override in args.set)
+    return kept_config(storage) if said_whole or args.verb in FIRST else config_in(storage)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +111,7 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _token(args: argparse.Namespace) -> None:
-    if not _settings_of_storage(args):
+    if not _kept_config(args):
         args.class_name = args.class_name or "subject"  # whose name is asked for
     config = config_of(args)
     from raybooth import naming
@@ -125,7 +131,7 @@ def _bench(args: argparse.Namespace) -> None:
         from raybooth import minibench
 
         known = {minibench.PERFECT: minibench.perfect()}
-        print(bench(minibench.subjects_in(Path(args.storage)), minibench.RECIPES, args.storage, args.set, "mini", known))
+        print(bench(minibench.subjects_in(Path(args.storage).expanduser()), minibench.RECIPES, args.storage, args.set, "mini", known))
     elif args.subjects is None:
         raise RayboothError("bench dreambench needs --subjects DIR: a copy of the DreamBooth dataset, with prompts_and_classes.txt.")
     else:

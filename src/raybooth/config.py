@@ -5,16 +5,15 @@ TOML file, `--set section.key=value`.
 """
 
 import difflib
-import json
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from raybooth.errors import RayboothError
+from raybooth.layers import merged, parsed_override, read_file
 from raybooth.prompts import filled, unknown_words
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -36,6 +35,14 @@ MINI_DEFAULTS: dict[str, dict[str, Any]] = {
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, str_strip_whitespace=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_is_true(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("it is not a switch that is true or false")  # Python counts with them
+        return value
 
 
 class Subject(Section):
@@ -277,52 +284,25 @@ class Config(Section):
         return self.fill(self.prior.prompt)
 
 
-def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `under`, section by section. Sections that are models already stand as they are."""
-    result = dict(under)
-    for key, value in over.items():
-        below = result.get(key)
-        if isinstance(value, Section) and isinstance(below, dict):
-            value = {**below, **value.model_dump(by_alias=True, exclude_unset=True)}
-        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return result
-
-
 def load(path: Path | None = None, overrides: Iterable[str] = (), **values: Any) -> Config:
     """The configuration of a TOML file, or of the JSON that a storage keeps, (or none), with `values` (sections) and then `section.key=value` on top.
 
     Raises:
         RayboothError: naming the field, what is wrong with it and what to do.
     """
-    data = merged(_read_file(path) if path else {}, values)
-    for override in overrides:
-        data = merged(data, _parsed_override(override))
+    data: dict[str, Any] = {}
+    for layer in (read_file(path) if path else {}, values, *map(parsed_override, overrides)):
+        _check_sections(layer)
+        data = merged(data, layer)
     return Config(**data)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except FileNotFoundError:
-        raise RayboothError(f"There is no configuration file {path}: give the path of a TOML file, such as examples/dog.toml.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RayboothError(f"{path} cannot be read as a configuration: {error}.") from None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise RayboothError(f"{path} is not valid {path.suffix[1:].upper()}: {error}.") from None
-
-
-def _parsed_override(text: str) -> dict[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise RayboothError(f"--set {text} is not of the form section.key=value, as in --set finetune.steps=200.")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value  # a bare word is a string
-    for part in reversed(key.strip().split(".")):
-        parsed = {part: parsed}
-    return parsed
+def _check_sections(layer: dict[str, Any]) -> None:
+    """Of each layer by itself: a section in a later one would hide the mistake."""
+    for key, value in layer.items():
+        keys = [name.partition(".")[2] for name in field_names() if name.startswith(f"{key}.")]
+        if keys and not isinstance(value, dict | Section):
+            raise RayboothError(f"{key} = {value!r} is not possible: it is a section of settings such as {key}.{keys[0]}.")
 
 
 def _sentence(error: ValidationError) -> str:

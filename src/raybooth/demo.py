@@ -53,7 +53,7 @@ def demo_config(storage: str, overrides: list[str]) -> Config:
     return configuration.load(
         None,
         overrides,
-        subject={"photos": [str(Path(storage) / "photographs")], "class": "dog"},
+        subject={"photos": [str(Path(storage).expanduser() / "photographs")], "class": "dog"},
         base={"model": "mini"},
         finetune={"checkpoints": 4},
         generate={"prompts": prompts},

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ def prepare_encoders(run: Run) -> None:
         if source is None:
             from raybooth import hub
 
-            repo, _, revision = model.partition("@")
-            facts[part] = commit = hub.resolve_with(WEIGHTS, repo, revision or None)
-            run.say(f"encoders: {repo} at {commit}")
-            hub.fetch_model(repo, commit, target, partial(_needed, model))
+            name, _, revision = model.partition("@")
+            repo = hub.Repo(name, revision or None, f"evaluate.{part}", f"evaluate.{part}")
+            facts[part] = commit = hub.resolve_with(WEIGHTS, repo)
+            run.say(f"encoders: {name} at {commit}")
+            hub.fetch_model(replace(repo, revision=commit), target, partial(_needed, model))
         else:
             target.mkdir(parents=True, exist_ok=True)
             for name in files[part]:

@@ -4,38 +4,69 @@ HF_ENDPOINT, HF_TOKEN and the other variables of huggingface_hub are honoured.
 """
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from json import JSONDecodeError
 from pathlib import Path
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from raybooth.errors import RayboothError
 from raybooth.families.folder import plain_name, settle_shards
-from raybooth.workspace import file_digest
+from raybooth.workspace import file_digest, files_under
 
 Choose = Callable[[list[str], Path], list[str]]
-Check = Callable[[Path], None]
+Check = Callable[[Path, list[str]], None]
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 """The hub's bot, and what it calls its pull requests, as transformers looks for them."""
 
-
-def resolve(repo: str, revision: str | None) -> str:
-    """The commit that `revision` (default: the main branch) stands for."""
-    from huggingface_hub import HfApi
-
-    with _explained(repo, revision):
-        return str(HfApi().model_info(repo, revision=revision).sha)
+OF_THE_DISK = (errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors that are not the hub's."""
 
 
-def resolve_with(file: str, repo: str, revision: str | None) -> str:
+@dataclass(frozen=True)
+class Repo:
+    """A repository of the hub at a revision (default: its main branch), and the settings that name both, for messages."""
+
+    name: str
+    revision: str | None
+    setting: str
+    revision_setting: str
+    kind: Literal["model", "dataset"] = "model"
+
+
+def resolve(repo: Repo) -> str:
+    """The commit that its revision stands for."""
+    return str(_info(repo).sha)
+
+
+def resolve_with(file: str, repo: Repo) -> str:
     """As resolve(); where the main branch, asked for by no name, has no `file`, the commit in which the hub's converter to safetensors proposes it."""
-    from huggingface_hub import HfApi
+    info = _info(repo)
+    if repo.revision or any(f.rfilename == file for f in info.siblings or []):
+        return str(info.sha)
+    with _explained(repo):
+        return _converted(repo.name, str(info.sha)) or str(info.sha)
 
-    with _explained(repo, revision):
-        info = HfApi().model_info(repo, revision=revision)
-        has_it = any(f.rfilename == file for f in info.siblings or [])
-        return str(info.sha if revision or has_it else _converted(repo, str(info.sha)) or info.sha)
+
+def _info(repo: Repo) -> Any:
+    """What the hub knows of a repository, its files' sizes and hashes included."""
+    from huggingface_hub import HfApi, constants
+
+    with _explained(repo):
+        try:
+            info = HfApi().repo_info(repo.name, revision=repo.revision, repo_type=repo.kind, files_metadata=True)
+        except (KeyError, TypeError, AttributeError, JSONDecodeError, UnicodeDecodeError):
+            info = None
+    if info is None or not info.sha:
+        raise RayboothError(
+            f"What answers at {constants.ENDPOINT} for the {repo.kind} {repo.name} is not the hub, but a proxy or a login page, perhaps: "
+            "check the network and HF_ENDPOINT, and run the same command again."
+        )
+    return info
 
 
 def _converted(repo: str, main: str) -> str | None:
@@ -51,10 +82,10 @@ def _converted(repo: str, main: str) -> str | None:
     return None
 
 
-def fetch_model(repo: str, revision: str, target: Path, choose: Choose, check: Check = lambda folder: None) -> str | None:
+def fetch_model(repo: Repo, target: Path, choose: Choose, check: Check = lambda folder, names: None) -> str | None:
     """Download the files that `choose(all names, folder with model_index.json)` names into `target`; a stop is gone on from.
 
-    `check(target)` may refuse the model when all but its large files have come.
+    `check(target, names)` may refuse the model when all but its weights have come.
 
     Returns:
         The licence that its card names.
@@ -62,35 +93,50 @@ def fetch_model(repo: str, revision: str, target: Path, choose: Choose, check: C
     Raises:
         RayboothError: if the hub, the repository or the revision cannot be had, or a file's hash is not the hub's.
     """
-    from huggingface_hub import HfApi, hf_hub_download, hf_hub_url
+    from huggingface_hub import hf_hub_download
 
-    with _explained(repo, revision):
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    info = _info(repo)
+    with _explained(repo):
         siblings = {f.rfilename: f for f in info.siblings or []}
         if "model_index.json" in siblings:
-            hf_hub_download(repo, "model_index.json", revision=revision, local_dir=target)
+            hf_hub_download(repo.name, "model_index.json", revision=repo.revision, local_dir=target)
         names = choose(list(siblings), target)
-        large = {name: lfs for name in names if (lfs := siblings[name].lfs)}
+        weights = [name for name in names if name.endswith(".safetensors")]
         for name in names:
-            if name not in large:
-                hf_hub_download(repo, name, revision=revision, local_dir=target)
-        check(target)
-        for name, lfs in large.items():
-            if not (target / name).exists():
-                _fetch_weights(hf_hub_url(repo, name, revision=revision), target / name, lfs.size, lfs.sha256)
+            if name not in weights:
+                _fetch(repo, name, siblings[name].lfs, target)
+        check(target, names)
+        for name in weights:
+            _fetch(repo, name, siblings[name].lfs, target)
     _tidy(target, names)
     return info.card_data.get("license") if info.card_data else None
 
 
-def _fetch_weights(url: str, path: Path, size: int, sha256: str) -> None:
-    """A large file, from where an earlier try was cut off: huggingface_hub's own download starts such a file anew."""
-    part = path.with_name(path.name + ".part")
+def _fetch(repo: Repo, name: str, lfs: Any, target: Path) -> None:
+    """One file, of which the hub states size and hash if it is a large one."""
+    from huggingface_hub import hf_hub_download, hf_hub_url
+
+    if not lfs:
+        hf_hub_download(repo.name, name, revision=repo.revision, local_dir=target)
+    elif not _is(target / name, lfs.size, lfs.sha256):  # of another commit, perhaps, which an earlier try was for
+        _fetch_large(hf_hub_url(repo.name, name, revision=repo.revision), target / name, lfs.size, lfs.sha256)
+
+
+def _is(path: Path, size: int, sha256: str) -> bool:
+    return path.is_file() and path.stat().st_size == size and file_digest(path) == sha256
+
+
+def _fetch_large(url: str, path: Path, size: int, sha256: str) -> None:
+    """From where an earlier try was cut off: huggingface_hub's own download starts such a file anew."""
+    part = path.with_name(f"{path.name}.{sha256[:16]}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
     with tqdm(total=size, initial=have, desc=path.name, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
         if have < size:
             _append(url, part, have, bar.update)
-    if part.stat().st_size != size or file_digest(part) != sha256:
+    if part.stat().st_size < size:
+        raise RayboothError(f"{path.name} ended early on its way from {url}: run the same command again, it goes on from there.")
+    if not _is(part, size, sha256):
         part.unlink()
         raise RayboothError(
             f"{path.name} arrived from {url} with another hash than the hub states: it was deleted, run the same command again to fetch it anew."
@@ -111,7 +157,10 @@ def _append(url: str, part: Path, have: int, arrived: Callable[[int], object]) -
 
 
 def _tidy(target: Path, names: list[str]) -> None:
-    shutil.rmtree(target / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
+    """Under their plain names, and nothing else: no notes of huggingface_hub, nothing of an earlier try for another commit."""
+    shutil.rmtree(target / ".cache", ignore_errors=True)
+    for other in set(files_under(target)) - set(names):
+        (target / other).unlink()
     for name in names:
         (target / name).rename(target / plain_name(name))
     settle_shards(target, map(plain_name, names))
@@ -121,10 +170,12 @@ def fetch_dataset(spec: str, target: Path, suffixes: frozenset[str]) -> Path:
     """The pictures of a dataset repository, "owner/name" or "owner/name@revision"."""
     from huggingface_hub import snapshot_download
 
-    repo, _, revision = spec.removeprefix("datasets/").partition("@")
-    with _explained(repo, revision or None, kind="dataset"):
+    name, _, revision = spec.removeprefix("datasets/").partition("@")
+    asked = Repo(name, revision or None, "subject.photos", "subject.photos", "dataset")
+    repo = replace(asked, revision=str(_info(asked).sha))
+    with _explained(repo):
         patterns = [f"*{s}" for s in suffixes] + [f"*{s.upper()}" for s in suffixes]
-        snapshot_download(repo, repo_type="dataset", revision=revision or None, local_dir=target, allow_patterns=patterns)
+        snapshot_download(repo.name, repo_type="dataset", revision=repo.revision, local_dir=target, allow_patterns=patterns)
     shutil.rmtree(target / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
     return target
 
@@ -149,7 +200,7 @@ def push(repo: str, folder: Path) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    with _explained(repo, None):
+    with _explained(Repo(repo, None, "--repo", "--repo")):
         try:
             address = HfApi().create_repo(repo, private=True, exist_ok=True)
             HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="raybooth export")
@@ -161,29 +212,34 @@ def push(repo: str, folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _explained(repo: str, revision: str | None, kind: str = "model") -> Iterator[None]:
+def _explained(repo: Repo) -> Iterator[None]:
     """huggingface_hub's errors in a sentence each."""
     from huggingface_hub import constants, errors
 
-    hub = constants.ENDPOINT
+    hub, it = constants.ENDPOINT, f"{repo.kind} {repo.name}"
+    prefix = "datasets/" if repo.kind == "dataset" else ""
     transport: type[Exception] = errors.HfHubHTTPError.__mro__[1]  # the base error of its HTTP library, whichever that is
     try:
         yield
     except errors.RevisionNotFoundError:
-        raise RayboothError(f"The {kind} {repo} has no revision '{revision}' on {hub}: check base.revision.") from None
+        raise RayboothError(f"The {it} has no revision '{repo.revision}' on {hub}: check {repo.revision_setting}.") from None
     except errors.GatedRepoError:
-        raise RayboothError(f"The {kind} {repo} asks for its licence to be accepted: do so at {hub}/{repo} and set HF_TOKEN.") from None
+        raise RayboothError(f"The {it} asks for its licence to be accepted: do so at {hub}/{prefix}{repo.name} and set HF_TOKEN.") from None
     except errors.RepositoryNotFoundError:
-        raise RayboothError(f"There is no {kind} {repo} on {hub}, or it is private: check the name, or set HF_TOKEN.") from None
+        raise RayboothError(f"There is no {it} on {hub}, or it is private: check {repo.setting}, or set HF_TOKEN.") from None
     except errors.HFValidationError:
-        raise RayboothError(
-            f"'{repo}' is neither a folder nor a name on the hub (owner/name): give a diffusers folder, owner/name, or 'mini' with --base."
-        ) from None
+        form = "hf://owner/name" if repo.kind == "dataset" else "owner/name"
+        raise RayboothError(f"'{repo.name}' is neither a folder nor a name on the hub: write {repo.setting} as {form}.") from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, transport, OSError) as error:
-        if isinstance(error, OSError) and error.errno in (13, 28, 30):  # the disk's, not the hub's
+        if isinstance(error, OSError) and error.errno in OF_THE_DISK:
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise RayboothError(
+                f"The hub {hub} does not give out the {it} ({reason}): check that HF_TOKEN is a valid token that may read it, or unset it, "
+                "and run the same command again."
+            ) from None
         raise RayboothError(
-            f"The hub {hub} cannot be reached for the {kind} {repo} ({reason}): check the network and run the same command again, "
+            f"The hub {hub} cannot be reached for the {it} ({reason}): check the network and run the same command again, "
             "or name a local folder instead; '--base mini' needs no download."
         ) from None

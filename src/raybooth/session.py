@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raybooth.config import Config
+from raybooth.disk import path_of
+from raybooth.errors import RayboothError
 from raybooth.workspace import Workspace, model_digest, read_manifest, write_atomically
 
 if TYPE_CHECKING:
@@ -101,10 +103,33 @@ class Run:
         return images
 
     def save_config(self) -> None:
-        """Keep the configuration beside what it made, for people and for `--config`."""
+        """Keep the configuration beside what it made, for people, and for the verbs that are given none."""
         text = json.dumps(self.config.model_dump(by_alias=True, mode="json"), indent=1, ensure_ascii=False)
         write_atomically(self.workspace.root / "config.json", text.encode())
         self.workspace.push("config.json")
+
+
+def kept_config(storage: str) -> Path | None:
+    """The configuration beside what a storage holds; None if no run was begun there."""
+    root = path_of(storage, "storage")
+    if "://" in storage:
+        workspace = Workspace(storage)
+        workspace.pull("config.json")
+        root = workspace.root
+    path = root / "config.json"
+    return path if path.is_file() else None
+
+
+def config_in(storage: str) -> Path:
+    """As kept_config().
+
+    Raises:
+        RayboothError: if no run was begun there.
+    """
+    path = kept_config(storage)
+    if path is None:
+        raise RayboothError(f"There is no run in {storage}: check the name of the storage, or begin one there with 'raybooth run'.")
+    return path
 
 
 class StepLine:

@@ -12,8 +12,8 @@ FAMILIES = (sd.FAMILY, sdxl.FAMILY, sd3.FAMILY, flux.FAMILY)
 __all__ = ["FAMILIES", "Facts", "Family", "Loaded", "family_of", "mini_folder"]
 
 
-def family_of(folder: Path) -> Family:
-    """The family of a model folder.
+def family_of(folder: Path, source: str | None = None) -> Family:
+    """The family of a model folder; `source` is what the user knows it by, if that is not the folder.
 
     Raises:
         RayboothError: if it is not a diffusers folder, or of a family that is not known.
@@ -23,7 +23,7 @@ def family_of(folder: Path) -> Family:
         if family.pipeline == name:
             return family
     known = "; ".join(f.name for f in FAMILIES)
-    raise RayboothError(f"The model {folder} is a {name}, a family that is not known; known are: {known}.")
+    raise RayboothError(f"The model {source or folder} is a {name}, a family that is not known; known are: {known}.")
 
 
 def mini_folder() -> Path:

@@ -19,6 +19,7 @@ class Facts:
     Attributes:
         downscale: the side of a picture over the side of its latent.
         patch: the side of the denoiser's patches, in latents.
+        largest: the largest side of a picture, in pixels, if there is one.
         embeds_guidance: whether the guidance scale, if the denoiser takes any, is an input of it, and not a second pass without the prompt.
     """
 
@@ -26,7 +27,13 @@ class Facts:
     latent_channels: int
     downscale: int
     patch: int = 1
+    largest: int | None = None
     embeds_guidance: bool = False
+
+    def __post_init__(self) -> None:
+        for size in (self.resolution, self.latent_channels, self.downscale, self.patch):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"a size of {size!r}")
 
     @property
     def multiple(self) -> int:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 RESOLUTION = 1024  # its configuration does not say
 
 
+@parts.configured
 def facts(folder: Path) -> Facts:
     vae = parts.config(folder, "vae/config")
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -31,6 +32,7 @@ def objective(folder: Path) -> "Flow":
     return Flow(shift=1.0)
 
 
+@parts.configured
 def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
     net = parts.config(folder, "transformer/config")
     return {"text": (512, net["joint_attention_dim"]), "pooled": (net["pooled_projection_dim"],)}

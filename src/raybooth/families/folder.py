@@ -11,7 +11,12 @@ from raybooth.errors import RayboothError
 
 INDEX = "model_index.json"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
+"""Of a tokenizer: any of these will do."""
+_AGAIN = "copy or download the model again."
+_INCOMPLETE = "it is not complete, copy or download it again."
 _SHARDS = ".safetensors.index."  # of a list of shards: model.safetensors.index.json, or .fp16.json
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema|ema)\.|\.(fp16|bf16)-")
 
 
@@ -23,15 +28,39 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise RayboothError(f"There is no model folder {folder}: give a diffusers folder, a hub repository as owner/name, or 'mini' with --base.")
+    if not (folder / INDEX).exists():
+        raise RayboothError(f"The model folder {folder} has no {INDEX}: give the folder of a diffusers pipeline, the one that holds unet/ and vae/.")
+    return read_object(folder / INDEX)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model.
+
+    Raises:
+        RayboothError: if there is none that can be read.
+    """
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RayboothError(f"The model folder {folder} has no {INDEX}: give the folder of a diffusers pipeline, the one that holds unet/ and vae/.") from None
+        raise RayboothError(f"{path} is missing: {_AGAIN}") from None
     except (ValueError, OSError) as error:
-        raise RayboothError(f"{folder / INDEX} is damaged ({error}): copy or download the model again.") from None
-    if not isinstance(index, dict):
-        raise RayboothError(f"{folder / INDEX} is damaged (not a JSON object): copy or download the model again.")
-    return index
+        raise RayboothError(f"{path} is damaged ({error}): {_AGAIN}") from None
+    if not isinstance(held, dict):
+        raise RayboothError(f"{path} is damaged (not a JSON object): {_AGAIN}")
+    return held
+
+
+def names_in(folder: Path) -> list[str]:
+    """The files of a model folder's parts, as "unet/config.json", also where a part is a link to a folder elsewhere.
+
+    Raises:
+        RayboothError: if a part cannot be looked into.
+    """
+    try:
+        parts = [part for part in folder.iterdir() if part.is_dir()]
+        return sorted(f"{part.name}/{file.name}" for part in parts for file in part.iterdir() if file.is_file())
+    except OSError as error:
+        raise RayboothError(f"The model folder {folder} cannot be read ({error}): make it readable, or copy it.") from None
 
 
 def needed_files(names: Iterable[str], weights: Iterable[str], settings: Iterable[str], source: str) -> list[str]:
@@ -40,18 +69,37 @@ def needed_files(names: Iterable[str], weights: Iterable[str], settings: Iterabl
     Full-precision weights are preferred to variants; of a variant there is one.
 
     Raises:
-        RayboothError: if a part has no weights, or pickled ones only.
+        RayboothError: if a part has no configuration, vocabulary or weights, or pickled ones only.
     """
     names = sorted(names)
     chosen = [INDEX]
     for part in (*weights, *settings):
         own = [n for n in names if n.startswith(f"{part}/") and n.count("/") == 1]
         if not own:
-            raise RayboothError(f"The model {source} has no {part}/ folder: it is not complete, copy or download it again.")
+            raise RayboothError(f"The model {source} has no {part}/ folder: {_INCOMPLETE}")
+        _check_described(part, own, source)
         chosen += [n for n in own if n.endswith((".json", ".txt", ".model")) and _SHARDS not in n]
         if part in weights:
             chosen += _weights_of(part, own, source)
     return chosen
+
+
+def configuration_of(part: str) -> str:
+    """The name of a part's configuration; a tokenizer's is its own business."""
+    return f"{part}/scheduler_config.json" if part == "scheduler" else f"{part}/config.json"
+
+
+def _is_tokenizer(part: str) -> bool:
+    return part.startswith("tokenizer")
+
+
+def _check_described(part: str, own: list[str], source: str) -> None:
+    if _is_tokenizer(part):
+        if not any({f"{part}/{name}" for name in files} <= set(own) for files in VOCABULARIES):
+            known = ", or ".join(" and ".join(sorted(files)) for files in VOCABULARIES)
+            raise RayboothError(f"The model {source} has no vocabulary in {part}/ ({known}): {_INCOMPLETE}")
+    elif configuration_of(part) not in own:
+        raise RayboothError(f"The model {source} has no {configuration_of(part)}: {_INCOMPLETE}")
 
 
 def _weights_of(part: str, own: list[str], source: str) -> list[str]:
@@ -59,13 +107,57 @@ def _weights_of(part: str, own: list[str], source: str) -> list[str]:
     full = [n for n in tensors if not _VARIANT.search(n)]
     if full or tensors:
         # A variant's file name is what from_pretrained(variant=...) looks for; it is renamed when it is copied.
-        return full or [n for n in tensors if ".fp16" in n] or tensors
+        chosen = full or [n for n in tensors if ".fp16" in n] or tensors
+        if not any(_SHARDS in n for n in chosen) and all(_SHARD.search(n) for n in chosen):
+            raise RayboothError(f"The model {source} has weights in shards in {part}/ and no list of them (*.safetensors.index.json): {_AGAIN}")
+        return chosen
     if any(n.endswith(PICKLED) for n in own):
         raise RayboothError(
             f"The model {source} has only pickled weights in {part}/, which can run any code when they are opened: "
             "choose a revision with .safetensors files, or convert it at https://huggingface.co/spaces/safetensors/convert."
         )
     raise RayboothError(f"The model {source} has no weights in {part}/ (no .safetensors file): copy or download it again.")
+
+
+def check_described(folder: Path, weights: Iterable[str], settings: Iterable[str]) -> None:
+    """Refuse a model folder, complete or not, in which some part's class or configuration cannot be read.
+
+    Raises:
+        RayboothError: naming the file.
+    """
+    index = read_index(folder)
+    for part in (*weights, *settings):
+        match index.get(part):
+            case [str(), str()]:
+                pass
+            case _:
+                raise RayboothError(f"{folder / INDEX} does not say of which class {part}/ is: {_INCOMPLETE}")
+        if not _is_tokenizer(part):
+            read_object(folder / configuration_of(part))
+
+
+def check_files(folder: Path, names: Iterable[str], source: str) -> None:
+    """Refuse configurations, vocabularies and lists of shards that are damaged, and lists of what is not among `names`.
+
+    Raises:
+        RayboothError: naming the file.
+    """
+    names = list(names)
+    for name in names:
+        if name.endswith(".json"):
+            held = read_object(folder / name)
+            if _SHARDS in name:
+                missing = sorted({f"{name.rpartition('/')[0]}/{shard}" for shard in _listed(folder / name, held)} - set(names))
+                if missing:
+                    raise RayboothError(f"The model {source} has no {missing[0]}, which {name} lists: {_INCOMPLETE}")
+
+
+def _listed(path: Path, held: dict[str, Any]) -> list[str]:
+    """The files in a list of shards, one for each tensor."""
+    listed = held.get("weight_map")
+    if not listed or not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise RayboothError(f"{path} is damaged (no weight_map of file names): {_AGAIN}")
+    return list(listed.values())
 
 
 def plain_name(name: str) -> str:
@@ -77,7 +169,7 @@ def settle_shards(folder: Path, names: Iterable[str]) -> None:
     """Lists of shards name them without their variant, as they are now."""
     for name in names:
         if _SHARDS in name:
-            held = json.loads((folder / name).read_text(encoding="utf-8"))
+            held = read_object(folder / name)
             held["weight_map"] = {k: plain_name(v) for k, v in held["weight_map"].items()}
             (folder / name).write_text(json.dumps(held), encoding="utf-8")
 
@@ -92,23 +184,23 @@ def check_weights(folder: Path, names: Iterable[str]) -> None:
         if name.endswith(".safetensors"):
             problem = _safetensors_problem(folder / name)
             if problem:
-                raise RayboothError(f"The weights {folder / name} are {problem}: copy or download the model again.")
+                raise RayboothError(f"The weights {folder / name} are {problem}: {_AGAIN}")
 
 
 def _safetensors_problem(path: Path) -> str | None:
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        head = f.read(8)
-        if len(head) < 8:
-            return f"cut off after {size} bytes"
-        length = struct.unpack("<Q", head)[0]
-        if length > min(size, 100_000_000):
-            return "cut off or not safetensors"
-        try:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            head = f.read(8)
+            if len(head) < 8:
+                return f"cut off after {size} bytes"
+            length = struct.unpack("<Q", head)[0]
+            if length > min(size, 100_000_000):
+                return "cut off or not safetensors"
             header = json.loads(f.read(length))
-            end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return "not readable as safetensors"
-    if size != 8 + length + end:
-        return f"cut off: {size} bytes of {8 + length + end}"
-    return None
+        end = 8 + length + max((int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"), default=0)
+    except OSError as error:
+        return f"not readable ({error.strerror})"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "not readable as safetensors"
+    return f"cut off: {size} bytes of {end}" if size != end else None

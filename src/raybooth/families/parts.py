@@ -1,29 +1,41 @@
 """What the families share: loading a folder's parts, latents of a KL autoencoder, saving a pipeline."""
 
 import contextlib
+import functools
 import importlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from raybooth.errors import RayboothError
 from raybooth.families.base import Facts, Family, Loaded
-from raybooth.families.folder import INDEX, read_index
+from raybooth.families.folder import INDEX, read_index, read_object
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+T = TypeVar("T")
+
 
 def config(folder: Path, name: str) -> dict[str, Any]:
     """A part's parsed configuration, as "unet/config"."""
-    path = folder / f"{name}.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RayboothError(f"The model's {path} cannot be read ({error}): copy or download the model again.") from None
+    return read_object(folder / f"{name}.json")
+
+
+def configured(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """What `read` does not find in a model folder's configurations, or finds to be of another kind, in a sentence."""
+
+    @functools.wraps(read)
+    def checked(folder: Path) -> T:
+        try:
+            return read(folder)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RayboothError(f"The configurations of the model {folder} lack something or hold nonsense ({error}): copy or download it again.") from None
+
+    return checked
 
 
 def facts(folder: Path, denoiser: str) -> Facts:

@@ -26,6 +26,7 @@ _SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
+@parts.configured
 def facts(folder: Path) -> Facts:
     prediction = parts.config(folder, "scheduler/scheduler_config").get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
@@ -46,6 +47,7 @@ def _ddim(folder: Path) -> Any:
     return DDIMScheduler.from_pretrained(folder / "scheduler")
 
 
+@parts.configured
 def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
     return {"text": (parts.config(folder, "text_encoder/config")["max_position_embeddings"], parts.config(folder, "unet/config")["cross_attention_dim"])}
 

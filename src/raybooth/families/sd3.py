@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5: a transformer on rectified flow, three text encoders (Esser et al. 2024)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,14 @@ if TYPE_CHECKING:
     from raybooth.noise import Flow
 
 T5_LENGTH = 256  # tokens
+POSITIONS = 96  # patches along a side, where the configuration does not say
 
 
+@parts.configured
 def facts(folder: Path) -> Facts:
-    return parts.facts(folder, "transformer")
+    """Its table of positions bounds the size of a picture."""
+    found, positions = parts.facts(folder, "transformer"), parts.config(folder, "transformer/config").get("pos_embed_max_size", POSITIONS)
+    return replace(found, largest=positions * found.multiple)
 
 
 def objective(folder: Path) -> "Flow":
@@ -27,6 +32,7 @@ def objective(folder: Path) -> "Flow":
     return Flow(parts.config(folder, "scheduler/scheduler_config").get("shift", 1.0))
 
 
+@parts.configured
 def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
     net = parts.config(folder, "transformer/config")
     clip = parts.config(folder, "text_encoder/config")["max_position_embeddings"]

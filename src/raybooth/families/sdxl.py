@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@parts.configured
 def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
     pooled = parts.config(folder, "text_encoder_2/config")["projection_dim"]
     return {**sd.conditioning(folder), "pooled": (pooled,)}

@@ -10,6 +10,18 @@ from raybooth.families.folder import read_index
 SUFFIX = ".safetensors"
 
 
+def check_kind(file: Path) -> None:
+    """
+    Raises:
+        RayboothError: if it is a checkpoint of another kind, which diffusers would open by pickle.
+    """
+    if file.suffix != SUFFIX:
+        raise RayboothError(
+            f"The checkpoint {file} is not a {SUFFIX} file, and others (.ckpt, .pt, .bin) can run any code when they are opened: "
+            "take its .safetensors version, or convert it at https://huggingface.co/spaces/safetensors/convert."
+        )
+
+
 def unpack(file: Path, configuration: str | None, target: Path) -> None:
     """Write `file` as a diffusers folder into `target`, by diffusers' from_single_file.
 
@@ -32,7 +44,7 @@ def unpack(file: Path, configuration: str | None, target: Path) -> None:
         )
     try:
         pipe = kind.from_single_file(str(file), config=str(folder), local_files_only=True)
-    except (SingleFileComponentError, KeyError, ValueError, RuntimeError, AttributeError) as error:
+    except (SingleFileComponentError, KeyError, ValueError, RuntimeError, AttributeError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise RayboothError(
             f"The checkpoint {file} does not fit the configuration {folder} ({reason}): give that of its own architecture with base.configuration."

@@ -37,7 +37,7 @@ def _fetched(repo: str, commit: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "raybooth" / f"safety-{digest([repo, commit])[:16]}"
     if not cache.is_dir():
         partial = cache.with_name(f".{cache.name}.partial")
-        hub.fetch_model(repo, commit, partial, lambda names, folder: needed(names))
+        hub.fetch_model(hub.Repo(repo, commit, "--base", "--base"), partial, lambda names, folder: needed(names))
         if not any(n.endswith(".safetensors") for n in files_under(partial)):
             shutil.rmtree(partial)
             raise RayboothError(f"The safety checker of {repo} has only pickled weights, which can run any code when they are opened: use --safety off.")

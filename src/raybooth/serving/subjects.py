@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Literal
 
 from raybooth import config as configuration
+from raybooth.base_model import needed_of_folder
 from raybooth.config import Config, Sampling
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
-from raybooth.families.folder import needed_files, plain_name
+from raybooth.families.folder import plain_name
 from raybooth.families.foreign import plain_rank
 from raybooth.families.lora import WEIGHTS
 from raybooth.prompts import asks_for_subject, filled
-from raybooth.workspace import MANIFEST, Workspace, digest, file_digest, files_under, model_digest, read_manifest
+from raybooth.workspace import MANIFEST, Workspace, digest, file_digest, model_digest, read_manifest
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 BASE = "base"
@@ -74,9 +75,7 @@ class Subject:
 def of_base(folder: Path, config: Config | None = None, base: str | None = None) -> Subject:
     """A base model, with the settings of a run that was made on it, or the defaults."""
     if base is None:
-        family = family_of(folder)
-        names = needed_files(files_under(folder), family.weights, family.settings, str(folder))
-        base = digest({plain_name(n): file_digest(folder / n) for n in names})  # as the manifest of a run's base-model has it
+        base = digest({plain_name(n): file_digest(folder / n) for n in needed_of_folder(folder)})  # as the manifest of a run's base-model has it
     if config is None:
         from raybooth.families import mini_folder
 

@@ -1,0 +1,60 @@
+"""The layers of a configuration, as plain dictionaries: files, `--set section.key=value`, one on top of the other."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from raybooth.errors import RayboothError
+
+
+def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `under`, section by section. Sections that are models already stand as they are."""
+    result = dict(under)
+    for key, value in over.items():
+        below = result.get(key)
+        if isinstance(value, BaseModel) and isinstance(below, dict):
+            value = {**below, **value.model_dump(by_alias=True, exclude_unset=True)}
+        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What a TOML file, or a JSON file as a storage keeps it, holds.
+
+    Raises:
+        RayboothError: if it is not there, or neither.
+    """
+    kind = "JSON" if path.suffix == ".json" else "TOML"
+    try:
+        text = path.read_text(encoding="utf-8")
+        held = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except FileNotFoundError:
+        raise RayboothError(f"There is no configuration file {path}: give the path of a TOML file, such as examples/dog.toml.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RayboothError(f"{path} cannot be read as a configuration: {error}.") from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise RayboothError(f"{path} is not valid {kind}: {error}.") from None
+    if not isinstance(held, dict):
+        raise RayboothError(f"{path} is not a configuration: it holds {text.strip()[:20]!r}, where a JSON object of sections should be.")
+    return held
+
+
+def parsed_override(text: str) -> dict[str, Any]:
+    """`section.key=value` as the dictionary that it adds.
+
+    Raises:
+        RayboothError: if it is not of that form.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RayboothError(f"--set {text} is not of the form section.key=value, as in --set finetune.steps=200.")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return parsed

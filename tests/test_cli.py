@@ -1,0 +1,73 @@
+"""Which storage a command means, and what it goes by there."""
+
+import json
+from pathlib import Path
+
+import fsspec
+import pytest
+from stored import make_run
+
+import raybooth
+from raybooth import config
+from raybooth.base_model import model_configuration
+from raybooth.cli import config_of, main
+from raybooth.demo import demo_config
+from raybooth.errors import RayboothError
+from raybooth.mini import FOLDER
+from raybooth.options import parser
+
+
+def begun(storage: Path, steps: int) -> None:
+    """What a run has left there as soon as it has begun."""
+    made = config.load(None, [f"generate.steps={steps}"], subject={"class": "dog"})
+    storage.mkdir(parents=True)
+    (storage / "config.json").write_text(json.dumps(made.model_dump(by_alias=True, mode="json")))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of somebody who stands elsewhere."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(elsewhere)
+    return home
+
+
+@pytest.mark.parametrize("named", [["--storage=~/run"], ["--set=storage=~/run"], ["--storage=other", "--set", "storage='~/run'"]])
+def test_a_stage_goes_by_the_settings_of_the_storage_that_is_named(home: Path, named: list[str]):
+    begun(home / "run", 7)
+    begun(Path("raybooth-run"), 9)
+    made = config_of(parser().parse_args(["generate", *named]))
+    assert (made.storage, made.generate.steps) == ("~/run", 7)
+    assert config_of(parser().parse_args(["generate"])).generate.steps == 9
+
+
+@pytest.mark.parametrize("verb", [["report"], ["generate"], ["evaluate"], ["export", "--to=lora"]], ids=lambda v: v[0])
+def test_a_storage_without_a_run_is_named_and_not_made(home: Path, capsys: pytest.CaptureFixture[str], verb: list[str]):
+    assert main([*verb, "--storage=typo"]) == 2
+    assert "There is no run in typo" in capsys.readouterr().err
+    assert not Path("typo").exists()
+
+
+def test_what_a_run_begins_with_needs_none(home: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["prepare", "--storage=new"]) == 2
+    assert "subject.class is empty" in capsys.readouterr().err
+
+
+def test_plan_and_demo_know_the_home_too(home: Path):
+    prepared = home / "run" / "base-model"
+    prepared.mkdir(parents=True)
+    (prepared / "model_index.json").write_text("{}")
+    assert model_configuration(config.load(None, ["storage=~/run"], subject={"class": "dog"})) == prepared
+    assert demo_config("~/demo", []).subject.photos == [str(home / "demo" / "photographs")]
+
+
+def test_export_takes_what_load_takes(home: Path):
+    make_run(home / "run", FOLDER, 1)
+    assert Path(raybooth.export("~/run", "lora")).is_relative_to(home / "run")
+    fsspec.filesystem("memory").put(f"{home}/run/", "/exported/run/", recursive=True)
+    assert list(Path(raybooth.export("memory://exported/run", "lora")).glob("*.safetensors"))
+    for storage in ("memory://exported/typo", "~/typo"):
+        with pytest.raises(RayboothError, match=f"There is no run in {storage}"):
+            raybooth.export(storage, "lora")

@@ -115,7 +115,7 @@ class _Found:
     def _photo(self, path: Path, name: str) -> None:
         if not path.exists():
             raise RayboothError(f"{_readable(name)} is a link to {path.readlink()}, which is not there: mend the link, or remove it.")
-        if path.exists() and not path.is_file():
+        if not path.is_file():
             raise RayboothError(f"{_readable(name)} is neither a file nor a folder: give pictures, or folders of them, with --photos.")
         self.gathered.photos.append(Photo(_readable(name), path))
         if len(self.gathered.photos) > MOST:

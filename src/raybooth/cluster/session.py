@@ -70,7 +70,7 @@ def import_quickly() -> None:
 
 @contextlib.contextmanager
 def connected(address: str | None) -> Iterator[Resources]:
-    """Ray for the length of a run: joined at `address`, or started on this machine's loopback, or as it already is.
+    """Ray for the length of a run: joined at `address`, or started on this machine, or as it already is.
 
     Raises:
         RayboothError: if no cluster answers at `address`.

@@ -99,14 +99,6 @@ def _check_side(side: int, family: str, facts: "Facts") -> None:
         raise RayboothError(f"base.resolution = {side} is not possible with this {family}, which knows places up to {facts.largest} pixels: lower it.")
 
 
-def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """A stage's output for another storage. Outputs are replaced and never written into: a link will do where the file system has them."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def stats(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:
     """Name, size and time of files: whether they are still those that were copied."""
     return [(n, (folder / n).stat().st_size, (folder / n).stat().st_mtime_ns) for n in names]

@@ -9,13 +9,12 @@ from typing import Any
 
 from raybooth import config as configuration
 from raybooth import evaluation
-from raybooth.base_model import link_or_copy
 from raybooth.config import Config
 from raybooth.dreambench import PUBLISHED, Subject
 from raybooth.score import Score
 from raybooth.session import Run
 from raybooth.stages import STAGES
-from raybooth.workspace import write_atomically
+from raybooth.workspace import link_or_copy, write_atomically
 
 Recipes = Mapping[str, Sequence[str]]
 Results = dict[str, dict[str, dict[str, Score]]]

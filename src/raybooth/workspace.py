@@ -309,6 +309,14 @@ class Workspace:
                 self.remote.remove(f"{stage}/{name}")
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A stage's output for another storage. Outputs are replaced and never written into: a link will do where the file system has them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def _user() -> str:
     """Of this process; a container's may have no name."""
     try:

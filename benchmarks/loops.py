@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers import Work, at_random, loop, rate, timed
-from raybooth.cluster.session import allocator
+from raybooth.cluster import allocator
 from raybooth.config import Sampling
 from raybooth.families import Loaded, family_of
 from raybooth.families.parts import load
@@ -151,7 +151,7 @@ SIZE = {"mini": (60, 10, 32, 10), "layout": (8, 2, 4, 4)}
 def _measured(kind: str, name: str, model: str, folder: Path) -> dict[str, float]:
     """In a new process, with the memory allocator that raybooth gives its workers; the peers' with the one that they have by themselves."""
     command = [sys.executable, "-m", "benchmarks.loops", kind, name, model, str(folder)]
-    environment = os.environ if name == PEERS else {**os.environ, **allocator()}
+    environment = os.environ if name == PEERS else {**os.environ, **allocator.environment()}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -174,6 +174,8 @@ def tables(rounds: int) -> None:
 def main(kind: str, name: str, model: str, folder: str) -> None:
     steps, warm, pictures, denoising = SIZE[model]
     if kind == "train":
+        if name != PEERS:
+            allocator.keep_freed_memory()
         _tell(rate(timed(TRAINING[name](Path(folder), steps)), warm))
     else:
         DRAWING[name](Path(folder), pictures, denoising)

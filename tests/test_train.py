@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from raybooth.checkpoint import Checkpoints
 from raybooth.config import Lora
 from raybooth.errors import RayboothError
-from raybooth.families import family_of
+from raybooth.families import Loaded, family_of
 from raybooth.families.lora import add_adapters
 from raybooth.families.parts import load
 from raybooth.noise import Diffusion, generator, normal
@@ -49,25 +49,30 @@ def trained(toy: Path, settings: Settings = SETTINGS, rows: TrainingSet | None =
     return {f"{part}.{k}": v for part, m in loaded.modules.items() for k, v in m.state_dict().items()}, steps
 
 
-def plain_loop(toy: Path, settings: Settings, rows: TrainingSet):
-    """The same, written down straight: chunks, one encoding a row, torch's own optimizer and clipping."""
+def predicted(toy: Path, loaded: Loaded, rows: TrainingSet, index: list[int], places: list[int], step: int, seed: int):
+    """What the model says of noised rows, and what was to be said: one encoding a row."""
     family = family_of(toy)
-    loaded, diffusion = load(family, toy, ("unet", "text_encoder")), family.objective(toy)
+    diffusion = family.objective(toy)
     assert isinstance(diffusion, Diffusion)
-    unet, text = loaded.modules["unet"].train(), loaded.modules["text_encoder"].train()
-    parameters = [p.requires_grad_() for m in (unet, text) for p in m.parameters()]
+    shape = rows.mean.shape[1:]
+    draw = [normal(shape, seed, "posterior", step, i) for i in places]
+    noise = torch.stack([normal(shape, seed, "noise", step, i) for i in places])
+    t = torch.cat([torch.randint(1000, (1,), generator=generator(seed, "timestep", step, i)) for i in places])
+    x0 = rows.mean[index] + rows.std[index] * torch.stack(draw)
+    text_of_rows = family.encode_text(loaded, [rows.prompts[int(rows.prompt[i])] for i in index])["text"]
+    alpha = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
+    return loaded.modules["unet"](alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, t, text_of_rows).sample, noise
+
+
+def plain_loop(toy: Path, settings: Settings, rows: TrainingSet):
+    """The same, written down straight: chunks, torch's own optimizer and clipping."""
+    loaded = load(family_of(toy), toy, ("unet", "text_encoder"))
+    parameters = [p.requires_grad_() for m in loaded.modules.values() for p in m.train().parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr["unet"], weight_decay=settings.weight_decay)
     losses, norms = [], []
     for step in range(settings.steps):
         index = rows_of_step(rows, step, settings.batch, settings.seed)
-        shape = rows.mean.shape[1:]
-        draw = [normal(shape, settings.seed, "posterior", step, i) for i in range(len(index))]
-        noise = torch.stack([normal(shape, settings.seed, "noise", step, i) for i in range(len(index))])
-        t = torch.cat([torch.randint(1000, (1,), generator=generator(settings.seed, "timestep", step, i)) for i in range(len(index))])
-        x0 = rows.mean[index] + rows.std[index] * torch.stack(draw)
-        text_of_rows = family.encode_text(loaded, [rows.prompts[int(rows.prompt[i])] for i in index])["text"]
-        alpha = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
-        out = unet(alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, t, text_of_rows).sample
+        out, noise = predicted(toy, loaded, rows, index, list(range(len(index))), step, settings.seed)
         b = settings.batch
         loss = F.mse_loss(out[:b], noise[:b])
         if len(index) > b:
@@ -90,6 +95,20 @@ def test_it_is_a_plain_loop(toy: Path, classes: int):
     for name, value in theirs.items():
         # AdamW's first steps are +-lr whatever the gradient's size: where it is nearly zero its sign is noise.
         assert (ours[name] - value).abs().float().mean() < 2e-5, name
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(2, 1), (3, 1), (4, 4)])
+@pytest.mark.parametrize("classes", [4, 0], ids=["with prior", "without prior"])
+def test_validation_is_the_loss_of_fixed_rows_at_fixed_noise(toy: Path, classes: int, batch: int, accumulate: int):
+    rows, loaded = data(classes=classes), load(family_of(toy), toy, ("unet", "text_encoder"))
+    step = next(fit(family_of(toy), loaded, rows, changed(batch=batch, accumulate=accumulate)))
+    found = step.validate()
+    assert loaded.modules["unet"].training
+    of = {"validation_instance": [0, 1, 2, 0, 1, 2, 0, 1], "validation_prior": [3, 4, 5, 6, 3, 4, 5, 6]}
+    assert found.keys() == ({*of} if classes else {"validation_instance"})
+    for name, value in found.items():
+        with torch.no_grad():
+            assert value == pytest.approx(F.mse_loss(*predicted(toy, loaded, rows, of[name], list(range(8)), -1, SETTINGS.seed)).item(), rel=1e-5)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(toy: Path):

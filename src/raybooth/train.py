@@ -270,25 +270,24 @@ class _Loop:
         self.seen, self.read_at = torch.zeros_like(self.seen), self.done
         return Metrics(loss, instance, prior, norm, self.optimizer.param_groups[0]["lr"])
 
+    @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        data = self.data
+        """In passes of a step's own shape, which the device is warm for."""
+        data, settings = self.data, self.settings
         kinds = {"instance": range(data.instances), "prior": range(data.instances, len(data.weight))}
+        kinds = {kind: among for kind, among in kinds.items() if among}
+        share, errors = max(1, settings.batch // settings.accumulate), []
         self.trained.eval()
         try:
-            return {f"validation_{kind}": self._fixed_loss([among[i % len(among)] for i in range(VALIDATION)]) for kind, among in kinds.items() if among}
+            for i in range(0, VALIDATION, share):
+                places = range(i, min(i + share, VALIDATION))
+                rows = torch.tensor([among[k % len(among)] for among in kinds.values() for k in places], device=self.device)
+                drawn = _noised_rows(data, self.objective, settings, -1, [*places] * len(kinds), rows)  # no step of the training is the one before the first
+                with torch.autocast(self.device.type, settings.autocast, enabled=settings.autocast is not None):
+                    errors.append(self.module(rows, data.prompt[rows].unique(), *drawn).view(len(kinds), -1))
         finally:
             self.trained.train()
-
-    @torch.no_grad()
-    def _fixed_loss(self, rows: list[int]) -> float:
-        errors = []
-        for i in range(0, len(rows), self.settings.batch):
-            places = range(i, min(i + self.settings.batch, len(rows)))
-            part = torch.tensor([rows[k] for k in places], device=self.device)
-            drawn = _noised_rows(self.data, self.objective, self.settings, -1, places, part)  # no step of the training is the one before the first
-            with torch.autocast(self.device.type, self.settings.autocast, enabled=self.settings.autocast is not None):
-                errors.append(self.module(part, self.data.prompt[part].unique(), *drawn))
-        return float(torch.cat(errors).mean())
+        return {f"validation_{kind}": mean for kind, mean in zip(kinds, torch.cat(errors, 1).mean(1).tolist(), strict=True)}
 
     def state(self) -> State:
         """Of the present step. The sums since the last reading are those of all workers.

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from raybooth.cluster.allocator import keep_freed_memory
 from raybooth.cluster.session import Resources, causes, check_workers, import_quickly, own_errors
 from raybooth.errors import RayboothError
 
@@ -29,6 +30,7 @@ class Group:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(threads)
+            keep_freed_memory()
 
     @property
     def where(self) -> str:

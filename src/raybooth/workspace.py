@@ -24,7 +24,9 @@ from raybooth.errors import RayboothError
 from raybooth.remote import Remote
 
 MANIFEST = "manifest.json"
-CHUNK = 1 << 20
+BLOCK = 1 << 24
+"""Bytes hashed at once. After every block a thread waits for Python's lock, 5 ms beside one that trains, and takes it away from that one:
+hashlib.file_digest with its quarter of a megabyte took 4.5 s in place of 0.3 for 144 MB beside a busy thread."""
 
 
 def digest(value: Any) -> str:
@@ -34,8 +36,11 @@ def digest(value: Any) -> str:
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's content."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    found = hashlib.sha256()
+    with path.open("rb", buffering=0) as f:
+        while block := f.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -168,7 +173,7 @@ class Stage:
         if not path.is_file() or path.stat().st_size != described["bytes"]:
             return False
         # Hashing gigabytes of weights at every start would cost more than it tells; their size must do.
-        return path.stat().st_size > 64 * CHUNK or file_digest(path) == described["sha256"]
+        return path.stat().st_size > 4 * BLOCK or file_digest(path) == described["sha256"]
 
 
 def describe(path: Path) -> dict[str, Any]:

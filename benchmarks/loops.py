@@ -60,7 +60,7 @@ def ours(folder: Path, steps: int, autocast: torch.dtype | None = None) -> Itera
     shape = loaded.facts.latent_shape(loaded.facts.resolution)
     of_class = torch.arange(rows) >= 5
     data = TrainingSet(
-        mean=torch.randn(rows, *shape), std=torch.rand(rows, *shape) / 10, prompt=of_class.long(), weight=torch.ones(rows),
+        mean=torch.randn(rows, *shape), std=torch.rand(rows, *shape) / 10, prompt=of_class.int().tolist(), weight=torch.ones(rows),
         prompts=["photo of unqtkn dog", "photo of a dog"], instances=5,
     )  # fmt: skip
     lr = dict.fromkeys(family.trainable(True), 1e-4)

@@ -54,7 +54,7 @@ def rows(family: Family, loaded: Loaded, text_encoder: bool, teacher: bool = Fal
         mean, std = encode_image(loaded, torch.rand(6, 3, 32, 32, generator=g) * 2 - 1)
         conditioning = family.encode_text(loaded, PROMPTS) if family.has_frozen_encoders(text_encoder) else None
     of_class = torch.arange(6) >= 3
-    return TrainingSet(mean, std, of_class.long(), torch.ones(6), PROMPTS, 3, conditioning, teacher)
+    return TrainingSet(mean, std, of_class.int().tolist(), torch.ones(6), PROMPTS, 3, conditioning, teacher)
 
 
 def draw(family: Family, loaded: Loaded) -> list[np.ndarray]:

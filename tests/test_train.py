@@ -1,6 +1,7 @@
 """fit() against a plain torch loop, and its promises: clipping, determinism, shares of workers."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from toys import make_flux, make_sd, make_sd3, make_sdxl
 
 from raybooth.checkpoint import Checkpoints
 from raybooth.config import Lora
@@ -35,7 +37,7 @@ def data(instances: int = 3, classes: int = 4, weight: float = 0.6) -> TrainingS
     return TrainingSet(
         mean=torch.randn(n, 4, 16, 16, generator=g),
         std=0.1 * torch.rand(n, 4, 16, 16, generator=g),
-        prompt=of_class.long(),
+        prompt=of_class.int().tolist(),
         weight=torch.where(of_class, weight, 1.0),
         prompts=["photo of unqtkn dog", "photo of a dog"],
         instances=instances,
@@ -109,6 +111,32 @@ def test_validation_is_the_loss_of_fixed_rows_at_fixed_noise(toy: Path, classes:
     for name, value in found.items():
         with torch.no_grad():
             assert value == pytest.approx(F.mse_loss(*predicted(toy, loaded, rows, of[name], list(range(8)), -1, SETTINGS.seed)).item(), rel=1e-5)
+
+
+def one_by_one(clip: Callable) -> Callable:
+    """Tensors without data are not handled many at a time."""
+    return lambda *given, foreach: clip(*given, foreach=not foreach)
+
+
+@pytest.mark.parametrize(("make", "text_encoder"), [(make_sd, True), (make_sd, False), (make_sdxl, False), (make_sd3, False), (make_flux, False)])
+def test_no_step_waits_for_numbers(make: Callable[[Path], Path], text_encoder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On the meta device there are none: whatever asks for one fails, as it would make a GPU's step wait."""
+    folder = make(tmp_path / "model")
+    family = family_of(folder)
+    rows = data()
+    if not text_encoder:
+        shapes = family.conditioning(folder)
+        rows = replace(rows, conditioning={k: torch.zeros(2, *shape) for k, shape in shapes.items()})
+    loaded = load(family, folder, family.trainable(text_encoder)).to("meta")
+    lr = dict.fromkeys(family.trainable(text_encoder), 1e-3)
+    monkeypatch.setattr("raybooth.train.make_optimizer", lambda kind, groups, decay, seed: torch.optim.AdamW(groups, weight_decay=decay, foreach=False))
+    for name in ("get_total_norm", "clip_grads_with_norm_"):
+        monkeypatch.setattr(torch.nn.utils, name, one_by_one(getattr(torch.nn.utils, name)))
+    settings = changed(lr=lr, text_encoder=text_encoder, log_every=3, min_snr_gamma=5.0 if family.min_snr else 0.0)
+    steps = fit(family, loaded, rows.to(torch.device("meta")), settings)
+    assert [next(steps).metrics, next(steps).metrics] == [None, None]
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        next(steps)  # the reading
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(toy: Path):

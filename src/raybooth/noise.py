@@ -7,7 +7,7 @@ in any batch, before and after a restart, and no random state needs to be stored
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -31,6 +31,11 @@ def normal(shape: Sequence[int], *key: str | int) -> Tensor:
     return torch.randn(tuple(shape), generator=generator(int(seed), *rest))
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """From the CPU to `device`, without waiting for what that has still to do: CUDA keeps a copy until it gets there."""
+    return values.to(device, non_blocking=True)
+
+
 @contextlib.contextmanager
 def reseeded(device: torch.device, *key: str | int) -> Iterator[None]:
     """torch's own random state set from a key, for layers that draw by themselves (dropout), and put back afterwards."""
@@ -49,6 +54,9 @@ class Diffusion:
 
     alphas_cumprod: Tensor
     prediction: Prediction
+
+    def to(self, device: torch.device) -> "Diffusion":
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
 
     @property
     def timesteps(self) -> int:
@@ -99,6 +107,9 @@ class Flow:
     """
 
     shift: float = 1.0
+
+    def to(self, device: torch.device) -> "Flow":
+        return self
 
     def draw_t(self, random: torch.Generator) -> Tensor:
         """A time to train at, logit-normal (Esser et al. 2024, section 3.1), then shifted: (1,), float32."""

@@ -4,7 +4,7 @@ Whoever drives it (Ray, a test, a notebook) adds reporting, checkpoints and stop
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded
 from raybooth.families.lora import adapters_off
 from raybooth.loss import prior_preserving, row_errors
-from raybooth.noise import Objective, generator, normal, reseeded
+from raybooth.noise import Objective, generator, normal, reseeded, sent
 from raybooth.optim import Average, learning_rate_factor, make_optimizer
 
 VALIDATION = 8  # draws of each kind of row
@@ -28,7 +28,7 @@ class TrainingSet:
 
     Attributes:
         mean, std: (n, c, h, w) of the posterior, as the denoiser sees it.
-        prompt: (n,) index into `prompts`.
+        prompt: of each row, index into `prompts`; not on the device, which would have to be asked for it.
         weight: (n,) of each row in the loss.
         instances: how many of the rows, the first ones, are of the subject; the others are of the class.
         conditioning: of the prompts by the base model, each tensor (prompts, ...); None where all the text encoders are trained.
@@ -37,7 +37,7 @@ class TrainingSet:
 
     mean: Tensor
     std: Tensor
-    prompt: Tensor
+    prompt: Sequence[int]
     weight: Tensor
     prompts: Sequence[str]
     instances: int
@@ -122,32 +122,35 @@ class RowLoss(nn.Module):
 
     def __init__(self, family: Family, loaded: Loaded, data: TrainingSet, settings: Settings):
         super().__init__()
-        self.family, self.loaded, self.objective, self.data = family, loaded, loaded.objective, data
+        self.family, self.loaded, self.objective, self.data = family, loaded, loaded.objective.to(data.mean.device), data
         self.text_encoder, self.min_snr_gamma = settings.text_encoder, settings.min_snr_gamma
         self.trained = nn.ModuleDict({name: loaded.modules[name] for name in family.trainable(settings.text_encoder)})
 
-    def forward(self, rows: Tensor, used: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Weighted squared error of each row. `used` are the prompts of all workers' rows in this step."""
+    def forward(self, rows: Tensor, prompt: Sequence[int], used: Sequence[int], x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Weighted squared error of each row, of which `prompt` is each one's; `used` are those of all workers' rows in this step, each once."""
         z, target = self.objective.noisy(x0, noise, t), self.objective.target(x0, noise, t)
         if self.data.teacher:
             of_class = rows >= self.data.instances
             with torch.no_grad(), adapters_off(self.trained.values()):
-                taught = self.family.predict(self.loaded, z, t, self._conditioning(rows, used))
+                taught = self.family.predict(self.loaded, z, t, self._conditioning(prompt, used))
             target = torch.where(of_class[:, None, None, None], taught.to(target.dtype), target)
-        prediction = self.family.predict(self.loaded, z, t, self._conditioning(rows, used))
+        prediction = self.family.predict(self.loaded, z, t, self._conditioning(prompt, used))
         return row_errors(prediction, target) * self.objective.weight(t, self.min_snr_gamma)
 
-    def _conditioning(self, rows: Tensor, used: Tensor) -> dict[str, Tensor]:
+    def _conditioning(self, prompt: Sequence[int], used: Sequence[int]) -> dict[str, Tensor]:
         """Of each row; a trained text encoder runs once for every distinct prompt."""
-        prompt = self.data.prompt[rows]
-        known = self.data.conditioning
+        known, device = self.data.conditioning, self.data.mean.device
+
+        def at(places: Iterable[int]) -> Tensor:
+            return sent(torch.tensor([*places]), device)
+
         if not self.text_encoder:
             assert known is not None
-            return {k: v[prompt] for k, v in known.items()}
-        texts = [self.data.prompts[i] for i in used.tolist()]
-        place = torch.searchsorted(used, prompt)
-        of_texts = self.family.encode_text(self.loaded, texts, {k: v[used] for k, v in known.items()} if known else None)
-        return {k: v[place] for k, v in of_texts.items()}
+            return {k: v[at(prompt)] for k, v in known.items()}
+        of_used = self.family.encode_text(
+            self.loaded, [self.data.prompts[i] for i in used], {k: v[at(used)] for k, v in known.items()} if known else None
+        )  # fmt: skip
+        return {k: v[at(used.index(p) for p in prompt)] for k, v in of_used.items()}
 
 
 def rows_of_step(data: TrainingSet, step: int, batch: int, seed: int) -> list[int]:
@@ -214,7 +217,7 @@ class _Loop:
         """One optimizer step, in `accumulate` passes over this worker's share of the rows."""
         settings, step = self.settings, self.done
         every = rows_of_step(self.data, step, settings.batch, settings.seed)
-        used = self.data.prompt[torch.tensor(every, device=self.device)].unique()
+        used = sorted({self.data.prompt[row] for row in every})
         mine = range(self.parallel.rank, len(every), self.parallel.world)
         passes = min(settings.accumulate, len(mine))
         for i in range(passes):
@@ -242,22 +245,24 @@ class _Loop:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), bound, norm, foreach=True)
         return norm
 
-    def _backward(self, every: list[int], places: Sequence[int], used: Tensor, last: bool) -> None:
+    def _backward(self, every: list[int], places: Sequence[int], used: list[int], last: bool) -> None:
         settings, data = self.settings, self.data
-        rows = torch.tensor([every[i] for i in places], device=self.device)
+        mine = [every[i] for i in places]
+        rows = sent(torch.tensor(mine), self.device)
         x0, noise, t = _noised_rows(data, self.objective, settings, self.done, places, rows)
         with ExitStack() as stack:
             if settings.autocast:
                 stack.enter_context(torch.autocast(self.device.type, settings.autocast))
             if not last and isinstance(self.model, nn.parallel.DistributedDataParallel):  # gradients are exchanged once a step
                 stack.enter_context(self.model.no_sync())
-            errors = self.model(rows, used, x0, noise, t)
+            errors = self.model(rows, [data.prompt[row] for row in mine], used, x0, noise, t)
             loss = prior_preserving(errors, data.weight[rows], settings.batch)
             # Wrapped modules average gradients over the workers; the loss is their sum.
             self.scaler.scale(loss * self.parallel.world).backward()
         with torch.no_grad():
             instance = rows < data.instances
-            self.seen[:3] += torch.stack([loss, errors[instance].sum() / settings.batch, errors[~instance].sum() / settings.batch])
+            kinds = errors.where(instance, 0).sum(), errors.where(~instance, 0).sum()  # by masks: a GPU cannot say how many they are without being waited for
+            self.seen[:3] += torch.stack([loss, *(kind / settings.batch for kind in kinds)])
 
     def read(self) -> Metrics:
         """The means since the last reading, over all workers; the one place where the step waits for its numbers."""
@@ -281,10 +286,12 @@ class _Loop:
         try:
             for i in range(0, VALIDATION, share):
                 places = range(i, min(i + share, VALIDATION))
-                rows = torch.tensor([among[k % len(among)] for among in kinds.values() for k in places], device=self.device)
+                chosen = [among[k % len(among)] for among in kinds.values() for k in places]
+                rows = sent(torch.tensor(chosen), self.device)
                 drawn = _noised_rows(data, self.objective, settings, -1, [*places] * len(kinds), rows)  # no step of the training is the one before the first
                 with torch.autocast(self.device.type, settings.autocast, enabled=settings.autocast is not None):
-                    errors.append(self.module(rows, data.prompt[rows].unique(), *drawn).view(len(kinds), -1))
+                    prompt = [data.prompt[row] for row in chosen]
+                    errors.append(self.module(rows, prompt, sorted({*prompt}), *drawn).view(len(kinds), -1))
         finally:
             self.trained.train()
         return {f"validation_{kind}": mean for kind, mean in zip(kinds, torch.cat(errors, 1).mean(1).tolist(), strict=True)}
@@ -341,10 +348,10 @@ def _noised_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Posterior samples, noise and timesteps, each keyed by (seed, purpose, step, place of the row in the step)."""
     device, shape, seed = data.mean.device, data.mean.shape[1:], settings.seed
-    posterior = torch.stack([normal(shape, seed, "posterior", step, i) for i in places]).to(device)
-    noise = torch.stack([normal(shape, seed, "noise", step, i) for i in places]).to(device)
+    posterior = sent(torch.stack([normal(shape, seed, "posterior", step, i) for i in places]), device)
+    noise = sent(torch.stack([normal(shape, seed, "noise", step, i) for i in places]), device)
     if settings.noise_offset:
-        offset = torch.stack([normal((shape[0], 1, 1), seed, "offset", step, i) for i in places]).to(device)
+        offset = sent(torch.stack([normal((shape[0], 1, 1), seed, "offset", step, i) for i in places]), device)
         noise = noise + settings.noise_offset * offset
-    t = torch.cat([objective.draw_t(generator(seed, "timestep", step, i)) for i in places]).to(device)
+    t = sent(torch.cat([objective.draw_t(generator(seed, "timestep", step, i)) for i in places]), device)
     return data.mean[rows] + data.std[rows] * posterior, noise, t

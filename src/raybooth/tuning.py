@@ -179,7 +179,7 @@ def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, st
     return TrainingSet(
         mean=torch.stack([latents[n]["mean"] for n in names]),
         std=torch.stack([latents[n]["std"] for n in names]),
-        prompt=of_class.long(),
+        prompt=of_class.int().tolist(),
         weight=torch.where(of_class, prior.weight, 1.0),
         prompts=[prompts[k] for k in kinds],
         instances=len(rows["instance"]),

@@ -55,7 +55,7 @@ def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
 def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":
     tokenizer, encoder = loaded.tokenizers["tokenizer"], loaded.modules["text_encoder"]
     tokens = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
-    return {"text": encoder(tokens.to(next(encoder.parameters()).device)).last_hidden_state}
+    return {"text": encoder(tokens.to(next(encoder.parameters()).device, non_blocking=True)).last_hidden_state}
 
 
 def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mapping[str, Tensor]") -> "Tensor":

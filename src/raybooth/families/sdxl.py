@@ -32,11 +32,10 @@ def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Ten
 
 
 def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mapping[str, Tensor]") -> "Tensor":
-    import torch
-
-    height, width = (side * loaded.facts.downscale for side in latents.shape[-2:])
-    # Original size, crop's corner, target size: uncropped at the size it is drawn.
-    ids = torch.tensor([[height, width, 0, 0, height, width]], device=latents.device, dtype=latents.dtype).expand(len(latents), -1)
+    # Original size, crop's corner, target size: uncropped at the size it is drawn. Filled in where it lies: a GPU need not be waited for.
+    ids = latents.new_zeros(len(latents), 6)
+    for i, side in enumerate(latents.shape[-2:]):
+        ids[:, i::4] = side * loaded.facts.downscale
     added = {"text_embeds": conditioning["pooled"], "time_ids": ids}
     return loaded.modules["unet"](latents, t, conditioning["text"], added_cond_kwargs=added).sample
 

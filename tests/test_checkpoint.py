@@ -1,6 +1,9 @@
 """Checkpoints: complete or passed over, whoever was killed while writing."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -93,3 +96,52 @@ def test_they_live_in_a_remote_storage_too(tmp_path: Path, monkeypatch: pytest.M
     found, _ = Checkpoints(Workspace("memory://checkpoints-test"), KEY, 2).newest()
     assert found is not None
     assert found.step == 30
+
+
+def agreed(storages: list[Checkpoints]) -> list[tuple[State | None, list[str]]]:
+    """What each worker of a group goes on from: threads, which agree as processes do."""
+    given, barrier = [0] * len(storages), Barrier(len(storages))
+
+    def worker(rank: int) -> tuple[State | None, list[str]]:
+        def least(value: int) -> int:
+            given[rank] = value
+            barrier.wait(20)
+            found = min(given)
+            barrier.wait(20)
+            return found
+
+        return storages[rank].newest(least)
+
+    with ThreadPoolExecutor(len(storages)) as group:
+        return list(group.map(worker, range(len(storages))))
+
+
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Checkpoints]:
+    """Two with a mirror each. The first has written the steps 10, 20 and 30, and was lost while it pushed 30."""
+    uri = f"file://{tmp_path}/bucket"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    one = saved(uri, [10, 20], keep=3)
+    with pytest.MonkeyPatch.context() as lost:
+        lost.setattr(Workspace, "push", Mock(side_effect=ConnectionError))
+        one.save(state(30))
+        with pytest.raises(ConnectionError):
+            one.wait()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    return [one, Checkpoints(Workspace(uri), KEY, 3)]
+
+
+def test_a_group_goes_on_from_a_step_that_all_its_machines_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (one, notes), (two, _) = agreed(machines(tmp_path, monkeypatch))
+    assert one is not None
+    assert two is not None
+    assert (one.step, two.step) == (20, 20)
+    assert torch.equal(one.tensors["weights.x"], two.tensors["weights.x"])
+    assert notes == [f"passed over the checkpoint {KEY[:16]}-0000030: not every worker can read it"]
+
+
+def test_a_group_agrees_until_every_worker_can_read_what_the_others_can(tmp_path: Path):
+    """Only the first can read 30, only the second 20, and the third has no 10."""
+    group = [saved(str(tmp_path / name), steps, keep=3) for name, steps in (("one", [10, 30]), ("two", [10, 20]), ("three", [5, 30]))]
+    assert [found for found, _ in agreed(group)] == [None] * 3
+    assert [found and found.step for found, _ in agreed(group[:2])] == [10, 10]
+    assert [found and found.step for found, _ in agreed([group[0], group[2]])] == [30, 30]

@@ -14,7 +14,7 @@ LAYERS = [
     {"evaluation", "plots"}, {"stages", "plan"}, {"selection"}, {"features"}, {"drawing", "base_model", "naming"}, {"loading"},
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "checkpoint"}, {"families", "loss", "noise", "lora", "optim", "dreambench", "photos", "sources", "hub"},
-    {"config", "workspace"}, {"disk", "remote", "layers"}, {"errors", "prompts"},
+    {"config", "workspace", "mirror"}, {"disk", "remote", "layers", "manifest"}, {"errors", "prompts"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers"}
 
@@ -67,7 +67,7 @@ def test_heavy_libraries_stay_where_they_belong(path: Path):
         assert "ray" not in roots
     if mine not in ("families", "encoders", "mini"):
         assert not roots & {"diffusers", "transformers"}
-    if mine in ("config", "layers", "workspace", "report", "cli", "errors", "__init__", "__main__"):
+    if mine in ("config", "layers", "workspace", "mirror", "manifest", "report", "cli", "errors", "__init__", "__main__"):
         assert not roots & HEAVY
 
 

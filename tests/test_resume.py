@@ -157,4 +157,4 @@ def test_a_disk_that_is_full_at_a_reading_is_said(tmp_path: Path, unbroken: Path
     monkeypatch.setattr("raybooth.log.write_atomically", full)
     alone = Parallel()
     with pytest.raises(RayboothError, match="is full: free some space"):
-        loop(SimpleNamespace(device=torch.device("cpu"), where="here", **vars(alone)), lambda word: None)
+        loop(SimpleNamespace(device=torch.device("cpu"), where="here", least=int, **vars(alone)), lambda word: None)

@@ -3,10 +3,12 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from raybooth.errors import RayboothError
+from raybooth.remote import Remote
 from raybooth.workspace import MANIFEST, Workspace, write_atomically
 
 
@@ -210,3 +212,50 @@ def test_what_an_earlier_run_has_left_in_a_remote_storage_does_not_come_back(tmp
         there = Workspace(uri)
         there.pull("s")
         assert {p.name for p in (there.root / "s").iterdir()} == {"weights", MANIFEST}
+
+
+@pytest.mark.parametrize("cut", ["put", "replace"])
+@pytest.mark.parametrize("reader", [False, True])
+def test_a_push_that_was_cut_off_is_completed_by_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str, reader: bool):
+    """After the stage's files have moved in, or while they do; a later stage, which only reads, completes it too."""
+    uri = f"memory://bucket{tmp_path.name}/{cut}{reader}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    made(Workspace(uri).stage("s", {"a": 1}), x=b"old", y=b"old")
+    stage = Workspace(uri).stage("s", {"a": 2})
+    stage.write("x", b"new")
+    stage.write("y", b"new")
+    with pytest.MonkeyPatch.context() as dying:
+        of, what = (Remote, "put") if cut == "put" else (os, "replace")
+        whole = getattr(of, what)
+
+        def dies(*args) -> None:
+            if any(str(a).endswith("s/y") for a in args):
+                raise KeyboardInterrupt
+            whole(*args)
+
+        dying.setattr(of, what, dies)
+        with pytest.raises(KeyboardInterrupt):
+            stage.finish()
+    if reader:
+        assert Workspace(uri).manifest("s")["inputs"] == {"a": 2}
+    else:
+        assert Workspace(uri).stage("s", {"a": 2}).done(["x", "y"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    other = Workspace(uri)
+    assert other.stage("s", {"a": 2}).done(["x", "y"])
+    assert {p.name for p in (other.root / "s").iterdir()} == {"x", "y", MANIFEST}
+
+
+def test_a_push_that_was_cut_off_does_not_undo_what_another_machine_has_pushed_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    uri = f"memory://bucket{tmp_path.name}/run"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    stage = Workspace(uri).stage("s", {"a": 1})
+    stage.write("x", b"1")
+    with pytest.MonkeyPatch.context() as dying:
+        dying.setattr(Remote, "put", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            stage.finish()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    made(Workspace(uri).stage("s", {"a": 2}), x=b"2")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    assert Workspace(uri).stage("s", {"a": 2}).done(["x"])

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,14 +33,34 @@ class Checkpoints:
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
 
-    def newest(self) -> "tuple[State | None, list[str]]":
-        """The newest complete one, and a sentence for everything that was passed over."""
+    def newest(self, least: Callable[[int], int] = lambda step: step) -> "tuple[State | None, list[str]]":
+        """The newest complete one that all workers of the group can read, and a sentence for everything that was passed over.
+
+        Machines may hold different ones, where one was lost while it was written or pushed; workers that went on from
+        different steps would average gradients of different weights, and wait for each other at the end.
+
+        Args:
+            least: the least of what the workers give; every one calls it as often.
+        """
+        most: int | None = None
+        while True:
+            state, notes = self._newest(most)
+            step = state.step if state else 0
+            most = least(step)
+            if least(int(step == most)):
+                return state, notes
+
+    def _newest(self, most: int | None) -> "tuple[State | None, list[str]]":
+        """Up to step `most`, where others have none that is newer."""
         self.workspace.pull(FOLDER)
         notes = []
         others = sorted(p.name for p in self._all() if not p.name.startswith(f"{self.key[:16]}-"))
         if others:
             notes.append(f"passed over {len(others)} checkpoints of another configuration ({others[-1]}); delete them if you will not go back to it")
         for path in self._own():
+            if most is not None and path.name > self._name(most):
+                notes.append(f"passed over the checkpoint {path.name}: not every worker can read it")
+                continue
             state, problem = _read(path, self.key)
             if state:
                 return state, notes
@@ -66,7 +86,7 @@ class Checkpoints:
     def _write(self, step: int, tensors: dict[str, Any], scalars: dict[str, Any]) -> None:
         from safetensors.torch import save_file
 
-        name = f"{self.key[:16]}-{step:07d}"
+        name = self._name(step)
         partial, target = self.folder / f".partial-{name}", self.folder / name
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -84,6 +104,9 @@ class Checkpoints:
         for old in self._own()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
             self.workspace.remove(f"{FOLDER}/{old.name}")
+
+    def _name(self, step: int) -> str:
+        return f"{self.key[:16]}-{step:07d}"
 
     def _all(self) -> Iterator[Path]:
         return (p for p in self.folder.glob("*") if p.is_dir() and not p.name.startswith("."))

@@ -53,7 +53,7 @@ def finetuner(
         workspace = Workspace(storage)
         recipe = {"finetune": finetune.model_dump(mode="json"), "lora": lora.model_dump(mode="json"), "seed": seed}
         checkpoints = Checkpoints(workspace, key, finetune.checkpoints, recipe)
-        start, notes = checkpoints.newest()
+        start, notes = checkpoints.newest(group.least)
         for note in [*notes, *([f"goes on from the checkpoint of step {start.step}"] if start else [])]:
             say({"note": note})
         images = finetune.batch * (2 if data.instances < len(data.weight) else 1)

@@ -1,4 +1,4 @@
-"""Where a run's things lie: stage folders with manifests, atomic writes, a lock, and a mirror of remote storage.
+"""Where a run's things lie: stage folders with manifests, atomic writes, a lock.
 
 A stage folder holds a stage's complete outputs and `manifest.json`, which names each with its sha256. Work in progress
 lies in `.partial-<digest of inputs>` beside them and moves in only when it is complete, so that what a stage made
@@ -8,7 +8,6 @@ before survives until then. Files that no manifest names are the user's and are 
 import contextlib
 import fcntl
 import getpass
-import hashlib
 import json
 import os
 import shutil
@@ -21,41 +20,24 @@ from typing import Any
 
 from raybooth.disk import explained, path_of
 from raybooth.errors import RayboothError
+from raybooth.manifest import (
+    BLOCK,
+    MANIFEST,
+    describe,
+    digest,
+    file_digest,
+    files_under,
+    model_digest,
+    move_in,
+    read_manifest,
+    write_atomically,
+)
+from raybooth.mirror import Mirror
 from raybooth.remote import Remote
 
-MANIFEST = "manifest.json"
-BLOCK = 1 << 24
-"""Bytes hashed at once. After every block a thread waits for Python's lock, 5 ms beside one that trains, and takes it away from that one:
-hashlib.file_digest with its quarter of a megabyte took 4.5 s in place of 0.3 for 144 MB beside a busy thread."""
-
-
-def digest(value: Any) -> str:
-    """sha256 of a JSON-able value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's content."""
-    found = hashlib.sha256()
-    with path.open("rb", buffering=0) as f:
-        while block := f.read(BLOCK):
-            found.update(block)
-    return found.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Whole or not at all: written beside, synced, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+__all__ = [
+    "MANIFEST", "Stage", "Workspace", "describe", "digest", "file_digest", "files_under", "link_or_copy", "model_digest", "read_manifest", "write_atomically",
+]  # fmt: skip
 
 
 class Stage:
@@ -132,29 +114,12 @@ class Stage:
             "outputs": dict(sorted(outputs.items())),
         }
         write_atomically(self.partial / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
-        self._move_in()
-        self.workspace.push_stage(self.name, manifest)
+        self.workspace.take_in(self.name, self.partial)
         return manifest
-
-    def _move_in(self) -> None:
-        """Idempotent: a stop in the middle is put right by the next start."""
-        target = json.loads((self.partial / MANIFEST).read_text())
-        old = self.manifest
-        for name in set(old["outputs"]) - set(target["outputs"]) if old else ():
-            (self.folder / name).unlink(missing_ok=True)
-        readable = (self.partial / MANIFEST).stat().st_mode & 0o777  # safetensors makes its files for their owner alone
-        for name in files_under(self.partial):
-            if name in target["outputs"]:
-                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (self.partial / name).chmod(readable)
-                os.replace(self.partial / name, self.folder / name)
-        os.replace(self.partial / MANIFEST, self.folder / MANIFEST)
-        for folder in self.folder.glob(".partial-*"):  # of other inputs too: they were on the way to something not wanted now
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _complete_interrupted_finish(self) -> None:
         if (self.partial / MANIFEST).exists():
-            self._move_in()
+            self.workspace.take_in(self.name, self.partial)
 
     def _refuse_to_overwrite(self, new: dict[str, dict[str, Any]], old: dict[str, Any] | None) -> None:
         """Of files that are there and in no manifest, those with the very content are ours, of a stage that has lost its manifest."""
@@ -176,29 +141,6 @@ class Stage:
         return path.stat().st_size > 4 * BLOCK or file_digest(path) == described["sha256"]
 
 
-def describe(path: Path) -> dict[str, Any]:
-    return {"sha256": file_digest(path), "bytes": path.stat().st_size}
-
-
-def files_under(folder: Path) -> list[str]:
-    """Relative names of all files, but temporary ones."""
-    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return sorted(n for n in names if not n.rpartition("/")[2].endswith(".tmp"))
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return manifest if {"digest", "outputs"} <= manifest.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None  # none, torn, or not ours: the stage is not done
-
-
-def model_digest(manifest: dict[str, Any]) -> str:
-    """Of a model stage's outputs: what pictures say they are drawn by."""
-    return digest({name: o["sha256"] for name, o in manifest["outputs"].items()})
-
-
 class Workspace:
     """One storage. A URI is mirrored in a folder of this machine: read from there, written through.
 
@@ -213,6 +155,7 @@ class Workspace:
             self.root = path_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "raybooth" / digest(storage)[:16]
         else:
             self.root = path_of(storage, "storage").absolute()
+        self.mirror = Mirror(self.remote, self.root) if self.remote else None
         with explained(storage, self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / f".writable-{uuid.uuid4().hex}"  # workers open it at the same moment
@@ -272,21 +215,16 @@ class Workspace:
             self.remote.check_writable()
 
     def pull(self, stage: str) -> None:
-        """Bring what the remote storage holds of a stage and this machine does not."""
-        if not self.remote:
-            return
-        found = self.remote.names(stage)
-        theirs = self.remote.read(f"{stage}/{MANIFEST}") if MANIFEST in found else None
-        ours = self.root / stage / MANIFEST
-        same = theirs is not None and ours.exists() and theirs == ours.read_bytes()
-        if theirs is not None:  # what an earlier run has left beside is not part of it
-            outputs = json.loads(theirs)["outputs"]
-            found = [name for name in found if name in outputs or name == MANIFEST or name.startswith(".partial-")]
-        for name in sorted(found, key=lambda name: name == MANIFEST):  # the manifest last: it says that all the others are there
-            target = self.root / stage / name
-            if not ((same or name.startswith(".partial-")) and target.exists()):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(target, self.remote.read(f"{stage}/{name}".rstrip("/")))
+        """Bring what the remote storage, if there is one, holds of a stage and this machine does not."""
+        if self.mirror:
+            self.mirror.pull(stage)
+
+    def take_in(self, stage: str, partial: Path) -> None:
+        """Make a stage's complete work in progress its outputs, in the remote storage too."""
+        if self.mirror:
+            self.mirror.take_in(stage, partial)
+        else:
+            move_in(partial)
 
     def push(self, name: str) -> None:
         """Copy one file to the remote storage, if there is one."""
@@ -302,16 +240,6 @@ class Workspace:
         """Copy a folder's files to the remote storage, if there is one."""
         for file in files_under(self.root / name) if self.remote else ():
             self.push(f"{name}/{file}")
-
-    def push_stage(self, stage: str, manifest: dict[str, Any]) -> None:
-        """Copy a complete stage, its manifest last, then drop what was in progress."""
-        if not self.remote:
-            return
-        for name in [*manifest["outputs"], MANIFEST]:
-            self.push(f"{stage}/{name}")
-        for name in self.remote.names(stage):
-            if name.startswith(".partial-"):
-                self.remote.remove(f"{stage}/{name}")
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

@@ -18,7 +18,7 @@ Loop = Callable[["Group", Say], Any]
 
 
 class Group:
-    """What a worker knows of its group: device, rank, size, how to wrap a module and how to sum over all."""
+    """What a worker knows of its group: device, rank, size, how to wrap a module, how to sum over all and how to agree."""
 
     def __init__(self, threads: int) -> None:
         import ray.train
@@ -54,6 +54,16 @@ class Group:
 
             torch.distributed.all_reduce(value)
         return value
+
+    def least(self, value: int) -> int:
+        """The least of what the workers give; all wait for the last."""
+        if self.world == 1:
+            return value
+        import torch
+
+        found = torch.tensor(value, device=self.device)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
+        return int(found)
 
 
 def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_worker: float | None, retries: int, have: Resources, heard: Say) -> Any:

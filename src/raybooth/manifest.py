@@ -1,0 +1,82 @@
+"""Manifests: what a stage's complete outputs are, by their digests; files written whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+BLOCK = 1 << 24
+"""Bytes hashed at once. After every block a thread waits for Python's lock, 5 ms beside one that trains, and takes it away from that one:
+hashlib.file_digest with its quarter of a megabyte took 4.5 s in place of 0.3 for 144 MB beside a busy thread."""
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON-able value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content."""
+    found = hashlib.sha256()
+    with path.open("rb", buffering=0) as f:
+        while block := f.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Whole or not at all: written beside, synced, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def describe(path: Path) -> dict[str, Any]:
+    return {"sha256": file_digest(path), "bytes": path.stat().st_size}
+
+
+def files_under(folder: Path) -> list[str]:
+    """Relative names of all files, but temporary ones."""
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(n for n in names if not n.rpartition("/")[2].endswith(".tmp"))
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest if {"digest", "outputs"} <= manifest.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None  # none, torn, or not ours: the stage is not done
+
+
+def model_digest(manifest: dict[str, Any]) -> str:
+    """Of a model stage's outputs: what pictures say they are drawn by."""
+    return digest({name: o["sha256"] for name, o in manifest["outputs"].items()})
+
+
+def move_in(partial: Path) -> None:
+    """Put a complete work in progress in place of what its stage held. Idempotent: a stop in the middle is put right by the next start."""
+    folder, target = partial.parent, json.loads((partial / MANIFEST).read_text())
+    old = read_manifest(folder)
+    for name in set(old["outputs"]) - set(target["outputs"]) if old else ():
+        (folder / name).unlink(missing_ok=True)
+    readable = (partial / MANIFEST).stat().st_mode & 0o777  # safetensors makes its files for their owner alone
+    for name in files_under(partial):
+        if name in target["outputs"]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).chmod(readable)
+            os.replace(partial / name, folder / name)
+    os.replace(partial / MANIFEST, folder / MANIFEST)
+    for other in folder.glob(".partial-*"):  # of other inputs too: they were on the way to something not wanted now
+        shutil.rmtree(other, ignore_errors=True)

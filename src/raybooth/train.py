@@ -17,7 +17,7 @@ from raybooth.families import Family, Loaded
 from raybooth.families.lora import adapters_off
 from raybooth.loss import prior_preserving, row_errors
 from raybooth.noise import Objective, generator, normal, reseeded, sent
-from raybooth.optim import Average, learning_rate_factor, make_optimizer
+from raybooth.optim import Average, laid_out_like, learning_rate_factor, make_optimizer
 
 VALIDATION = 8  # draws of each kind of row
 
@@ -330,7 +330,7 @@ class _Loop:
             if self.average:
                 self.average.values[name].copy_(state.tensors[f"average.{name}"])
             prefix = f"optimizer.{name}."
-            own = {k.removeprefix(prefix): v.clone() for k, v in state.tensors.items() if k.startswith(prefix)}
+            own = {k.removeprefix(prefix): laid_out_like(p, v) for k, v in state.tensors.items() if k.startswith(prefix)}
             held["state"][index] = own | state.scalars["numbers"].get(name, {})
         for group, kept in zip(held["param_groups"], state.scalars["groups"], strict=True):
             group.update(kept)

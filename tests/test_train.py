@@ -256,6 +256,14 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(toy: Path, tmp_path: Path, mor
     assert [s.metrics for s in rest] == [s.metrics for s in steps[3:]]
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, torch.float16), (torch.float16, None)], ids=["to a scaler", "from a scaler"])
+def test_a_run_goes_on_where_the_loss_is_scaled_otherwise(toy: Path, before: torch.dtype | None, after: torch.dtype | None):
+    """finetune.precision = 'auto' on another device."""
+    half = next(fit(family_of(toy), readied(toy, PLAIN), data(), changed(autocast=before))).state()
+    _, rest = trained(toy, changed(steps=2, autocast=after), start=half)
+    assert [s.number for s in rest] == [2]
+
+
 def test_dropout_is_the_same_after_a_restart_and_leaves_the_random_state_alone(toy: Path):
     settings = changed(steps=4)
 

@@ -335,7 +335,8 @@ class _Loop:
         for group, kept in zip(held["param_groups"], state.scalars["groups"], strict=True):
             group.update(kept)
         self.optimizer.load_state_dict(held)
-        self.scaler.load_state_dict(state.scalars["scaler"])
+        if state.scalars["scaler"]:  # empty where the run began without one: precision 'auto' is another on another device
+            self.scaler.load_state_dict(state.scalars["scaler"])
 
     def finish(self) -> None:
         if self.average:

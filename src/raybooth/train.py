@@ -175,6 +175,7 @@ def fit(
 
     Parts of which some parameters require gradients already (adapters) keep to those; others are trained whole.
     The loss is sum(w_i * mse_i) / (instance rows of all workers), so a group of workers steps as one worker does.
+    `start` is let go of when it has been read, for it is as large as what is trained: let go of it too.
 
     Raises:
         RayboothError: if the loss or the gradient is not finite.
@@ -182,6 +183,7 @@ def fit(
     loop = _Loop(RowLoss(family, loaded, data, settings), settings, parallel)
     if start:
         loop.restore(start)
+    start = None
     while loop.done < settings.steps:
         loop.step()
         last = loop.done == settings.steps

@@ -1,6 +1,8 @@
 """Checkpoints: complete or passed over, whoever was killed while writing."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 from unittest.mock import Mock
@@ -87,6 +89,27 @@ def test_a_full_disk_is_said_and_costs_no_complete_one(tmp_path: Path, monkeypat
     found, notes = saved(str(tmp_path), []).newest()
     assert found is not None
     assert (found.step, notes) == (20, [])
+
+
+def test_a_state_is_copied_when_the_one_before_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two copies at once may be more than the machine has memory for."""
+    done: list[str] = []
+
+    class Watched(dict[str, torch.Tensor]):
+        def items(self):  # type: ignore[override]
+            done.append("copied")
+            return super().items()
+
+    def slow(self: Checkpoints, *_: object) -> None:
+        time.sleep(0.2)
+        done.append("written")
+
+    monkeypatch.setattr(Checkpoints, "_write", slow)
+    checkpoints = Checkpoints(Workspace(str(tmp_path)), KEY, 2)
+    for step in (10, 20):
+        checkpoints.save(replace(state(step), tensors=Watched(state(step).tensors)))
+    checkpoints.wait()
+    assert done == ["copied", "written"] * 2
 
 
 def test_they_live_in_a_remote_storage_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from toys import make_flux, make_sd, make_sd3, make_sdxl
 
 from raybooth.checkpoint import Checkpoints
-from raybooth.config import Lora
+from raybooth.config import Finetune, Lora
 from raybooth.errors import RayboothError
 from raybooth.families import Loaded, family_of
 from raybooth.families.lora import add_adapters
 from raybooth.families.parts import load
+from raybooth.method import make_ready
 from raybooth.noise import Diffusion, generator, normal
 from raybooth.train import Parallel, Settings, State, TrainingSet, fit, rows_of_step
 from raybooth.tuning import out_of_memory_explained
@@ -24,7 +25,7 @@ from raybooth.workspace import Workspace
 
 SETTINGS = Settings(steps=4, batch=2, lr={"unet": 1e-3, "text_encoder": 1e-3}, weight_decay=0.01, max_grad_norm=0.05, text_encoder=True, log_every=1, seed=5)
 
-ALONE = Parallel()
+ALONE, PLAIN = Parallel(), Finetune()
 
 
 def changed(**values) -> Settings:
@@ -44,10 +45,19 @@ def data(instances: int = 3, classes: int = 4, weight: float = 0.6) -> TrainingS
     )
 
 
-def trained(toy: Path, settings: Settings = SETTINGS, rows: TrainingSet | None = None, parallel: Parallel = ALONE):
+def readied(toy: Path, how: Finetune) -> Loaded:
+    """As a worker has it."""
     family = family_of(toy)
-    loaded = load(family, toy, ("unet", "text_encoder"))
-    steps = list(fit(family, loaded, rows or data(), settings, parallel))
+    loaded = load(family, toy, family.trainable(how.text_encoder))
+    make_ready(family, loaded, how, Lora(rank=4), 0)
+    return loaded
+
+
+def trained(
+    toy: Path, settings: Settings = SETTINGS, rows: TrainingSet | None = None, parallel: Parallel = ALONE, how: Finetune = PLAIN, start: State | None = None
+):  # fmt: skip
+    loaded = readied(toy, how)
+    steps = list(fit(family_of(toy), loaded, rows or data(), settings, parallel, start))
     return {f"{part}.{k}": v for part, m in loaded.modules.items() for k, v in m.state_dict().items()}, steps
 
 
@@ -221,16 +231,19 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence(toy: Path):
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"ema": 0.9, "schedule": "cosine", "warmup": 2}, {"optimizer": "adafactor", "accumulate": 2}], ids=["plain", "average, cosine", "adafactor"]
-)
-def test_a_run_that_goes_on_ends_in_the_same_bits(toy: Path, tmp_path: Path, more: dict):
+    ("more", "how"),
+    [
+        ({}, PLAIN), ({"ema": 0.9, "schedule": "cosine", "warmup": 2}, PLAIN), ({"optimizer": "adafactor", "accumulate": 2}, PLAIN),
+        ({"ema": 0.9}, Finetune(channels_last=True)),
+    ],
+    ids=["plain", "average, cosine", "adafactor", "channels last"],
+)  # fmt: skip
+def test_a_run_that_goes_on_ends_in_the_same_bits(toy: Path, tmp_path: Path, more: dict, how: Finetune):
     """Through a checkpoint on disk, written at step 3 and read in another loop."""
     settings = changed(steps=5, log_every=2, **more)
-    whole, steps = trained(toy, settings)
+    whole, steps = trained(toy, settings, how=how)
     kept = Checkpoints(Workspace(str(tmp_path)), "a" * 64, keep=1)
-    family = family_of(toy)
-    loaded = load(family, toy, ("unet", "text_encoder"))
-    for step in fit(family, loaded, data(), settings):
+    for step in fit(family_of(toy), readied(toy, how), data(), settings):
         if step.number == 3:
             kept.save(step.state())
             kept.wait()
@@ -238,11 +251,17 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(toy: Path, tmp_path: Path, mor
     start, notes = kept.newest()
     assert start is not None
     assert (start.step, notes) == (3, [])
-    loaded = load(family, toy, ("unet", "text_encoder"))
-    rest = list(fit(family, loaded, data(), settings, start=start))
-    again = {f"{part}.{k}": v for part, m in loaded.modules.items() for k, v in m.state_dict().items()}
+    again, rest = trained(toy, settings, how=how, start=start)
     assert all(torch.equal(whole[k], again[k]) for k in whole)
     assert [s.metrics for s in rest] == [s.metrics for s in steps[3:]]
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, torch.float16), (torch.float16, None)], ids=["to a scaler", "from a scaler"])
+def test_a_run_goes_on_where_the_loss_is_scaled_otherwise(toy: Path, before: torch.dtype | None, after: torch.dtype | None):
+    """finetune.precision = 'auto' on another device."""
+    half = next(fit(family_of(toy), readied(toy, PLAIN), data(), changed(autocast=before))).state()
+    _, rest = trained(toy, changed(steps=2, autocast=after), start=half)
+    assert [s.number for s in rest] == [2]
 
 
 def test_dropout_is_the_same_after_a_restart_and_leaves_the_random_state_alone(toy: Path):

@@ -74,9 +74,9 @@ class Checkpoints:
         return {m["step"]: name for name, m in manifests.items() if m and m["digest"] == self.key and "recipe" in m}
 
     def save(self, state: "State") -> None:
-        """Copy `state` and write it while the steps go on; waits for the one before, and raises what went wrong with it."""
-        tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.tensors.items()}
+        """Copy `state` and write it while the steps go on; waits for the one before first (one copy is enough), and raises what went wrong with it."""
         self.wait()
+        tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.tensors.items()}
         self.writing = self.writer.submit(self._write, state.step, tensors, state.scalars)
 
     def wait(self) -> None:

@@ -53,6 +53,11 @@ def state_like(name: str, p: Tensor) -> dict[str, Tensor]:
     return {k: torch.empty_like(p, dtype=torch.float32) for k in names}
 
 
+def laid_out_like(p: Tensor, value: Tensor) -> Tensor:
+    """A copy of what an optimizer holds of a parameter, in memory as the parameter is (channels_last): fused kernels walk over both at once."""
+    return torch.empty_like(p, dtype=value.dtype).copy_(value) if value.shape == p.shape else value.clone()
+
+
 class Outline(torch.optim.Optimizer):
     """Takes the memory of an optimizer that cannot step on tensors without data, or whose package need not be here for a plan; and moves nothing."""
 

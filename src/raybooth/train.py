@@ -17,7 +17,7 @@ from raybooth.families import Family, Loaded
 from raybooth.families.lora import adapters_off
 from raybooth.loss import prior_preserving, row_errors
 from raybooth.noise import Objective, generator, normal, reseeded, sent
-from raybooth.optim import Average, learning_rate_factor, make_optimizer
+from raybooth.optim import Average, laid_out_like, learning_rate_factor, make_optimizer
 
 VALIDATION = 8  # draws of each kind of row
 
@@ -175,6 +175,7 @@ def fit(
 
     Parts of which some parameters require gradients already (adapters) keep to those; others are trained whole.
     The loss is sum(w_i * mse_i) / (instance rows of all workers), so a group of workers steps as one worker does.
+    `start` is let go of when it has been read, for it is as large as what is trained: let go of it too.
 
     Raises:
         RayboothError: if the loss or the gradient is not finite.
@@ -182,6 +183,7 @@ def fit(
     loop = _Loop(RowLoss(family, loaded, data, settings), settings, parallel)
     if start:
         loop.restore(start)
+    start = None
     while loop.done < settings.steps:
         loop.step()
         last = loop.done == settings.steps
@@ -330,12 +332,13 @@ class _Loop:
             if self.average:
                 self.average.values[name].copy_(state.tensors[f"average.{name}"])
             prefix = f"optimizer.{name}."
-            own = {k.removeprefix(prefix): v.clone() for k, v in state.tensors.items() if k.startswith(prefix)}
+            own = {k.removeprefix(prefix): laid_out_like(p, v) for k, v in state.tensors.items() if k.startswith(prefix)}
             held["state"][index] = own | state.scalars["numbers"].get(name, {})
         for group, kept in zip(held["param_groups"], state.scalars["groups"], strict=True):
             group.update(kept)
         self.optimizer.load_state_dict(held)
-        self.scaler.load_state_dict(state.scalars["scaler"])
+        if state.scalars["scaler"]:  # empty where the run began without one: precision 'auto' is another on another device
+            self.scaler.load_state_dict(state.scalars["scaler"])
 
     def finish(self) -> None:
         if self.average:

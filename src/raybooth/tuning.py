@@ -54,17 +54,20 @@ def finetuner(
         recipe = {"finetune": finetune.model_dump(mode="json"), "lora": lora.model_dump(mode="json"), "seed": seed}
         checkpoints = Checkpoints(workspace, key, finetune.checkpoints, recipe)
         start, notes = checkpoints.newest(group.least)
-        for note in [*notes, *([f"goes on from the checkpoint of step {start.step}"] if start else [])]:
+        begun = start.step if start else 0
+        for note in [*notes, *([f"goes on from the checkpoint of step {begun}"] if begun else [])]:
             say({"note": note})
         images = finetune.batch * (2 if data.instances < len(data.weight) else 1)
         side = data.mean.shape[-1] * loaded.facts.downscale
         flops = step_flops(family, without_weights(family, folder, finetune, lora), prior, finetune, side, group.world)
-        log = Log(workspace, finetune.trackers if group.rank == 0 else None, start.step if start else 0, images, flops)
+        log = Log(workspace, finetune.trackers if group.rank == 0 else None, begun, images, flops)
         parallel = Parallel(group.rank, group.world, group.wrap, group.total)
         every, steps = finetune.checkpoint_every, finetune.steps
-        due = (start.step // every + 1) * every if start else 0
+        due = (begun // every + 1) * every if begun else 0
+        training = fit(family, loaded, data, settings(finetune, trained, group.device, seed), parallel, start)
+        del start  # for fit() to let go of: a checkpoint is as large as what is trained
         with out_of_memory_explained(), explained_if_full(storage):
-            for step in fit(family, loaded, data, settings(finetune, trained, group.device, seed), parallel, start):
+            for step in training:
                 if step.metrics:
                     row = vars(step.metrics)
                     if group.rank == 0 and (step.number >= due or step.number == steps):

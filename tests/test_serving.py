@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,19 +22,24 @@ from stored import make_adapters, make_run
 from toys import MAKERS
 
 import raybooth
+from raybooth.checkpoint import Checkpoints
 from raybooth.config import load
+from raybooth.drawing import draw, output_rows
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.families.foreign import plain_rank
 from raybooth.families.lora import WEIGHTS, load_adapters
 from raybooth.jobs import for_inference, sampler
+from raybooth.photos import png
 from raybooth.sample import Sampler
 from raybooth.serving import engine
 from raybooth.serving.adapters import slot_bytes
 from raybooth.serving.desk import Desk, Drawn, Job
 from raybooth.serving.engine import Engine, Row
 from raybooth.serving.subjects import BASE, Subject, Subjects
-from raybooth.workspace import model_digest, read_manifest
+from raybooth.session import Run
+from raybooth.train import State
+from raybooth.workspace import Workspace, model_digest, read_manifest
 
 PROMPT = "photo of a red dog"
 CONFIG = load(subject={"class": "dog"})
@@ -292,6 +298,29 @@ def test_load_draws_what_generate_draws(runs: Path, tmp_path: Path):
     shown = pictures._repr_png_()
     assert shown is not None
     assert shown.startswith(b"\x89PNG")
+
+
+def test_adapters_and_checkpoints_are_as_large_as_the_base_that_they_are_put_on(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Or every core would have a copy of a large one, each drawn by one thread."""
+    storage, sizes = tmp_path / "run", []
+    shutil.copytree(runs / "subject-0", storage)
+
+    def drawn(make: object, rows: list[dict[str, Any]], *, model_bytes: int, **_: object) -> Iterator[tuple[str, bytes]]:
+        sizes.append(model_bytes)
+        return ((r["name"], png(Image.new("RGB", (32, 32)))) for r in rows)
+
+    monkeypatch.setattr("raybooth.cluster.rows.map_rows", drawn)
+    monkeypatch.setattr(Run, "ray", None)
+    with Run(load(storage / "config.json", storage=str(storage)), quiet=True) as run:
+        checkpoints = Checkpoints(run.workspace, "k" * 64, 1, {"seed": 0})
+        checkpoints.save(State(5, {"weights.a": torch.zeros(3)}, {}))
+        checkpoints.wait()
+        for stage in ("base-model", "fine-tuned-model", checkpoints.complete()[5]):
+            draw(run, "output-images", stage, run.config.generate, output_rows(run), {})
+    assert len(set(sizes)) == 1
+    assert sizes[0] > 500_000 > sum(o["bytes"] for o in Workspace(str(storage)).manifest("fine-tuned-model")["outputs"].values())
+    monkeypatch.setattr("raybooth.cluster.rows.SMALL", 500_000)
+    assert raybooth.load(storage)._threads == os.cpu_count()
 
 
 def test_load_says_what_is_wrong(runs: Path, tmp_path: Path):

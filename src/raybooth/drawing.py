@@ -94,7 +94,7 @@ def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: lis
         batch = run.config.cluster.sample_batch
         done = map_rows(
             partial(jobs.sampler, run.workspace.uri, model_stage, _sampling(run, how), batch, stage.inputs["model"]), work, batch=batch, have=run.ray,
-            samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, model_stage),
+            samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, jobs.pipeline_stage(run.workspace, model_stage)),
         )  # fmt: skip
         for file, data in run.progress(done, len(work), name, "picture"):
             stage.write(file, data)
@@ -117,4 +117,5 @@ def _titled(stage: Stage, rows: list[dict[str, Any]], columns: int = 8, most: in
 
 
 def model_bytes(run: Run, stage: str) -> int:
+    """Of the model whose files the stage holds."""
     return sum(o["bytes"] for o in run.workspace.manifest(stage)["outputs"].values())

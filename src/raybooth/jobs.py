@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raybooth.config import Sampling
 from raybooth.families import Family, Loaded, family_of
+from raybooth.families.folder import INDEX
 from raybooth.photos import png
 from raybooth.workspace import Workspace, digest
 
@@ -23,6 +24,11 @@ def stage_folder(storage: str, stage: str) -> Path:
     workspace = Workspace(storage)
     workspace.pull(stage)  # where the storage is remote: once a machine
     return workspace.root / stage
+
+
+def pipeline_stage(workspace: Workspace, model_stage: str) -> str:
+    """The stage whose pipeline the model of `model_stage` is drawn by: its own, or the base model's, which adapters and checkpoints are put on."""
+    return model_stage if INDEX in workspace.manifest(model_stage)["outputs"] else "base-model"
 
 
 def for_inference(folder: Path, parts: Iterable[str]) -> Loaded:
@@ -42,14 +48,12 @@ def opened(storage: str, model_stage: str) -> tuple[Family, Loaded]:
     from raybooth.families.lora import WEIGHTS, load_adapters
     from raybooth.restore import restore
 
-    folder = stage_folder(storage, model_stage)
-    adapted, checkpoint = (folder / WEIGHTS).exists(), (folder / TENSORS).exists()
-    base = stage_folder(storage, "base-model") if adapted or checkpoint else folder
+    folder, base = stage_folder(storage, model_stage), stage_folder(storage, pipeline_stage(Workspace(storage), model_stage))
     family = family_of(base)
     loaded = for_inference(base, (family.denoiser, "vae", *family.encoders))
-    if adapted:
+    if (folder / WEIGHTS).exists():
         load_adapters(family, loaded, folder)
-    if checkpoint:
+    if (folder / TENSORS).exists():
         restore(family, loaded, folder)
     return family, loaded
 

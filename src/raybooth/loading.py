@@ -35,7 +35,7 @@ class Model:
     """
 
     def __init__(self, storage: str | Path):
-        from raybooth.jobs import opened, stage_folder
+        from raybooth.jobs import opened, pipeline_stage, stage_folder
         from raybooth.sample import Sampler
 
         storage = str(storage)
@@ -45,7 +45,8 @@ class Model:
         workspace.pull("config.json")
         manifest = workspace.manifest("fine-tuned-model")
         self.config, self.digest = configuration.load(workspace.root / "config.json"), model_digest(manifest)
-        self._threads = threads_of(Resources(os.cpu_count() or 1, 0, 1), sum(o["bytes"] for o in manifest["outputs"].values()))
+        pipeline = workspace.manifest(pipeline_stage(workspace, "fine-tuned-model"))
+        self._threads = threads_of(Resources(os.cpu_count() or 1, 0, 1), sum(o["bytes"] for o in pipeline["outputs"].values()))
         family, loaded = opened(storage, "fine-tuned-model")
         how = self.config.generate
         resolution = self.config.base.resolution or family.facts(stage_folder(storage, "base-model")).resolution

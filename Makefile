@@ -2,15 +2,16 @@
 # make test    the same environment, all tests
 # make docs    the documentation site, in site/
 # make notebook    the guide run anew, with its pictures
-# TORCH=cuda   torch's CUDA build instead of the CPU one
+# TORCH=cuda   torch's CUDA build instead of the CPU one; what comes later keeps the build that is there
 
 PYTHON ?= python3
-TORCH ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
+THERE := $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*)))
+TORCH ?= $(or $(THERE),cpu)
 INSTALLED := $(VENV)/.installed-$(TORCH)
 TORCH_VERSION := $(shell grep '^torch==' requirements.lock)
-# On Linux PyPI's own torch is the CUDA build.
+# On Linux PyPI's own torch is the CUDA build. To pip 2.13.0+cpu is a 2.13.0: it replaces one build by the other only where the first is gone.
 TORCH_INDEX_cpu := --extra-index-url https://download.pytorch.org/whl/cpu
 TORCH_INDEX_cuda :=
 
@@ -38,6 +39,7 @@ notebook: $(INSTALLED)
 
 $(INSTALLED): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(filter-out $(TORCH),$(THERE)),$(BIN)/pip uninstall --quiet --yes torch)
 	rm -f $(VENV)/.installed-*
 	$(BIN)/pip install --quiet --retries 1 $(TORCH_INDEX_$(TORCH)) '$(TORCH_VERSION)'
 	$(BIN)/pip install --quiet -r requirements.lock

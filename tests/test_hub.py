@@ -248,3 +248,28 @@ def test_pickled_weights_only_are_refused_with_the_way_out(hub: Hub, tmp_path: P
     assert done.returncode == 2
     assert "only pickled weights in unet/" in done.stderr
     assert "convert" in done.stderr
+
+
+def test_plan_does_not_answer_for_another_model_than_the_one_asked_for(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert prepare(hub, tmp_path / "run").returncode == 0
+    plan = ["plan", "--storage", str(tmp_path / "run")]
+    for same in ([], ["--base", "me/toy"]):
+        assert main([*plan, *same]) == 0
+    for other, told in (
+        (["--base", "me/sdxl"], "holds the base model me/toy, and not me/sdxl: prepare this one in another --storage"),
+        (["--set=base.revision=fp16"], "holds the base model me/toy, and not me/toy@fp16"),
+    ):
+        assert main([*plan, *other]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_token_does_not_put_another_model_in_the_place_of_a_runs(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert prepare(hub, tmp_path / "run").returncode == 0
+    token, manifest = ["token", "--storage", str(tmp_path / "run")], tmp_path / "run" / "base-model" / "manifest.json"
+    before = manifest.read_bytes()
+    assert main([*token, "--base", "mini"]) == 2
+    assert "holds a run on me/toy, and not on mini: give another --storage" in capsys.readouterr().err
+    assert manifest.read_bytes() == before
+    assert main(token) == 0
+    for base in ("me/toy", "mini"):  # no run was begun there
+        assert main(["token", "--storage", str(tmp_path / "looked"), "--base", base]) == 0

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raybooth.config import Config
+from raybooth.config import Base, Config
 from raybooth.disk import explained_if_unreadable, path_of
 from raybooth.errors import RayboothError
-from raybooth.session import Run
-from raybooth.workspace import Stage, files_under, read_manifest
+from raybooth.session import Run, kept_config
+from raybooth.workspace import Stage, digest, files_under, read_manifest
 
 if TYPE_CHECKING:
     from raybooth.families import Facts
@@ -24,25 +24,34 @@ def prepare_base(run: Run) -> None:
         _prepare(run, source)
 
 
+def keep_base(run: Run) -> None:
+    """As prepare_base(), of who wants a look at the model: it does not take the place of the one that a run was made from.
+
+    Raises:
+        RayboothError: if the storage holds a run on another one.
+    """
+    if kept_config(run.config.storage) and (other := other_base(run.config.base, run.held("base-model"))):
+        raise RayboothError(f"The storage {run.config.storage} holds a run on {other}, and not on {_named(run.config.base)}: give another --storage.")
+    prepare_base(run)
+
+
 def _prepare(run: Run, source: Path | None) -> None:
     from raybooth.families.folder import check_weights, plain_name, settle_shards
     from raybooth.families.single import check_kind
 
     base = run.config.base
-    if source is not None and not source.exists() and _kept_of(run) == base.model:
+    if _has_gone(base, source, run.held("base-model")):
         check_fits(run.config, run.base_folder)
         return run.say(f"base-model: {base.model} has gone; the copy of it is kept")
-    if source is None:
-        stage = run.workspace.stage("base-model", {"repo": base.model, "revision": base.pinned_revision})
-    elif source.is_file():
+    names: list[str] = []
+    if source is not None and source.is_file():
         check_kind(source)
         check_weights(source.parent, [source.name])
-        stage = run.workspace.stage("base-model", {"files": stats(source.parent, [source.name]), "configuration": base.configuration})
-    else:
+    elif source is not None:
         names = needed_of_folder(source)
         check_fits(run.config, source)
         check_weights(source, names)
-        stage = run.workspace.stage("base-model", {"files": stats(source, names)})
+    stage = run.workspace.stage("base-model", _inputs(base, source))
     if stage.done():
         check_fits(run.config, stage.folder)
         return run.say("base-model: up to date")
@@ -63,9 +72,32 @@ def _prepare(run: Run, source: Path | None) -> None:
     stage.finish(facts, only=files_under(stage.partial))
 
 
-def _kept_of(run: Run) -> str | None:
-    """What the complete base model in the storage was copied from."""
-    return (read_manifest(run.base_folder) or {"facts": {}})["facts"].get("source")
+def _inputs(base: Base, source: Path | None) -> dict[str, Any]:
+    """From what the base model in a storage follows."""
+    if source is None:
+        return {"repo": base.model, "revision": base.pinned_revision}
+    if source.is_file():
+        return {"files": stats(source.parent, [source.name]), "configuration": base.configuration}
+    return {"files": stats(source, needed_of_folder(source))}
+
+
+def _has_gone(base: Base, source: Path | None, held: dict[str, Any] | None) -> bool:
+    """Whether all that is left of a local model is the copy in the storage, whose manifest is `held`."""
+    return source is not None and not source.exists() and held is not None and held["facts"].get("source") == base.model
+
+
+def other_base(base: Base, held: dict[str, Any] | None) -> str | None:
+    """What the model of a storage was made from, by its manifest, if that is not what `base` names."""
+    source = local_source(base.model)
+    if held is None or _has_gone(base, source, held) or held["digest"] == digest(_inputs(base, source)):
+        return None
+    name, revision = held["facts"]["source"], held["inputs"].get("revision")
+    name = f"{name}@{revision}" if revision else name
+    return f"{name} as it was before" if name == _named(base) else name
+
+
+def _named(base: Base) -> str:
+    return f"{base.model}@{base.pinned_revision}" if base.pinned_revision else base.model
 
 
 def check_fits(config: Config, folder: Path) -> None:
@@ -120,7 +152,7 @@ def model_configuration(config: Config) -> Path:
     """A folder with at least the model's configuration files: a local source, or what a storage has prepared.
 
     Raises:
-        RayboothError: if there is neither.
+        RayboothError: if there is neither, or the storage has prepared another model.
     """
     source = local_source(config.base.model)
     if source is not None and not source.is_file():
@@ -128,6 +160,11 @@ def model_configuration(config: Config) -> Path:
     prepared = path_of(config.storage, "storage") / "base-model"
     if not (prepared / "model_index.json").exists():
         raise RayboothError(f"The model {config.base.model} is not on this machine yet: run 'raybooth prepare' first, or give a local folder with --base.")
+    if other := other_base(config.base, read_manifest(prepared)):
+        raise RayboothError(
+            f"The storage {config.storage} holds the base model {other}, and not {_named(config.base)}: prepare this one in another --storage, "
+            "or give a local folder with --base."
+        )
     return prepared
 
 

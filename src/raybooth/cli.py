@@ -115,11 +115,11 @@ def _token(args: argparse.Namespace) -> None:
         args.class_name = args.class_name or "subject"  # whose name is asked for
     config = config_of(args)
     from raybooth import naming
-    from raybooth.base_model import prepare_base
+    from raybooth.base_model import keep_base
     from raybooth.session import Run
 
     with Run(config) as run:
-        prepare_base(run)
+        keep_base(run)
         print(naming.table(naming.proposals(run)))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from finished import fine_tuned
+from PIL import Image
 from safetensors import safe_open
 from test_pipeline import call
 
@@ -61,3 +62,13 @@ def test_the_verb_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["word", "prior", "norm", "nearest", "common", "word"]
     assert len(lines) == 11
+
+
+def test_the_verb_draws_them(tmp_path: Path, toy: Path, in_process: None):
+    assert main(["token", "--base", str(toy), "--storage", str(tmp_path), "--set", "generate.steps=1", "--draw"]) == 0
+    words = [p["word"] for p in json.loads((tmp_path / "token" / "proposals.json").read_text())]
+    of = {(p.info["prompt"], p.info["seed"]) for p in map(Image.open, (tmp_path / "token-images").glob("*-?.png"))}
+    assert {prompt for prompt, _ in of} == {f"photo of {word}" for word in words}
+    assert len({seed for _, seed in of}) == 4
+    assert len(of) == 4 * len(words)
+    assert (tmp_path / "token-images" / "contact-sheet.png").exists()

@@ -120,7 +120,10 @@ def _token(args: argparse.Namespace) -> None:
 
     with Run(config) as run:
         keep_base(run)
-        print(naming.table(naming.proposals(run)))
+        found = naming.proposals(run)
+        print(naming.table(found))
+        if args.draw:
+            naming.draw_proposals(run, found)
 
 
 def _bench(args: argparse.Namespace) -> None:

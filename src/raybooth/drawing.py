@@ -26,7 +26,7 @@ def resolution(run: Run) -> int:
 
 def class_rows(run: Run, n: int) -> list[dict[str, Any]]:
     """The first `n` pictures of the class."""
-    return [{"name": f"{i:05d}.png", "prompt": run.config.class_prompt, "seed": _seed(run, "class", i)} for i in range(n)]
+    return [{"name": f"{i:05d}.png", "prompt": run.config.class_prompt, "seed": picture_seed(run, "class", i)} for i in range(n)]
 
 
 def output_prompts(run: Run) -> list[str]:
@@ -46,11 +46,11 @@ def output_rows(run: Run, purpose: str = "output", each: int | None = None, prom
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48]
         for k in range(each or run.config.generate.images_per_prompt):
             name = f"{slug}-{digest(prompt)[:8]}-{k:03d}.png"
-            rows.append({"name": name, "prompt": prompt, "seed": _seed(run, purpose, k)})
+            rows.append({"name": name, "prompt": prompt, "seed": picture_seed(run, purpose, k)})
     return rows
 
 
-def _seed(run: Run, purpose: str, index: int) -> int:
+def picture_seed(run: Run, purpose: str, index: int) -> int:
     """A picture's own seed: from the run's seed, what it is for, and its number."""
     return int(digest([run.config.seed, purpose, index])[:12], 16)
 

@@ -4,10 +4,12 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from raybooth.drawing import draw, picture_seed
 from raybooth.session import Run
 
 AUTO = "auto"
 FILE = "proposals.json"
+PICTURES = 4
 
 
 def proposals(run: Run) -> list[dict[str, Any]]:
@@ -30,6 +32,16 @@ def settle_token(run: Run) -> None:
         token = proposals(run)[0]["word"]
         run.config = run.config.model_copy(update={"subject": subject.model_copy(update={"token": token})})
         run.say(f"token: '{token}' names the subject, the rarest word of this base model")
+
+
+def draw_proposals(run: Run, found: list[dict[str, Any]]) -> None:
+    """What the base model draws of each word, into `token-images/`: of one that means nothing to it, whatever the seed says: the columns, of one
+    seed each, are then alike.
+    """
+    rows = [
+        {"name": f"{p['word']}-{k}.png", "prompt": f"photo of {p['word']}", "seed": picture_seed(run, "token", k)} for p in found for k in range(PICTURES)
+    ]  # fmt: skip
+    draw(run, "token-images", "base-model", run.config.generate, rows, {"seed": run.config.seed})
 
 
 def table(found: list[dict[str, Any]]) -> str:

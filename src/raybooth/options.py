@@ -61,6 +61,11 @@ def _bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting of all runs; may be repeated")
 
 
+def _token(token: argparse.ArgumentParser) -> None:
+    _settings(token)
+    token.add_argument("--draw", action="store_true", help="draw each of them with the base model, into token-images/ in the storage")
+
+
 def _export(export: argparse.ArgumentParser) -> None:
     _settings(export)
     export.add_argument("--to", required=True, choices=["diffusers", "lora", "kohya", "single-file", "hub"], help="its form")
@@ -108,7 +113,7 @@ def _none(_: argparse.ArgumentParser) -> None:
 OTHER_VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "demo": ("the whole way on mini, the embedded base model, with a drawn dog", _demo),
     "plan": ("what a run will need: parameters, memory, FLOPs, disk; without a GPU and without weights", _plan),
-    "token": ("rare words of a base model, to name a subject by; subject.token = 'auto' takes the first", _settings),
+    "token": ("rare words of a base model, to name a subject by; subject.token = 'auto' takes the first", _token),
     "bench": ("the DreamBooth paper's protocol: many subjects, a table of scores", _bench),
     "export": ("the fine-tuned model for other programs: diffusers, ComfyUI, AUTOMATIC1111, Forge, the hub", _export),
     "import": ("draw with a LoRA that was made elsewhere", _import),

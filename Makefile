@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	$(BIN)/raybooth demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest --durations=15 --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

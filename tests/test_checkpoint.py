@@ -151,14 +151,14 @@ def test_a_group_agrees_until_every_worker_can_read_what_the_others_can(tmp_path
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tensors that come from a remote storage, by their checkpoints' steps."""
-    names, read = [], Remote.read
+    names, get = [], Remote.get
 
-    def noted(self: Remote, name: str) -> bytes:
+    def noted(self: Remote, name: str, file: Path) -> None:
         if name.endswith("state.safetensors"):
             names.append(name.split("/")[1][-2:])
-        return read(self, name)
+        get(self, name, file)
 
-    monkeypatch.setattr(Remote, "read", noted)
+    monkeypatch.setattr(Remote, "get", noted)
     return names
 
 

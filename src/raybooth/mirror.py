@@ -1,8 +1,9 @@
 """A remote storage's mirror: a folder of this machine, read there and written through."""
 
 import contextlib
+import fcntl
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ class Mirror:
 
     def pull(self, stage: str) -> None:
         """Bring what the remote storage holds of a stage and this machine does not; before that, push what was cut off on its way there."""
-        self._push_unpushed(stage)
+        with self._alone():
+            self._push_unpushed(stage)
+            self._pull(stage)
+
+    def _pull(self, stage: str) -> None:
         found, ours = self.remote.names(stage), self.root / stage / MANIFEST
         theirs = self.remote.read(f"{stage}/{MANIFEST}") if MANIFEST in found else b""
         manifest, same = parsed(theirs), ours.exists() and theirs == ours.read_bytes()
@@ -39,15 +44,26 @@ class Mirror:
 
     def _fetch(self, name: str, described: dict[str, Any] | None) -> None:
         with replacing(self.root / name) as temporary:
-            temporary.write_bytes(self.remote.read(name))
+            self.remote.get(name, temporary)
             if described is not None and describe(temporary) != described:
                 raise _TornError
 
     def take_in(self, stage: str, partial: Path) -> None:
         """Make a stage's complete work in progress its outputs, here and there. A stop in the middle is put right by the next pull of the stage."""
-        mark = {"partial": partial.name, "before": self._manifest_there(stage)}
-        write_atomically(self.root / stage / UNPUSHED, json.dumps(mark).encode())
-        self._push_unpushed(stage)
+        with self._alone():
+            mark = {"partial": partial.name, "before": self._manifest_there(stage)}
+            write_atomically(self.root / stage / UNPUSHED, json.dumps(mark).encode())
+            self._push_unpushed(stage)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Of this machine's processes: workers that start together want the same files, and the first of them brings these for all.
+
+        Not the lock of a run, which holds that one all the while; whoever holds this one waits for the network and for no other lock.
+        """
+        with (self.root / ".mirroring").open("a") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            yield
 
     def _push_unpushed(self, stage: str) -> None:
         """Not if another machine has put its own there in the meantime: that is newer, and comes with the pull."""

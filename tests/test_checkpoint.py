@@ -12,6 +12,7 @@ import torch
 
 from raybooth.checkpoint import Checkpoints
 from raybooth.errors import RayboothError
+from raybooth.remote import Remote
 from raybooth.train import State
 from raybooth.workspace import Workspace
 
@@ -168,3 +169,58 @@ def test_a_group_agrees_until_every_worker_can_read_what_the_others_can(tmp_path
     assert [found for found, _ in agreed(group)] == [None] * 3
     assert [found and found.step for found, _ in agreed(group[:2])] == [10, 10]
     assert [found and found.step for found, _ in agreed([group[0], group[2]])] == [30, 30]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tensors that come from a remote storage, by their checkpoints' steps."""
+    names, get = [], Remote.get
+
+    def noted(self: Remote, name: str, file: Path) -> None:
+        if name.endswith("state.safetensors"):
+            names.append(name.split("/")[1][-2:])
+        get(self, name, file)
+
+    monkeypatch.setattr(Remote, "get", noted)
+    return names
+
+
+def test_of_a_remote_storage_only_what_is_gone_on_from_comes_and_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]):
+    uri = f"file://{tmp_path}/bucket"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    one = saved(uri, [10, 20, 30])
+    saved(uri, [50], key=OTHER)
+    one.newest()
+    assert asked == []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    for _ in range(2):
+        found, notes = Checkpoints(Workspace(uri), KEY, 2, {}).newest()
+        assert found is not None
+        assert (found.step, len(notes)) == (30, 1)
+    assert asked == ["30"]
+    two = saved(uri, [40])
+    assert list(two.complete()) == [30, 40]
+    assert {p.name[-2:] for p in (tmp_path / "bucket" / "checkpoints").glob(f"{KEY[:16]}-*")} == {"30", "40"}  # 20 goes, which never was here
+
+
+@pytest.mark.parametrize("harm", ["no manifest", "torn manifest", "cut", "newer tensors"])
+def test_a_torn_remote_copy_is_passed_over_and_leaves_the_good_one_here_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str):
+    uri = f"file://{tmp_path}/bucket"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    one = saved(uri, [10, 20])
+    there = max((tmp_path / "bucket" / "checkpoints").iterdir())
+    if harm == "no manifest":
+        (there / "manifest.json").unlink()
+    elif harm == "torn manifest":
+        (there / "manifest.json").write_text("{")
+    elif harm == "newer tensors":
+        (there / "manifest.json").write_text((there / "manifest.json").read_text().replace('"bytes": ', '"bytes": 1'))
+    (there / "state.safetensors").write_bytes((there / "state.safetensors").read_bytes()[:-100])
+    found, notes = one.newest()
+    assert found is not None
+    assert (found.step, notes) == (20, [])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    found, notes = Checkpoints(Workspace(uri), KEY, 2).newest()
+    assert found is not None
+    assert found.step == 10
+    assert notes == [f"passed over the checkpoint {there.name}: it has no manifest, it was cut off while it was written"]

@@ -1,7 +1,9 @@
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -259,3 +261,42 @@ def test_a_push_that_was_cut_off_does_not_undo_what_another_machine_has_pushed_s
     made(Workspace(uri).stage("s", {"a": 2}), x=b"2")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
     assert Workspace(uri).stage("s", {"a": 2}).done(["x"])
+
+
+def test_workers_that_start_together_bring_each_file_once_and_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    uri = f"memory://bucket{tmp_path.name}/run"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    made(Workspace(uri).stage("s", {}), x=b"x" * 1000, y=b"y")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    came, get, cat = [], MemoryFileSystem.get_file, MemoryFileSystem.cat_file
+
+    def slow(self, name: str, file: str) -> None:
+        came.append(name[-1])
+        time.sleep(0.1)
+        get(self, name, file)
+
+    def small(self, name: str) -> bytes:
+        assert name.endswith(MANIFEST)
+        return cat(self, name)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", slow)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", small)
+    with ThreadPoolExecutor(3) as workers:
+        list(workers.map(lambda _: Workspace(uri).pull("s"), range(3)))
+    assert sorted(came) == ["x", "y"]
+    assert Workspace(uri).stage("s", {}).done(["x", "y"])
+
+
+def test_what_does_not_fit_on_this_machine_is_said_of_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    uri = f"memory://bucket{tmp_path.name}/run"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    made(Workspace(uri).stage("s", {}), x=b"1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    monkeypatch.setattr(MemoryFileSystem, "get_file", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(RayboothError, match=f"{tmp_path}/two.* is full: free some space"):
+        Workspace(uri).pull("s")
+    assert [p.name for p in (Workspace(uri).root / "s").iterdir()] == []

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,25 +52,27 @@ class Checkpoints:
 
     def _newest(self, most: int | None) -> "tuple[State | None, list[str]]":
         """Up to step `most`, where others have none that is newer."""
-        self.workspace.pull(FOLDER)
-        notes = []
-        others = sorted(p.name for p in self._all() if not p.name.startswith(f"{self.key[:16]}-"))
+        notes, own = [], self._own()
+        others = sorted(self.workspace.folders(FOLDER) - set(own))
         if others:
             notes.append(f"passed over {len(others)} checkpoints of another configuration ({others[-1]}); delete them if you will not go back to it")
-        for path in self._own():
-            if most is not None and path.name > self._name(most):
-                notes.append(f"passed over the checkpoint {path.name}: not every worker can read it")
+        for name in own:
+            if most is not None and name > self._name(most):
+                notes.append(f"passed over the checkpoint {name}: not every worker can read it")
                 continue
-            state, problem = _read(path, self.key)
+            self.workspace.pull(f"{FOLDER}/{name}")
+            state, problem = _read(self.folder / name, self.key)
             if state:
                 return state, notes
-            notes.append(f"passed over the checkpoint {path.name}: {problem}")
+            notes.append(f"passed over the checkpoint {name}: {problem}")
         return None, notes
 
     def complete(self) -> dict[int, str]:
         """The folder in the storage of each step that has a complete one, oldest first."""
-        self.workspace.pull(FOLDER)
-        manifests = {f"{FOLDER}/{path.name}": read_manifest(path) for path in reversed(self._own())}
+        names = [f"{FOLDER}/{name}" for name in reversed(self._own())]
+        for name in names:
+            self.workspace.pull(name)
+        manifests = {name: read_manifest(self.workspace.root / name) for name in names}
         return {m["step"]: name for name, m in manifests.items() if m and m["digest"] == self.key and "recipe" in m}
 
     def save(self, state: "State") -> None:
@@ -101,19 +103,16 @@ class Checkpoints:
         _sync(self.folder)
         for file in (TENSORS, MANIFEST):
             self.workspace.push(f"{FOLDER}/{name}/{file}")
-        for old in self._own()[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
-            self.workspace.remove(f"{FOLDER}/{old.name}")
+        for old in [own for own in self._own() if own <= name][self.keep :]:  # a newer one is another's, or torn
+            shutil.rmtree(self.folder / old, ignore_errors=True)
+            self.workspace.remove(f"{FOLDER}/{old}")
 
     def _name(self, step: int) -> str:
         return f"{self.key[:16]}-{step:07d}"
 
-    def _all(self) -> Iterator[Path]:
-        return (p for p in self.folder.glob("*") if p.is_dir() and not p.name.startswith("."))
-
-    def _own(self) -> list[Path]:
+    def _own(self) -> list[str]:
         """Newest first."""
-        return sorted((p for p in self._all() if p.name.startswith(f"{self.key[:16]}-")), reverse=True)
+        return sorted((name for name in self.workspace.folders(FOLDER) if name.startswith(f"{self.key[:16]}-")), reverse=True)
 
 
 def _read(path: Path, key: str) -> "tuple[State | None, str]":

@@ -1,9 +1,11 @@
 """Manifests: what a stage's complete outputs are, by their digests; files written whole or not at all."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,19 @@ def file_digest(path: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Whole or not at all: written beside, synced, renamed."""
+    """Whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which is then synced and renamed; nothing is changed if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
+        yield temporary
+        with temporary.open("rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -54,10 +62,18 @@ def files_under(folder: Path) -> list[str]:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        return parsed((folder / MANIFEST).read_bytes())
+    except OSError:
+        return None
+
+
+def parsed(data: bytes) -> dict[str, Any] | None:
+    """A manifest; None if it is torn, or not ours: the stage is not done."""
+    try:
+        manifest: dict[str, Any] = json.loads(data)
         return manifest if {"digest", "outputs"} <= manifest.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None  # none, torn, or not ours: the stage is not done
+    except (ValueError, AttributeError):
+        return None
 
 
 def model_digest(manifest: dict[str, Any]) -> str:

@@ -1,10 +1,13 @@
 """A remote storage's mirror: a folder of this machine, read there and written through."""
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from raybooth.manifest import MANIFEST, move_in, read_manifest, write_atomically
+from raybooth.manifest import MANIFEST, describe, move_in, parsed, read_manifest, replacing, write_atomically
 from raybooth.remote import Remote
 
 UNPUSHED = ".unpushed"
@@ -19,25 +22,48 @@ class Mirror:
 
     def pull(self, stage: str) -> None:
         """Bring what the remote storage holds of a stage and this machine does not; before that, push what was cut off on its way there."""
-        self._push_unpushed(stage)
-        found = self.remote.names(stage)
-        theirs = self.remote.read(f"{stage}/{MANIFEST}") if MANIFEST in found else None
-        ours = self.root / stage / MANIFEST
-        same = theirs is not None and ours.exists() and theirs == ours.read_bytes()
-        if theirs is not None:  # what an earlier run has left beside is not part of it
-            outputs = json.loads(theirs)["outputs"]
-            found = [name for name in found if name in outputs or name == MANIFEST or name.startswith(".partial-")]
-        for name in sorted(found, key=lambda name: name == MANIFEST):  # the manifest last: it says that all the others are there
-            target = self.root / stage / name
-            if not ((same or name.startswith(".partial-")) and target.exists()):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(target, self.remote.read(f"{stage}/{name}".rstrip("/")))
+        with self._alone():
+            self._push_unpushed(stage)
+            self._pull(stage)
+
+    def _pull(self, stage: str) -> None:
+        found, ours = self.remote.names(stage), self.root / stage / MANIFEST
+        theirs = self.remote.read(f"{stage}/{MANIFEST}") if MANIFEST in found else b""
+        manifest, same = parsed(theirs), ours.exists() and theirs == ours.read_bytes()
+        outputs = manifest["outputs"] if manifest else {}  # what else lies there an earlier run has left, or it is not whole
+        with contextlib.suppress(_TornError):
+            for name in [n for n in found if not n or n in outputs or n.startswith(".partial-")]:
+                if not self._held(stage, name, outputs, same):
+                    self._fetch(f"{stage}/{name}".rstrip("/"), outputs.get(name))
+            if manifest and not same:  # the manifest last: it says that all the others are there
+                write_atomically(ours, theirs)
+
+    def _held(self, stage: str, name: str, outputs: dict[str, Any], same: bool) -> bool:
+        target = self.root / stage / name
+        return target.exists() and (same or name.startswith(".partial-") or (name in outputs and describe(target) == outputs[name]))
+
+    def _fetch(self, name: str, described: dict[str, Any] | None) -> None:
+        with replacing(self.root / name) as temporary:
+            self.remote.get(name, temporary)
+            if described is not None and describe(temporary) != described:
+                raise _TornError
 
     def take_in(self, stage: str, partial: Path) -> None:
         """Make a stage's complete work in progress its outputs, here and there. A stop in the middle is put right by the next pull of the stage."""
-        mark = {"partial": partial.name, "before": self._manifest_there(stage)}
-        write_atomically(self.root / stage / UNPUSHED, json.dumps(mark).encode())
-        self._push_unpushed(stage)
+        with self._alone():
+            mark = {"partial": partial.name, "before": self._manifest_there(stage)}
+            write_atomically(self.root / stage / UNPUSHED, json.dumps(mark).encode())
+            self._push_unpushed(stage)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Of this machine's processes: workers that start together want the same files, and the first of them brings these for all.
+
+        Not the lock of a run, which holds that one all the while; whoever holds this one waits for the network and for no other lock.
+        """
+        with (self.root / ".mirroring").open("a") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            yield
 
     def _push_unpushed(self, stage: str) -> None:
         """Not if another machine has put its own there in the meantime: that is newer, and comes with the pull."""
@@ -63,3 +89,7 @@ class Mirror:
 
     def _manifest_there(self, stage: str) -> str | None:
         return self.remote.read(f"{stage}/{MANIFEST}").decode(errors="replace") if MANIFEST in self.remote.names(stage) else None
+
+
+class _TornError(Exception):
+    """A file is not what the manifest beside it says: another machine was cut off while it pushed, or is pushing now. What this machine holds stays."""

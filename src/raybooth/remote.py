@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from raybooth.disk import explained_if_full
 from raybooth.errors import RayboothError
 
 
@@ -41,6 +42,11 @@ class Remote:
     def read(self, name: str) -> bytes:
         with self._explained("read"):
             return bytes(self._fs.cat_file(f"{self._base}/{name}"))
+
+    def get(self, name: str, file: Path) -> None:
+        """Copy a file from there into `file`, piece by piece: it may be larger than the memory."""
+        with explained_if_full(str(file.parent)), self._explained("read"):
+            self._fs.get_file(f"{self._base}/{name}", str(file))
 
     def put(self, name: str, file: Path) -> None:
         """Copy a file of this machine there."""

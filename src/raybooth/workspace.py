@@ -101,7 +101,8 @@ class Stage:
         self.partial.mkdir(parents=True, exist_ok=True)
         new = {n: describe(self.partial / n) for n in files_under(self.partial) if n != MANIFEST}
         kept = dict(old["outputs"]) if old and old["digest"] == self.key else {}
-        self._refuse_to_overwrite(new, old)
+        if not self.workspace.mirror:  # in a mirror nothing is the user's
+            self._refuse_to_overwrite(new, old)
         outputs = kept | new
         if only is not None:
             outputs = {n: outputs[n] for n in only}
@@ -225,6 +226,12 @@ class Workspace:
             self.mirror.take_in(stage, partial)
         else:
             move_in(partial)
+
+    def folders(self, folder: str) -> set[str]:
+        """Names of the folders in one of the storage, here or in the remote storage, but of hidden ones."""
+        here = {p.name for p in (self.root / folder).glob("*") if p.is_dir()}
+        there = {name.partition("/")[0] for name in self.remote.names(folder) if "/" in name} if self.remote else set()
+        return {name for name in here | there if not name.startswith(".")}
 
     def push(self, name: str) -> None:
         """Copy one file to the remote storage, if there is one."""

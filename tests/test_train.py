@@ -61,14 +61,14 @@ def trained(
     return {f"{part}.{k}": v for part, m in loaded.modules.items() for k, v in m.state_dict().items()}, steps
 
 
-def predicted(toy: Path, loaded: Loaded, rows: TrainingSet, index: list[int], places: list[int], step: int, seed: int):
+def predicted(toy: Path, loaded: Loaded, rows: TrainingSet, index: list[int], places: list[int], step: int, seed: int, offset: float = 0.0):
     """What the model says of noised rows, and what was to be said: one encoding a row."""
     family = family_of(toy)
     diffusion = family.objective(toy)
     assert isinstance(diffusion, Diffusion)
     shape = rows.mean.shape[1:]
     draw = [normal(shape, seed, "posterior", step, i) for i in places]
-    noise = torch.stack([normal(shape, seed, "noise", step, i) for i in places])
+    noise = torch.stack([normal(shape, seed, "noise", step, i) + offset * normal((4, 1, 1), seed, "offset", step, i) for i in places])
     t = torch.cat([torch.randint(1000, (1,), generator=generator(seed, "timestep", step, i)) for i in places])
     x0 = rows.mean[index] + rows.std[index] * torch.stack(draw)
     text_of_rows = family.encode_text(loaded, [rows.prompts[int(rows.prompt[i])] for i in index])["text"]
@@ -84,7 +84,7 @@ def plain_loop(toy: Path, settings: Settings, rows: TrainingSet):
     losses, norms = [], []
     for step in range(settings.steps):
         index = rows_of_step(rows, step, settings.batch, settings.seed)
-        out, noise = predicted(toy, loaded, rows, index, list(range(len(index))), step, settings.seed)
+        out, noise = predicted(toy, loaded, rows, index, list(range(len(index))), step, settings.seed, settings.noise_offset)
         b = settings.batch
         loss = F.mse_loss(out[:b], noise[:b])
         if len(index) > b:
@@ -97,11 +97,11 @@ def plain_loop(toy: Path, settings: Settings, rows: TrainingSet):
     return {f"{part}.{k}": v for part, m in loaded.modules.items() for k, v in m.state_dict().items()}, losses, norms
 
 
-@pytest.mark.parametrize("classes", [4, 0], ids=["with prior", "without prior"])
-def test_it_is_a_plain_loop(toy: Path, classes: int):
-    rows = data(classes=classes)
-    ours, steps = trained(toy, rows=rows)
-    theirs, losses, norms = plain_loop(toy, SETTINGS, rows)
+@pytest.mark.parametrize(("classes", "more"), [(4, {}), (0, {}), (4, {"noise_offset": 0.1})], ids=["with prior", "without prior", "noise offset"])
+def test_it_is_a_plain_loop(toy: Path, classes: int, more: dict):
+    rows, settings = data(classes=classes), changed(**more)
+    ours, steps = trained(toy, settings, rows)
+    theirs, losses, norms = plain_loop(toy, settings, rows)
     assert [s.metrics.loss for s in steps] == pytest.approx(losses, rel=1e-5)
     assert [s.metrics.grad_norm for s in steps] == pytest.approx(norms, rel=1e-4)
     for name, value in theirs.items():
@@ -121,6 +121,24 @@ def test_validation_is_the_loss_of_fixed_rows_at_fixed_noise(toy: Path, classes:
     for name, value in found.items():
         with torch.no_grad():
             assert value == pytest.approx(F.mse_loss(*predicted(toy, loaded, rows, of[name], list(range(8)), -1, SETTINGS.seed)).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", [Finetune(gradient_checkpointing=True), Finetune(channels_last=True)], ids=["gradient checkpointing", "channels last"])
+def test_how_it_is_computed_changes_nothing(toy: Path, how: Finetune):
+    plain, steps = trained(toy)
+    ours, same = trained(toy, how=how)
+    assert [s.metrics.loss for s in same] == pytest.approx([s.metrics.loss for s in steps], rel=1e-5)
+    assert all((ours[k] - plain[k]).abs().float().mean() < 2e-5 for k in plain)
+
+
+def test_what_it_is_computed_by_is_asked_for(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    compiled: list[type] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module)))
+    loaded = readied(toy, Finetune(compile=True, gradient_checkpointing=True, channels_last=True))
+    denoiser, encoder = loaded.modules["unet"], loaded.modules["text_encoder"]
+    assert compiled == [type(denoiser)]
+    assert {m.gradient_checkpointing for part in (denoiser, encoder) for m in part.modules() if hasattr(m, "gradient_checkpointing")} == {True}
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in denoiser.parameters() if p.dim() == 4)
 
 
 def one_by_one(clip: Callable) -> Callable:

@@ -1,7 +1,9 @@
 """The fine-tuning job of one worker, in this process: what it does with checkpoints and readings when it is stopped and goes on."""
 
 import gc
+import json
 import shutil
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from raybooth.checkpoint import Checkpoints
 from raybooth.config import Finetune, Lora, Prior
 from raybooth.train import Parallel, State
 from raybooth.tuning import finetuner
+from raybooth.workspace import Workspace
 
 ROWS = {"instance": ["0.safetensors", "1.safetensors"], "class": ["2.safetensors"]}
 PROMPTS = {"instance": "photo of unqtkn dog", "class": "photo of a dog"}
@@ -81,3 +84,82 @@ def test_a_checkpoint_that_was_gone_on_from_is_let_go_of(storage: Path, monkeypa
     monkeypatch.setattr(Checkpoints, "save", saved)
     tuned(storage)
     assert len(read) == 1
+
+
+def losses(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def written(root: Path) -> list[tuple[int, float]]:
+    return losses([json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()])
+
+
+def test_a_configuration_that_is_gone_back_to_has_its_own_readings(storage: Path):
+    whole = losses(tuned(storage, "c" * 64)["history"])
+    assert [step for step, _ in whole] == [1, 2, 3, 4, 5, 6]
+    tuned(storage, X, stop=5)
+    tuned(storage, Y, stop=3, lr=0.01)
+    assert losses(tuned(storage, X)["history"]) == whole == written(storage)
+
+
+def test_a_worker_of_another_machine_goes_on_with_the_readings(storage: Path, monkeypatch: pytest.MonkeyPatch):
+    whole, uri = losses(tuned(storage, Y)["history"]), "memory://tuning-test"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(storage / "one"))
+    first = Workspace(uri)
+    for stage in ("base-model", "latents"):
+        shutil.copytree(storage / stage, first.root / stage)
+        first.push_tree(stage)
+    tuned(uri, stop=5)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(storage / "two"))
+    assert losses(tuned(uri)["history"]) == whole
+    monkeypatch.setenv("XDG_CACHE_HOME", str(storage / "three"))
+    third = Workspace(uri)
+    assert third.remote
+    (third.root / "metrics.jsonl").write_bytes(third.remote.read("metrics.jsonl"))
+    assert written(third.root) == whole
+
+
+class Services:
+    """Both trackers, as far as they are called: runs by their id, and what each was told, (step, loss)."""
+
+    def __init__(self) -> None:
+        self.wandb: dict[str, list[tuple[int, float]]] = {}
+        self.mlflow: list[dict[str, Any]] = []
+        self.ended = 0
+
+    def end(self) -> None:
+        self.ended += 1
+
+    def init(self, **how: str) -> SimpleNamespace:
+        assert (how["project"], how["resume"]) == ("raybooth", "allow")
+        told = self.wandb.setdefault(how["id"], [])
+        return SimpleNamespace(log=lambda numbers, step: told.append((step, numbers["loss"])), finish=self.end)
+
+    def search_runs(self, filter_string: str, output_format: str) -> list[SimpleNamespace]:
+        assert output_format == "list"
+        return [SimpleNamespace(info=SimpleNamespace(run_id=r["id"])) for r in reversed(self.mlflow) if filter_string == f"tags.raybooth = '{r['tag']}'"]
+
+    def start_run(self, run_id: str | None, run_name: str, tags: dict[str, str]) -> None:
+        known = [r for r in self.mlflow if r["id"] == run_id]
+        self.going: dict[str, Any] = known[0] if known else {"id": f"run {len(self.mlflow)}", "tag": tags["raybooth"], "told": []}
+        self.mlflow += [] if known else [self.going]
+
+    def log_metrics(self, numbers: dict[str, float], step: int) -> None:
+        self.going["told"].append((step, numbers["loss"]))
+
+
+def test_trackers_go_on_with_the_run_of_their_configuration(storage: Path, monkeypatch: pytest.MonkeyPatch):
+    services = Services()
+    how: dict[str, Any] = {"trackers": ["wandb", "mlflow"]}
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=services.init))
+    mlflow = SimpleNamespace(
+        set_experiment=lambda name: None, search_runs=services.search_runs, start_run=services.start_run, log_metrics=services.log_metrics, end_run=services.end
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    tuned(storage, X, stop=5, **how)
+    assert services.ended == 0
+    other = losses(tuned(storage, Y, lr=0.01, **how)["history"])
+    whole = losses(tuned(storage, X, **how)["history"])
+    assert services.ended == 4
+    # Step 5 came after the checkpoint, and is told twice.
+    assert [*services.wandb.values()] == [r["told"] for r in services.mlflow] == [whole[:5] + whole[4:], other]

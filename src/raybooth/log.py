@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raybooth.errors import RayboothError
-from raybooth.workspace import Workspace, write_atomically
+from raybooth.workspace import Workspace, digest, write_atomically
 
 Row = dict[str, Any]
 Tracker = tuple[Callable[[int, Row], None], Callable[[], None]]
@@ -19,20 +19,24 @@ Tracker = tuple[Callable[[int, Row], None], Callable[[], None]]
 
 
 class Log:
-    """Every worker has one, the first of them one that writes. A run that goes on drops what came after its checkpoint.
+    """Every worker has one, the first of them one that writes.
+
+    A checkpoint holds the readings before it, and a run goes on with those of its checkpoint: the file may be another machine's, or
+    hold another configuration's.
 
     Args:
+        key: of the configuration, as checkpoints have it: each has records of its own with the trackers.
         trackers: names of `TRACKERS`; None for a log that does not write.
         start: the step that the run goes on from.
+        rows: the readings up to there.
         images, flops: rows in a step, and its floating-point operations, over all workers.
     """
 
-    def __init__(self, workspace: Workspace, trackers: Sequence[str] | None, start: int, images: int, flops: int):
+    def __init__(self, workspace: Workspace, key: str, trackers: Sequence[str] | None, start: int, rows: Sequence[Row], images: int, flops: int):
         self.workspace, self.images, self.flops, self.path = workspace, images, flops, workspace.root / "metrics.jsonl"
-        kept = self.path.read_text().splitlines() if start and self.path.exists() else []
-        self.rows: list[Row] = [row for row in map(json.loads, kept) if row["step"] <= start]
+        self.rows: list[Row] = [*rows]
         self.writes = trackers is not None
-        self.trackers = [_started(name, workspace, start) for name in trackers or ()]
+        self.trackers = [_started(name, workspace, digest([workspace.uri, key])[:16], start) for name in trackers or ()]
         self.times: list[tuple[int, float]] = []
 
     def write(self, step: int, metrics: Row) -> Row:
@@ -83,9 +87,9 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _started(name: str, workspace: Workspace, start: int) -> Tracker:
+def _started(name: str, workspace: Workspace, run: str, start: int) -> Tracker:
     try:
-        return TRACKERS[name](workspace, start)
+        return TRACKERS[name](workspace, run, start)
     except RayboothError:
         raise
     except Exception as error:  # of a service that is not there, say: whatever its package raises
@@ -94,10 +98,10 @@ def _started(name: str, workspace: Workspace, start: int) -> Tracker:
         ) from error
 
 
-def _tensorboard(workspace: Workspace, start: int) -> Tracker:
+def _tensorboard(workspace: Workspace, run: str, start: int) -> Tracker:
     from tensorboardX import SummaryWriter
 
-    writer = SummaryWriter(str(workspace.root / "tensorboard"), purge_step=start + 1 if start else None)
+    writer = SummaryWriter(str(workspace.root / "tensorboard" / run), purge_step=start + 1 if start else None)
 
     def log(step: int, numbers: Row) -> None:
         for name, value in numbers.items():
@@ -107,16 +111,19 @@ def _tensorboard(workspace: Workspace, start: int) -> Tracker:
     return log, writer.close
 
 
-def _wandb(workspace: Workspace, start: int) -> Tracker:
+def _wandb(workspace: Workspace, run: str, start: int) -> Tracker:
+    """Steps that it has already are dropped by it: they are the same once more."""
     wandb = _installed("wandb")
-    run = wandb.init(project="raybooth", name=workspace.storage, id=workspace.key, resume="allow")
-    return lambda step, numbers: run.log(numbers, step=step), run.finish
+    going = wandb.init(project="raybooth", name=workspace.storage, id=run, resume="allow")
+    return lambda step, numbers: going.log(numbers, step=step), going.finish
 
 
-def _mlflow(workspace: Workspace, start: int) -> Tracker:
+def _mlflow(workspace: Workspace, run: str, start: int) -> Tracker:
+    """It names its runs itself: ours is found by a tag."""
     mlflow = _installed("mlflow")
     mlflow.set_experiment("raybooth")
-    mlflow.start_run(run_name=workspace.storage)
+    found = mlflow.search_runs(filter_string=f"tags.raybooth = '{run}'", output_format="list") if start else []  # the newest first
+    mlflow.start_run(run_id=found[0].info.run_id if found else None, run_name=workspace.storage, tags={"raybooth": run})
     return lambda step, numbers: mlflow.log_metrics(numbers, step=step), mlflow.end_run
 
 
@@ -129,4 +136,4 @@ def _installed(name: str) -> Any:
         raise RayboothError(f"finetune.trackers names '{name}', which is not installed: pip install 'raybooth[{name}]', or leave it out.") from None
 
 
-TRACKERS: dict[str, Callable[[Workspace, int], Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+TRACKERS: dict[str, Callable[[Workspace, str, int], Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}

@@ -6,6 +6,7 @@ torch is imported where it is used, as in jobs.
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,13 +55,13 @@ def finetuner(
         recipe = {"finetune": finetune.model_dump(mode="json"), "lora": lora.model_dump(mode="json"), "seed": seed}
         checkpoints = Checkpoints(workspace, key, finetune.checkpoints, recipe)
         start, notes = checkpoints.newest(group.least)
-        begun = start.step if start else 0
+        begun, readings = (start.step, start.scalars.get("readings", [])) if start else (0, [])
         for note in [*notes, *([f"goes on from the checkpoint of step {begun}"] if begun else [])]:
             say({"note": note})
         images = finetune.batch * (2 if data.instances < len(data.weight) else 1)
         side = data.mean.shape[-1] * loaded.facts.downscale
         flops = step_flops(family, without_weights(family, folder, finetune, lora), prior, finetune, side, group.world)
-        log = Log(workspace, finetune.trackers if group.rank == 0 else None, begun, images, flops)
+        log = Log(workspace, key, finetune.trackers if group.rank == 0 else None, begun, readings, images, flops)
         parallel = Parallel(group.rank, group.world, group.wrap, group.total)
         every, steps = finetune.checkpoint_every, finetune.steps
         due = (begun // every + 1) * every if begun else 0
@@ -76,7 +77,7 @@ def finetuner(
                 if (step.number % every == 0 and step.number < steps) or (keep_last and step.number == steps):
                     state = step.state()
                     if group.rank == 0:
-                        checkpoints.save(state)
+                        checkpoints.save(replace(state, scalars=state.scalars | {"readings": [*log.rows]}))
         if group.rank == 0:
             checkpoints.wait()
             with explained_if_full(storage):

@@ -164,11 +164,6 @@ class Workspace:
             probe.unlink()
 
     @property
-    def key(self) -> str:
-        """A short name of the storage for others' records."""
-        return digest(self.uri)[:16]
-
-    @property
     def uri(self) -> str:
         """The storage as a worker in another folder can open it: an absolute path, or the URI."""
         return self.storage if self.remote else str(self.root)

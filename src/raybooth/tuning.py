@@ -3,17 +3,16 @@
 torch is imported where it is used, as in jobs.
 """
 
-import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybooth.config import Finetune, Lora, Prior
 from raybooth.disk import explained_if_full
-from raybooth.errors import RayboothError
 from raybooth.families import Family, family_of
-from raybooth.jobs import Row, prompt_name, stage_folder
+from raybooth.jobs import Row, explained_if_out_of_memory, prompt_name, stage_folder
 from raybooth.log import Log
 from raybooth.method import autocast_dtype, held_in, make_ready
 from raybooth.workspace import Workspace
@@ -141,19 +140,11 @@ def settings(finetune: Finetune, parts: tuple[str, ...], device: "torch.device",
     )
 
 
-@contextlib.contextmanager
-def out_of_memory_explained() -> Iterator[None]:
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
-            raise
-        raise RayboothError(
-            "Fine-tuning ran out of memory. What needs less, in this order: a smaller finetune.batch (or more finetune.accumulate), finetune.method = 'lora', "
-            "finetune.gradient_checkpointing = true, finetune.optimizer = 'adamw8bit'. What checkpoints hold is kept."
-        ) from error
+out_of_memory_explained = partial(
+    explained_if_out_of_memory, "Fine-tuning",
+    "a smaller finetune.batch (or more finetune.accumulate), finetune.method = 'lora', finetune.gradient_checkpointing = true, "
+    "finetune.optimizer = 'adamw8bit'. What checkpoints hold is kept.",
+)  # fmt: skip
 
 
 def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, str], prior: Prior, known: bool) -> "TrainingSet":

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
 
-from raybooth.cluster.session import Resources, import_quickly, own_errors
+from raybooth.cluster.session import Resources, import_quickly
+from raybooth.errors import RayboothError
 
 Row = dict[str, Any]
 Work = Callable[[list[Row]], list[bytes]]
@@ -29,7 +30,12 @@ def _made(pickled: bytes, threads: int) -> Work:
 
 def _worked(batch: dict[str, Any], pickled: bytes, threads: int) -> dict[str, Any]:
     rows = [pickle.loads(r) for r in batch["row"]]
-    return {"name": [r["name"] for r in rows], "data": _made(pickled, threads)(rows)}
+    told = ""
+    try:
+        data = _made(pickled, threads)(rows)
+    except RayboothError as error:  # as a result: of what is raised, Ray Data keeps neither kind nor words
+        data, told = [b""] * len(rows), str(error)
+    return {"name": [r["name"] for r in rows], "data": data, "error": [told] * len(rows)}
 
 
 class _Worker:
@@ -77,6 +83,9 @@ def map_rows(make: Make, rows: list[Row], *, batch: int, have: Resources, sample
     """(name, file's bytes) of every row, as they are done and in no particular order.
 
     Each row has a `name`. `make` runs in the workers, once in each; it must be picklable, as a partial of a function is.
+
+    Raises:
+        RayboothError: what a worker has raised as one.
     """
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
@@ -96,6 +105,7 @@ def map_rows(make: Make, rows: list[Row], *, batch: int, have: Resources, sample
         done = source.map_batches(_Worker, batch_size=None, compute=pool, fn_constructor_args=args, num_gpus=1, num_cpus=0.5)
     else:
         done = source.map_batches(_Task(*args), batch_size=None, compute=TaskPoolStrategy(size=size), num_cpus=0.5)
-    with own_errors():
-        for one in done.iter_rows():
-            yield one["name"], one["data"]
+    for one in done.iter_rows():
+        if one["error"]:
+            raise RayboothError(one["error"])
+        yield one["name"], one["data"]

@@ -1,5 +1,8 @@
 """What goes wrong in the workers that draw, encode and score, in a sentence."""
 
+import gc
+import pickle
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,11 +13,12 @@ import torch
 from PIL import Image
 from stored import make_run
 
-from raybooth.cluster.rows import map_rows
+from raybooth.cluster.rows import _held, _made, map_rows
 from raybooth.cluster.session import Resources
 from raybooth.config import Sampling
 from raybooth.errors import RayboothError
-from raybooth.jobs import encoder, featurizer, sampler
+from raybooth.families import Loaded
+from raybooth.jobs import encoder, featurizer, for_inference, sampler
 from raybooth.photos import png
 
 MAKERS: dict[str, tuple[Callable[..., Any], str, str, list[str]]] = {
@@ -59,3 +63,27 @@ def test_a_sentence_from_a_worker_arrives_as_itself(storage: str, ray: None, cap
     assert str(said.value).startswith("There is no model folder")
     assert "\n" not in str(said.value)
     assert "ERROR" not in capfd.readouterr().err
+
+
+def test_a_process_forgets_its_model_before_it_loads_another(storage: str, monkeypatch: pytest.MonkeyPatch):
+    """By reference counts alone: the collector of cycles seldom comes."""
+    models: list[weakref.ref[torch.nn.Module]] = []
+
+    def noted(*given: Any) -> Loaded:
+        assert not any(model() for model in models)
+        loaded = for_inference(*given)
+        models.extend(weakref.ref(module) for module in loaded.modules.values())
+        return loaded
+
+    monkeypatch.setattr("raybooth.jobs.for_inference", noted)
+    draws, encodes = MAKERS["drawing"][0], MAKERS["encoding"][0]
+    gc.disable()
+    try:
+        for make in (draws, encodes, draws):
+            work = pickle.dumps(partial(make, storage))
+            _made(work, 1)([{"name": "a", "prompt": "a dog", "seed": 1}])
+            assert _made(work, 1) is _made(work, 1)
+    finally:
+        gc.enable()
+        _held.clear()
+    assert len(models) == 3 + 2 + 3

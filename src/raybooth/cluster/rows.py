@@ -5,7 +5,7 @@ import math
 import pickle
 import threading
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 from raybooth.cluster.session import Resources, import_quickly
@@ -17,15 +17,22 @@ Work = Callable[[list[Row]], list[bytes]]
 Make = Callable[[], Work]
 
 
-@lru_cache(maxsize=1)
-def _made(pickled: bytes, threads: int) -> Work:
-    """The work, made once in a process (it loads a model)."""
-    import_quickly()
-    import torch
+_held: dict[tuple[bytes, int], Work] = {}
+"""The work of this process, one at most: it holds a model."""
 
-    torch.set_num_threads(threads)
-    make: Make = pickle.loads(pickled)
-    return make()
+
+def _made(pickled: bytes, threads: int) -> Work:
+    """Made once in a process; what it held before is forgotten first, for there may be no room for two models."""
+    work = _held.get((pickled, threads))
+    if work is None:
+        _held.clear()
+        import_quickly()
+        import torch
+
+        torch.set_num_threads(threads)
+        make: Make = pickle.loads(pickled)
+        work = _held[pickled, threads] = make()
+    return work
 
 
 def _worked(batch: dict[str, Any], pickled: bytes, threads: int) -> dict[str, Any]:
@@ -51,12 +58,12 @@ class _Worker:
 class _Task(_Worker):
     """The same in a process that Ray keeps for later tasks, of later stages too: imports stay, the model goes when it has idled."""
 
-    idle = threading.Timer(0, _made.cache_clear)
+    idle = threading.Timer(0, _held.clear)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         _Task.idle.cancel()
         done = super().__call__(batch)
-        _Task.idle = threading.Timer(5, _made.cache_clear)
+        _Task.idle = threading.Timer(5, _held.clear)
         _Task.idle.daemon = True
         _Task.idle.start()
         return done

@@ -45,7 +45,7 @@ def finetuner(
         family = family_of(folder)
         trained = family.trainable(finetune.text_encoder)
         with out_of_memory_explained():
-            loaded = load(family, folder, trained, held_in(finetune, group.device.type)).to(group.device)
+            loaded = load(family, folder, trained, held_in(family, finetune, group.device.type)).to(group.device)
             make_ready(family, loaded, finetune, lora, seed)
         known = family.has_frozen_encoders(finetune.text_encoder)
         data = training_set(stage_folder(storage, "latents"), rows, prompts, prior, known).to(group.device)
@@ -63,7 +63,7 @@ def finetuner(
         every, steps = finetune.checkpoint_every, finetune.steps
         due = (start.step // every + 1) * every if start else 0
         with out_of_memory_explained(), explained_if_full(storage):
-            for step in fit(family, loaded, data, settings(finetune, trained, group.device, seed), parallel, start):
+            for step in fit(family, loaded, data, settings(family, finetune, group.device, seed), parallel, start):
                 if step.metrics:
                     row = vars(step.metrics)
                     if group.rank == 0 and (step.number >= due or step.number == steps):
@@ -116,10 +116,10 @@ def exporter(storage: str, checkpoint: str, target: str) -> Callable[[list[Row]]
     return work
 
 
-def settings(finetune: Finetune, parts: tuple[str, ...], device: "torch.device", seed: int) -> "Settings":
+def settings(family: Family, finetune: Finetune, device: "torch.device", seed: int) -> "Settings":
     from raybooth.train import Settings
 
-    denoiser, *encoders = parts
+    denoiser, *encoders = family.trainable(finetune.text_encoder)
     return Settings(
         steps=finetune.steps,
         batch=finetune.batch,
@@ -129,7 +129,7 @@ def settings(finetune: Finetune, parts: tuple[str, ...], device: "torch.device",
         text_encoder=finetune.text_encoder,
         log_every=finetune.log_every,
         seed=seed,
-        autocast=autocast_dtype(finetune.precision, device.type),
+        autocast=autocast_dtype(family, finetune.precision, device.type),
         optimizer=finetune.optimizer,
         schedule=finetune.schedule,
         warmup=finetune.warmup,

@@ -13,6 +13,7 @@ from test_families import draw, rows, settings, whole
 from torch.nn.parallel import DistributedDataParallel
 from toys import MAKERS
 
+from raybooth.cluster.fit import DDP
 from raybooth.config import Finetune, Lora
 from raybooth.families import FAMILIES, family_of
 from raybooth.families.base import Family, Loaded
@@ -132,7 +133,7 @@ def test_workers_agree_on_a_bf16_base(tmp_path: Path):
     alone = losses(taught(folder, *adapted(folder)))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        together = losses(taught(folder, *adapted(folder), wrap=partial(DistributedDataParallel, find_unused_parameters=True)))
+        together = losses(taught(folder, *adapted(folder), wrap=partial(DistributedDataParallel, **DDP)))
     finally:
         dist.destroy_process_group()
     assert together == pytest.approx(alone, rel=1e-5)

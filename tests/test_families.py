@@ -194,8 +194,14 @@ def test_adapters_go_where_they_are_asked_to_and_nowhere_is_refused(tmp_path: Pa
     adapted = {part: {n.partition(".lora_A")[0].rpartition(".")[2] for n in names} for part, names in trained.items()}
     assert adapted["unet"] == {"to_q"}
     assert adapted["text_encoder"] == {n.rpartition(".")[2] for n in family.encoder_lora_targets}
-    with pytest.raises(RayboothError, match="has no such layers"):
-        add_adapters(*whole(folder), family.trainable(True), Lora(rank=2, targets=["nonsense"]), seed=0)
+    for targets, told in (
+        (["nonsense"], "no layer 'nonsense' in what is trained"),
+        (["to_k", "to_qq"], "no layer 'to_qq' in what is trained .unet, text_encoder.; did you mean 'to_q'"),
+        (["to_k", "conv_shorcut"], "did you mean 'conv_shortcut'"),
+        (["fc1"], "has no such layers"),  # but its encoder has
+    ):
+        with pytest.raises(RayboothError, match=told):
+            add_adapters(*whole(folder), family.trainable(True), Lora(rank=2, targets=targets), seed=0)
 
 
 def test_a_variants_list_of_shards_replaces_none_and_names_what_is_there(tmp_path: Path):

@@ -30,10 +30,10 @@ def measured_peak(folder: Path, made: config.Config) -> int:
     """Bytes at the peak of fit(), from the allocator's own record, with the weights that were there before."""
     how, family = made.finetune, family_of(folder)
     data = rows(*whole(folder), how.text_encoder)
-    loaded = load(family, folder, family.trainable(how.text_encoder), held_in(how, "cpu"))
+    loaded = load(family, folder, family.trainable(how.text_encoder), held_in(family, how, "cpu"))
     make_ready(family, loaded, how, made.lora, 0)
     set_up = settings(
-        family, how.text_encoder, batch=BATCH, optimizer=how.optimizer, ema=how.ema, autocast=autocast_dtype(how.precision, "cpu")
+        family, how.text_encoder, batch=BATCH, optimizer=how.optimizer, ema=how.ema, autocast=autocast_dtype(family, how.precision, "cpu")
     )  # fmt: skip
     held = sum(t.numel() * t.element_size() for m in loaded.modules.values() for t in (*m.parameters(), *m.buffers()))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:

@@ -13,14 +13,16 @@ from test_families import draw, rows, settings, whole
 from torch.nn.parallel import DistributedDataParallel
 from toys import MAKERS
 
+from raybooth.cluster.fit import DDP
 from raybooth.config import Finetune, Lora
-from raybooth.families import family_of
+from raybooth.families import FAMILIES, family_of
 from raybooth.families.base import Family, Loaded
 from raybooth.families.lora import add_adapters, load_adapters, save_adapters
 from raybooth.families.parts import load
 from raybooth.jobs import for_inference
 from raybooth.method import autocast_dtype, drawing_dtype, held_in, make_ready
 from raybooth.train import Parallel, State, Step, fit
+from raybooth.tuning import settings as settings_of
 
 Wrap = Callable[[torch.nn.Module], torch.nn.Module]
 LORA = Finetune(method="lora", precision="bf16", text_encoder=True)
@@ -29,7 +31,7 @@ LORA = Finetune(method="lora", precision="bf16", text_encoder=True)
 def adapted(folder: Path, how: Finetune = LORA, lora: Lora | None = None) -> tuple[Family, Loaded]:
     """As a worker has it."""
     family = family_of(folder)
-    loaded = load(family, folder, family.trainable(how.text_encoder), held_in(how, "cpu"))
+    loaded = load(family, folder, family.trainable(how.text_encoder), held_in(family, how, "cpu"))
     make_ready(family, loaded, how, lora or Lora(rank=4), 0)
     return family, loaded
 
@@ -40,7 +42,7 @@ def taught(
 ) -> Iterator[Step]:  # fmt: skip
     data = rows(*whole(folder), how.text_encoder, teacher)
     lr = dict.fromkeys(family.trainable(how.text_encoder), 0.01)
-    changed = settings(family, how.text_encoder, lr=lr, autocast=autocast_dtype(how.precision, "cpu"), **more)
+    changed = settings(family, how.text_encoder, lr=lr, autocast=autocast_dtype(family, how.precision, "cpu"), **more)
     return fit(family, loaded, data, changed, Parallel(wrap=wrap), start)
 
 
@@ -57,7 +59,18 @@ def losses(steps: Iterable[Step]) -> list[float]:
     ],
 )  # fmt: skip
 def test_the_base_is_held_in_what_the_forward_pass_is_cast_to_if_it_is_not_trained(method, precision, device, dtype):
-    assert held_in(Finetune(method=method, precision=precision), device) == dtype
+    assert held_in(FAMILIES[0], Finetune(method=method, precision=precision), device) == dtype
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_flow_is_trained_in_float32_by_a_gpu_that_has_no_bfloat16(family: Family, monkeypatch: pytest.MonkeyPatch):
+    """In float16 it would overflow, as it would in drawing."""
+    monkeypatch.setattr("raybooth.method.has_bfloat16", lambda: False)
+    half = None if family.half == "bfloat16" else torch.float16
+    assert autocast_dtype(family, "auto", "cuda") == half
+    assert held_in(family, Finetune(method="lora"), "cuda") == (half or torch.float32)
+    assert settings_of(family, Finetune(), torch.device("cuda"), 0).autocast == half
+    assert autocast_dtype(family, "fp16", "cuda") == torch.float16
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -120,7 +133,7 @@ def test_workers_agree_on_a_bf16_base(tmp_path: Path):
     alone = losses(taught(folder, *adapted(folder)))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        together = losses(taught(folder, *adapted(folder), wrap=partial(DistributedDataParallel, find_unused_parameters=True)))
+        together = losses(taught(folder, *adapted(folder), wrap=partial(DistributedDataParallel, **DDP)))
     finally:
         dist.destroy_process_group()
     assert together == pytest.approx(alone, rel=1e-5)

@@ -1,5 +1,7 @@
 """Sampling: a picture is its prompt's and seed's alone, and it is what diffusers draws."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,18 @@ ORACLES = {
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "euler": (EulerDiscreteScheduler, {}),
 }
+
+
+def test_ddim_does_not_clip_latents_where_the_configuration_does_not_say(toy: Path, tmp_path: Path):
+    """diffusers' default is for models of pixels."""
+    silent = tmp_path / "silent"
+    shutil.copytree(toy, silent)
+    file = silent / "scheduler" / "scheduler_config.json"
+    held = json.loads(file.read_text())
+    assert held.pop("clip_sample") is False
+    file.write_text(json.dumps(held))
+    reference, drawn = (next(sampler(folder, "ddim").draw(["photo of a red dog"], [1])) for folder in (toy, silent))
+    assert np.array_equal(reference, drawn)
 
 
 @pytest.mark.parametrize("guidance", [3.0, 1.0])

@@ -20,7 +20,7 @@ from raybooth.method import held_in, make_ready
 def without_weights(family: Family, folder: Path, finetune: Finetune, lora: Lora, device: str = "cpu") -> Loaded:
     """What a worker has loaded, on the meta device. `device` is the worker's: it decides what the weights are held in."""
     with torch.device("meta"):
-        loaded = unloaded(family, folder, family.trainable(finetune.text_encoder), held_in(finetune, device))
+        loaded = unloaded(family, folder, family.trainable(finetune.text_encoder), held_in(family, finetune, device))
         make_ready(family, loaded, finetune.model_copy(update={"compile": False}), lora, 0)
     return loaded
 

@@ -3,12 +3,15 @@
 torch is imported where it is used: Ray unpickles these functions in its driver and its controllers too, which never call them.
 """
 
+import contextlib
+import functools
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from raybooth.config import Sampling
+from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded, family_of
 from raybooth.families.folder import INDEX
 from raybooth.photos import png
@@ -17,7 +20,37 @@ from raybooth.workspace import Workspace, digest
 if TYPE_CHECKING:
     from torch import Tensor
 
+P = ParamSpec("P")
 Row = dict[str, Any]
+Work = Callable[[list[Row]], list[bytes]]
+
+
+@contextlib.contextmanager
+def explained_if_out_of_memory(what: str, advice: str) -> Iterator[None]:
+    """`what` ran out of memory, of a GPU or of the machine, and `advice`, as one RayboothError; other errors as they are."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise RayboothError(f"{what} ran out of memory. What needs less, in this order: {advice}") from error
+
+
+def _explained(what: str, advice: str) -> Callable[[Callable[P, Work]], Callable[P, Work]]:
+    """Of a function that makes work: in the making, which loads a model, and in the work."""
+
+    def decorated(make: Callable[P, Work]) -> Callable[P, Work]:
+        @functools.wraps(make)
+        def made(*args: P.args, **kwargs: P.kwargs) -> Work:
+            with explained_if_out_of_memory(what, advice):
+                work = make(*args, **kwargs)
+            return explained_if_out_of_memory(what, advice)(work)
+
+        return made
+
+    return decorated
 
 
 def stage_folder(storage: str, stage: str) -> Path:
@@ -58,7 +91,8 @@ def opened(storage: str, model_stage: str) -> tuple[Family, Loaded]:
     return family, loaded
 
 
-def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, model_digest: str) -> Callable[[list[Row]], list[bytes]]:
+@_explained("Drawing", "a smaller cluster.sample_batch, fewer cluster.samplers where they share a machine, a smaller base.resolution.")
+def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, model_digest: str) -> Work:
     """Draws rows of (prompt, seed) as PNG files that say what they are."""
     from PIL import Image
 
@@ -76,7 +110,8 @@ def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, mode
     return work
 
 
-def encoder(storage: str, prompts: bool) -> Callable[[list[Row]], list[bytes]]:
+@_explained("Encoding", "fewer cluster.samplers where they share a machine, a smaller base.resolution.")
+def encoder(storage: str, prompts: bool) -> Work:
     """Encodes rows with a `picture` (PNG) to their posterior's mean and std, rows with a `prompt`, if there are any, to their conditioning."""
     import torch
     from safetensors.torch import save
@@ -101,7 +136,8 @@ def encoder(storage: str, prompts: bool) -> Callable[[list[Row]], list[bytes]]:
     return lambda rows: [one(r) for r in rows]
 
 
-def featurizer(storage: str) -> Callable[[list[Row]], list[bytes]]:
+@_explained("Scoring", "fewer cluster.samplers where they share a machine, smaller models as evaluate.dino and evaluate.clip.")
+def featurizer(storage: str) -> Work:
     """Rows with a `picture` to its features by both encoders, rows with a `prompt` to CLIP's, as safetensors."""
     import torch
     from PIL import Image

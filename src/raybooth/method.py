@@ -33,22 +33,24 @@ def make_ready(family: Family, loaded: Loaded, finetune: Finetune, lora: Lora, s
             loaded.modules[part].requires_grad_(True)
 
 
-def held_in(finetune: Finetune, device: str) -> "torch.dtype":
+def held_in(family: Family, finetune: Finetune, device: str) -> "torch.dtype":
     """What weights are held in: float32 to be trained, what the forward pass is cast to under adapters, which are float32 themselves."""
     import torch
 
     frozen_or_rounded = finetune.method == "lora" or finetune.precision == "bf16-weights"
-    return (frozen_or_rounded and autocast_dtype(finetune.precision, device)) or torch.float32
+    return (frozen_or_rounded and autocast_dtype(family, finetune.precision, device)) or torch.float32
 
 
-def autocast_dtype(precision: str, device: str) -> "torch.dtype | None":
-    """What the forward pass is cast to; None for plain float32."""
+def autocast_dtype(family: Family, precision: str, device: str) -> "torch.dtype | None":
+    """What the forward pass is cast to; None for plain float32, which "auto" is for a family that overflows in float16 on a GPU that has nothing else."""
     import torch
 
     if precision == "auto":
         if device != "cuda":
             return None  # without AMX or AVX512-BF16, bfloat16 is ten times slower on a CPU (measured)
-        return torch.bfloat16 if has_bfloat16() else torch.float16
+        if has_bfloat16():
+            return torch.bfloat16
+        return torch.float16 if family.half == "float16" else None
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16-weights": torch.bfloat16}[precision]
 
 

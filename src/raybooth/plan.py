@@ -121,7 +121,7 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
         # The tracker would put hooks on their gradients, which they do not have: it finds them there already.
         tracker._param_to_grad_hook_handles[frozen] = (RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict()))
     tracker.track_external(*loaded.modules.values(), optimizer, *averages)
-    dtype = autocast_dtype(finetune.precision, device)
+    dtype = autocast_dtype(family, finetune.precision, device)
     with tracker:
         for step in range(2):
             for _ in range(finetune.accumulate):

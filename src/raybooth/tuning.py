@@ -3,18 +3,17 @@
 torch is imported where it is used, as in jobs.
 """
 
-import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybooth.config import Finetune, Lora, Prior
 from raybooth.disk import explained_if_full
-from raybooth.errors import RayboothError
 from raybooth.families import Family, family_of
-from raybooth.jobs import Row, prompt_name, stage_folder
+from raybooth.jobs import Row, explained_if_out_of_memory, prompt_name, stage_folder
 from raybooth.log import Log
 from raybooth.method import autocast_dtype, held_in, make_ready
 from raybooth.workspace import Workspace
@@ -47,7 +46,7 @@ def finetuner(
         family = family_of(folder)
         trained = family.trainable(finetune.text_encoder)
         with out_of_memory_explained():
-            loaded = load(family, folder, trained, held_in(finetune, group.device.type)).to(group.device)
+            loaded = load(family, folder, trained, held_in(family, finetune, group.device.type)).to(group.device)
             make_ready(family, loaded, finetune, lora, seed)
         known = family.has_frozen_encoders(finetune.text_encoder)
         data = training_set(stage_folder(storage, "latents"), rows, prompts, prior, known).to(group.device)
@@ -65,7 +64,7 @@ def finetuner(
         parallel = Parallel(group.rank, group.world, group.wrap, group.total)
         every, steps = finetune.checkpoint_every, finetune.steps
         due = (begun // every + 1) * every if begun else 0
-        training = fit(family, loaded, data, settings(finetune, trained, group.device, seed), parallel, start)
+        training = fit(family, loaded, data, settings(family, finetune, group.device, seed), parallel, start)
         del start  # for fit() to let go of: a checkpoint is as large as what is trained
         with out_of_memory_explained(), explained_if_full(storage):
             for step in training:
@@ -121,10 +120,10 @@ def exporter(storage: str, checkpoint: str, target: str) -> Callable[[list[Row]]
     return work
 
 
-def settings(finetune: Finetune, parts: tuple[str, ...], device: "torch.device", seed: int) -> "Settings":
+def settings(family: Family, finetune: Finetune, device: "torch.device", seed: int) -> "Settings":
     from raybooth.train import Settings
 
-    denoiser, *encoders = parts
+    denoiser, *encoders = family.trainable(finetune.text_encoder)
     return Settings(
         steps=finetune.steps,
         batch=finetune.batch,
@@ -134,7 +133,7 @@ def settings(finetune: Finetune, parts: tuple[str, ...], device: "torch.device",
         text_encoder=finetune.text_encoder,
         log_every=finetune.log_every,
         seed=seed,
-        autocast=autocast_dtype(finetune.precision, device.type),
+        autocast=autocast_dtype(family, finetune.precision, device.type),
         optimizer=finetune.optimizer,
         schedule=finetune.schedule,
         warmup=finetune.warmup,
@@ -145,19 +144,11 @@ def settings(finetune: Finetune, parts: tuple[str, ...], device: "torch.device",
     )
 
 
-@contextlib.contextmanager
-def out_of_memory_explained() -> Iterator[None]:
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
-            raise
-        raise RayboothError(
-            "Fine-tuning ran out of memory. What needs less, in this order: a smaller finetune.batch (or more finetune.accumulate), finetune.method = 'lora', "
-            "finetune.gradient_checkpointing = true, finetune.optimizer = 'adamw8bit'. What checkpoints hold is kept."
-        ) from error
+out_of_memory_explained = partial(
+    explained_if_out_of_memory, "Fine-tuning",
+    "a smaller finetune.batch (or more finetune.accumulate), finetune.method = 'lora', finetune.gradient_checkpointing = true, "
+    "finetune.optimizer = 'adamw8bit'. What checkpoints hold is kept.",
+)  # fmt: skip
 
 
 def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, str], prior: Prior, known: bool) -> "TrainingSet":

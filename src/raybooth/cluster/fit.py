@@ -15,6 +15,12 @@ from raybooth.errors import RayboothError
 
 Say = Callable[[dict[str, Any]], None]
 Loop = Callable[["Group", Say], Any]
+DDP: dict[str, Any] = {
+    "find_unused_parameters": True,  # of encoders whose last layers nobody reads (SDXL's, SD 3's), these have no gradients to wait for
+    "gradient_as_bucket_view": True,  # or all gradients would be there twice
+    "broadcast_buffers": False,  # before every pass; they are all workers' own from the beginning, and none changes
+}
+"""What torch's DistributedDataParallel is told."""
 
 
 class Group:
@@ -45,8 +51,7 @@ class Group:
         import ray.train.torch
 
         # Not wrapped where there is one worker; callers must not reach through it (`.module`).
-        # Of encoders whose last layers nobody reads (SDXL's, SD 3's), these have no gradients to wait for.
-        return ray.train.torch.prepare_model(module, move_to_device=False, parallel_strategy_kwargs={"find_unused_parameters": True})
+        return ray.train.torch.prepare_model(module, move_to_device=False, parallel_strategy_kwargs=DDP)
 
     def total(self, value: Any) -> Any:
         if self.world > 1:

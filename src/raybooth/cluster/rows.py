@@ -5,10 +5,11 @@ import math
 import pickle
 import threading
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
-from raybooth.cluster.session import Resources, import_quickly, own_errors
+from raybooth.cluster.session import Resources, import_quickly
+from raybooth.errors import RayboothError
 
 Row = dict[str, Any]
 Work = Callable[[list[Row]], list[bytes]]
@@ -16,20 +17,32 @@ Work = Callable[[list[Row]], list[bytes]]
 Make = Callable[[], Work]
 
 
-@lru_cache(maxsize=1)
-def _made(pickled: bytes, threads: int) -> Work:
-    """The work, made once in a process (it loads a model)."""
-    import_quickly()
-    import torch
+_held: dict[tuple[bytes, int], Work] = {}
+"""The work of this process, one at most: it holds a model."""
 
-    torch.set_num_threads(threads)
-    make: Make = pickle.loads(pickled)
-    return make()
+
+def _made(pickled: bytes, threads: int) -> Work:
+    """Made once in a process; what it held before is forgotten first, for there may be no room for two models."""
+    work = _held.get((pickled, threads))
+    if work is None:
+        _held.clear()
+        import_quickly()
+        import torch
+
+        torch.set_num_threads(threads)
+        make: Make = pickle.loads(pickled)
+        work = _held[pickled, threads] = make()
+    return work
 
 
 def _worked(batch: dict[str, Any], pickled: bytes, threads: int) -> dict[str, Any]:
     rows = [pickle.loads(r) for r in batch["row"]]
-    return {"name": [r["name"] for r in rows], "data": _made(pickled, threads)(rows)}
+    told = ""
+    try:
+        data = _made(pickled, threads)(rows)
+    except RayboothError as error:  # as a result: of what is raised, Ray Data keeps neither kind nor words
+        data, told = [b""] * len(rows), str(error)
+    return {"name": [r["name"] for r in rows], "data": data, "error": [told] * len(rows)}
 
 
 class _Worker:
@@ -45,12 +58,12 @@ class _Worker:
 class _Task(_Worker):
     """The same in a process that Ray keeps for later tasks, of later stages too: imports stay, the model goes when it has idled."""
 
-    idle = threading.Timer(0, _made.cache_clear)
+    idle = threading.Timer(0, _held.clear)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         _Task.idle.cancel()
         done = super().__call__(batch)
-        _Task.idle = threading.Timer(5, _made.cache_clear)
+        _Task.idle = threading.Timer(5, _held.clear)
         _Task.idle.daemon = True
         _Task.idle.start()
         return done
@@ -77,6 +90,9 @@ def map_rows(make: Make, rows: list[Row], *, batch: int, have: Resources, sample
     """(name, file's bytes) of every row, as they are done and in no particular order.
 
     Each row has a `name`. `make` runs in the workers, once in each; it must be picklable, as a partial of a function is.
+
+    Raises:
+        RayboothError: what a worker has raised as one.
     """
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
@@ -96,6 +112,7 @@ def map_rows(make: Make, rows: list[Row], *, batch: int, have: Resources, sample
         done = source.map_batches(_Worker, batch_size=None, compute=pool, fn_constructor_args=args, num_gpus=1, num_cpus=0.5)
     else:
         done = source.map_batches(_Task(*args), batch_size=None, compute=TaskPoolStrategy(size=size), num_cpus=0.5)
-    with own_errors():
-        for one in done.iter_rows():
-            yield one["name"], one["data"]
+    for one in done.iter_rows():
+        if one["error"]:
+            raise RayboothError(one["error"])
+        yield one["name"], one["data"]

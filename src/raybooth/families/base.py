@@ -79,7 +79,7 @@ class Family:
         predict: (loaded, z_t, t, conditioning) -> the denoiser's output.
         scheduler: (folder, sampler's name, steps, latent shape, device) -> one of diffusers' schedulers with its timesteps set.
         samplers: names of those that it can be drawn with; `min_snr`: whether min-SNR weighs its timesteps.
-        half: the half precision that it is drawn in where there is a GPU for it. FLUX and SD 3 overflow in float16.
+        half: the half precision that it is drawn in where there is a GPU for it. FLUX and SD 3 overflow in float16, and are not trained in it either.
         lora_targets: the layers of the denoiser that get adapters; `encoder_lora_targets`: of its text encoders.
     """
 

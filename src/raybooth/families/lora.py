@@ -1,6 +1,7 @@
 """Low-rank adapters (Hu et al. 2021) by PEFT: put in, switched off, saved and loaded in diffusers' form."""
 
 import contextlib
+import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -27,6 +28,8 @@ def add_adapters(family: Family, loaded: Loaded, parts: Iterable[str], how: Lora
     """
     from peft import LoraConfig
 
+    parts = tuple(parts)
+    _check_targets(family, {part: loaded.modules[part] for part in parts}, how)
     for part in parts:
         targets = _targets(family, part, loaded.modules[part], how)
         alpha = how.rank if how.alpha is None else how.alpha
@@ -43,10 +46,27 @@ def add_adapters(family: Family, loaded: Loaded, parts: Iterable[str], how: Lora
                 parameter.data = parameter.data.float()
 
 
+def _check_targets(family: Family, modules: Mapping[str, nn.Module], how: Lora) -> None:
+    """
+    Raises:
+        RayboothError: if a target is in none of the parts that are trained.
+    """
+    for target in how.targets or ():
+        if not any(_has(module, target) for module in modules.values()):
+            layers = {name.rpartition(".")[2] for module in modules.values() for name, layer in module.named_modules() if hasattr(layer, "weight")}
+            near = difflib.get_close_matches(target, sorted(layers | set(family.lora_targets)), 1, 0.5)
+            meant = f"did you mean '{near[0]}'?" if near else f"leave it out, or name some such as {', '.join(family.lora_targets[:3])}."
+            raise RayboothError(f"lora.targets: {family.name} has no layer '{target}' in what is trained ({', '.join(modules)}); {meant}")
+
+
+def _has(module: nn.Module, target: str) -> bool:
+    """As PEFT finds layers: by the end of their names."""
+    return any(f".{name}".endswith(f".{target}") for name, _ in module.named_modules())
+
+
 def _targets(family: Family, part: str, module: nn.Module, how: Lora) -> Iterable[str]:
     """Those asked for, where the part has them; an encoder that has none of them gets its own."""
-    names = [name for name, _ in module.named_modules()]
-    own = [t for t in how.targets or () if any(n == t or n.endswith(f".{t}") for n in names)]
+    own = [t for t in how.targets or () if _has(module, t)]
     usual = family.lora_targets if part == family.denoiser else family.encoder_lora_targets
     if how.targets and part == family.denoiser and not own:
         raise RayboothError(f"lora.targets = {how.targets}: {family.name} has no such layers; leave it out, or name some such as {', '.join(usual[:3])}.")

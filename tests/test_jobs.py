@@ -1,0 +1,89 @@
+"""What goes wrong in the workers that draw, encode and score, in a sentence."""
+
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from stored import make_run
+
+from raybooth.cluster.rows import _held, _made, map_rows
+from raybooth.cluster.session import Resources
+from raybooth.config import Sampling
+from raybooth.errors import RayboothError
+from raybooth.families import Loaded
+from raybooth.jobs import encoder, featurizer, for_inference, sampler
+from raybooth.photos import png
+
+MAKERS: dict[str, tuple[Callable[..., Any], str, str, list[str]]] = {
+    "drawing": (partial(sampler, model_stage="base-model", sampling=Sampling(2, 1.0, "ddim", 32), batch=1, model_digest=""), "opened",
+                "raybooth.sample.Sampler.draw", ["cluster.sample_batch", "cluster.samplers", "base.resolution"]),
+    "encoding": (partial(encoder, prompts=True), "for_inference", "raybooth.families.parts.encode_image", ["cluster.samplers", "base.resolution"]),
+    "scoring": (featurizer, "stage_folder", "", ["cluster.samplers", "evaluate.dino", "evaluate.clip"]),
+}  # fmt: skip
+
+
+def no_room(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> str:
+    return str(make_run(tmp_path_factory.mktemp("jobs") / "run", toy, 0))
+
+
+@pytest.mark.parametrize("what", MAKERS)
+def test_out_of_memory_names_what_needs_less(storage: str, what: str, monkeypatch: pytest.MonkeyPatch):
+    """Where the model is loaded, and where it works."""
+    make, loads, works, named = MAKERS[what]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"raybooth.jobs.{loads}", no_room)
+        with pytest.raises(RayboothError) as said:
+            make(storage)
+    assert str(said.value).lower().startswith(f"{what} ran out of memory")
+    places = [str(said.value).index(name) for name in named]
+    assert places == sorted(places)
+    if works:
+        monkeypatch.setattr(works, no_room)
+        work = make(storage)
+        with pytest.raises(RayboothError, match="ran out of memory"):
+            work([{"name": "a", "prompt": "a dog", "seed": 1} if what == "drawing" else {"name": "a", "picture": png(Image.new("RGB", (32, 32)))}])
+
+
+def test_a_sentence_from_a_worker_arrives_as_itself(storage: str, ray: None, capfd: pytest.CaptureFixture[str]):
+    make = partial(encoder, f"{storage}/fine-tuned-model", prompts=False)
+    with pytest.raises(RayboothError) as said:
+        list(map_rows(make, [{"name": "a"}], batch=1, have=Resources(1, 0, 1)))
+    assert str(said.value).startswith("There is no model folder")
+    assert "\n" not in str(said.value)
+    assert "ERROR" not in capfd.readouterr().err
+
+
+def test_a_process_forgets_its_model_before_it_loads_another(storage: str, monkeypatch: pytest.MonkeyPatch):
+    """By reference counts alone: the collector of cycles seldom comes."""
+    models: list[weakref.ref[torch.nn.Module]] = []
+
+    def noted(*given: Any) -> Loaded:
+        assert not any(model() for model in models)
+        loaded = for_inference(*given)
+        models.extend(weakref.ref(module) for module in loaded.modules.values())
+        return loaded
+
+    monkeypatch.setattr("raybooth.jobs.for_inference", noted)
+    draws, encodes = MAKERS["drawing"][0], MAKERS["encoding"][0]
+    gc.disable()
+    try:
+        for make in (draws, encodes, draws):
+            work = pickle.dumps(partial(make, storage))
+            _made(work, 1)([{"name": "a", "prompt": "a dog", "seed": 1}])
+            assert _made(work, 1) is _made(work, 1)
+    finally:
+        gc.enable()
+        _held.clear()
+    assert len(models) == 3 + 2 + 3

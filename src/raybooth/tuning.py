@@ -56,6 +56,7 @@ def finetuner(
         start, notes = checkpoints.newest()
         for note in [*notes, *([f"goes on from the checkpoint of step {start.step}"] if start else [])]:
             say({"note": note})
+        say({"start": start.step if start else 0})
         images = finetune.batch * (2 if data.instances < len(data.weight) else 1)
         side = data.mean.shape[-1] * loaded.facts.downscale
         flops = step_flops(family, without_weights(family, folder, finetune, lora), prior, finetune, side, group.world)

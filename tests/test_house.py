@@ -13,10 +13,11 @@ LAYERS = [
     {"__main__", "__init__"}, {"cli", "options", "api", "bench", "minibench", "demo", "doctor"}, {"exporting", "importing"}, {"card", "reporting", "serving"},
     {"evaluation", "plots"}, {"stages", "plan"}, {"selection"}, {"features"}, {"drawing", "base_model", "naming"}, {"loading"},
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
-    {"train", "sample", "score", "encoders", "checkpoint"}, {"families", "loss", "noise", "lora", "optim", "dreambench", "photos", "sources", "hub"},
+    {"train", "sample", "score", "encoders", "checkpoint"}, {"families", "loss", "noise", "optim", "dreambench", "photos", "sources", "hub"},
     {"config", "workspace", "mirror"}, {"disk", "remote", "layers", "manifest"}, {"errors", "prompts"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers"}
+LIGHT = {"config", "layers", "workspace", "mirror", "manifest", "reporting", "cli", "options", "errors", "__init__", "__main__"}
 
 
 def unit(path: Path) -> str:
@@ -47,6 +48,12 @@ def ours(path: Path) -> set[str]:
     return {i.split(".")[1] for i in imports(path) if i.startswith("raybooth.")} - {"__version__"}
 
 
+def test_the_rules_name_the_modules_that_there_are():
+    there = {unit(path) for path in MODULES}
+    assert {name for names in LAYERS for name in names} == there - {"mini"}
+    assert there >= LIGHT
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_imports_point_one_way(path: Path):
     mine = unit(path)
@@ -67,7 +74,7 @@ def test_heavy_libraries_stay_where_they_belong(path: Path):
         assert "ray" not in roots
     if mine not in ("families", "encoders", "mini"):
         assert not roots & {"diffusers", "transformers"}
-    if mine in ("config", "layers", "workspace", "mirror", "manifest", "report", "cli", "errors", "__init__", "__main__"):
+    if mine in LIGHT:
         assert not roots & HEAVY
 
 

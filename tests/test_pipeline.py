@@ -81,6 +81,9 @@ def test_every_stage_leaves_what_it_should(made: Path):
         assert image.info["prompt"] == "photo of a dog"
         assert image.info["seed"].isdigit()
         assert len(image.info["model"]) == 64
+        told = json.loads((made / "class-images" / "manifest.json").read_text())["facts"]
+        assert told["rows"].keys() == set(told["pictures"])
+        assert told["rows"]["00007.png"] == {"prompt": image.info["prompt"], "seed": int(image.info["seed"])}
     rows = [load_file(p) for p in (made / "latents").glob("*.safetensors")]
     assert sum(r.keys() == {"mean", "std"} for r in rows) == 13
     assert len(rows) == 13  # a trained text encoder encodes the prompts itself

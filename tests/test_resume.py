@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -155,6 +156,7 @@ def test_a_disk_that_is_full_at_a_reading_is_said(tmp_path: Path, unbroken: Path
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("raybooth.log.write_atomically", full)
-    alone = Parallel()
+    alone, said = Parallel(), list[dict[str, Any]]()
     with pytest.raises(RayboothError, match="is full: free some space"):
-        loop(SimpleNamespace(device=torch.device("cpu"), where="here", least=int, **vars(alone)), lambda word: None)
+        loop(SimpleNamespace(device=torch.device("cpu"), where="here", least=int, **vars(alone)), said.append)
+    assert said == [{"start": 0}]

@@ -1,13 +1,16 @@
-"""Ray as raybooth starts it."""
+"""Ray as raybooth starts it, and the line of a fine-tuning that it carries the words of."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("ray")
+from raybooth.config import Config
+from raybooth.session import Run, StepLine
 
 
+@pytest.mark.usefixtures("ray")
 def test_workers_allocate_by_jemalloc_and_nothing_else_does():
     import ray
 
@@ -17,3 +20,25 @@ def test_workers_allocate_by_jemalloc_and_nothing_else_does():
 
     assert "libjemalloc" in ray.get(mapped.remote())
     assert "LD_PRELOAD" not in os.environ
+
+
+def test_the_time_left_counts_from_where_a_group_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    now = 0.0
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
+    run = Run(Config(subject={"class": "dog"}, finetune={"steps": 100}, storage=str(tmp_path)))  # type: ignore[arg-type]
+    with StepLine(run) as line:
+
+        def after(seconds: float, word: dict[str, Any]) -> str:
+            nonlocal now
+            now += seconds
+            line.heard(word)
+            return str(line.bar)
+
+        reading = {"loss": 0.2, "instance": 0.1, "prior": 0.1, "images_per_second": None}
+        assert "80/100" in after(30, {"start": 80})
+        said = after(2, {"step": 90, **reading})
+        assert "90/100 [00:02<00:02,  5.00step/s" in said
+        after(5, {"note": "a worker was lost, the group starts again"})
+        assert "40/100" in after(30, {"start": 40})
+        assert "50/100 [00:10<00:50,  1.00s" in after(10, {"step": 50, **reading}).replace("1.00step/s", "1.00s")
+    assert "the group starts again" in capsys.readouterr().err

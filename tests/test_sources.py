@@ -42,6 +42,19 @@ def test_what_is_no_picture_in_a_folder_is_skipped_with_its_reason(tmp_path: Pat
     }  # fmt: skip
 
 
+def test_prepare_names_what_it_skips(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    picture(tmp_path / "photos" / "a.png", 0)
+    for i in range(23):
+        (tmp_path / "photos" / f"n{i:02d}.txt").write_text("x")
+    storage = tmp_path / "run"
+    assert main(["prepare", "--photos", str(tmp_path / "photos"), "--class", "dog", "--base", "mini", "--storage", str(storage)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert said[0] == f"instance-images: skipped {tmp_path / 'photos' / 'n00.txt'}: '.txt' is not a picture's file type"
+    assert said[20:] == ["instance-images: skipped 3 more; instance-images/manifest.json lists them all"]
+    manifest = json.loads((storage / "instance-images" / "manifest.json").read_text())
+    assert [Path(name).name for name, _ in manifest["facts"]["skipped"]] == [f"n{i:02d}.txt" for i in range(23)]
+
+
 def test_files_come_in_the_order_of_their_paths(tmp_path: Path):
     """As they always have: instance images and the digest of a finished storage follow it."""
     for i, name in enumerate(("b/x.png", "b.png", "a/z/y.png", "a/b.png", "c.png")):

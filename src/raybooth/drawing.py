@@ -99,7 +99,7 @@ def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: lis
         for file, data in run.progress(done, len(work), name, "picture"):
             stage.write(file, data)
     stage.write(SHEET, png(contact_sheet(_titled(stage, rows))))
-    stage.finish({"pictures": names})
+    stage.finish({"pictures": names, "rows": {r["name"]: {"prompt": r["prompt"], "seed": r["seed"]} for r in rows}})
     run.say(f"{name}: {len(names)} pictures; look at {stage.folder / SHEET}")
 
 

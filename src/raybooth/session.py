@@ -144,10 +144,18 @@ class StepLine:
     def heard(self, word: dict[str, Any]) -> None:
         if "note" in word:
             return self.bar.write(f"fine-tuned-model: {word['note']}", file=sys.stderr)
+        if "start" in word:
+            return self._start(word["start"])
         parts = ", ".join(f"{k} {word[k]:.4f}" for k in ("loss", "instance", "prior"))
         rate = word["images_per_second"]
         self.bar.set_postfix_str(f"{parts}, {rate:.1f} images/s" if rate else parts, refresh=False)
         self.bar.update(word["step"] - self.bar.n)
+
+    def _start(self, step: int) -> None:
+        """A group begins, or goes on from a step, which may be an older one: its rate and the time left count from now."""
+        self.bar.reset()
+        self.bar.n = self.bar.initial = self.bar.last_print_n = step
+        self.bar.refresh()
 
     def __enter__(self) -> "StepLine":
         return self

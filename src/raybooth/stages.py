@@ -74,7 +74,7 @@ def _say_skipped(run: Run, found: Gathered, most: int = 20) -> None:
     for name, reason in found.skipped[:most]:
         run.say(f"instance-images: skipped {name}: {reason}")
     if len(found.skipped) > most:
-        run.say(f"instance-images: skipped {len(found.skipped) - most} more")
+        run.say(f"instance-images: skipped {len(found.skipped) - most} more; instance-images/manifest.json lists them all")
 
 
 def _write_instances(run: Run, stage: Stage, images: list[tuple[Photo, list[Image.Image]]], skipped: list[tuple[str, str]]) -> None:

@@ -57,6 +57,7 @@ def finetuner(
         begun, readings = (start.step, start.scalars.get("readings", [])) if start else (0, [])
         for note in [*notes, *([f"goes on from the checkpoint of step {begun}"] if begun else [])]:
             say({"note": note})
+        say({"start": begun})
         images = finetune.batch * (2 if data.instances < len(data.weight) else 1)
         side = data.mean.shape[-1] * loaded.facts.downscale
         flops = step_flops(family, without_weights(family, folder, finetune, lora), prior, finetune, side, group.world)

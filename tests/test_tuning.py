@@ -56,7 +56,7 @@ def tuned(storage: str | Path, key: str = X, stop: int | None = None, **more: An
             raise StoppedError
 
     loop: Callable[..., dict[str, Any]] = finetuner(str(storage), "fine-tuned-model/new", key, ROWS, PROMPTS, Prior(), finetune, Lora(), 0, True)
-    group = SimpleNamespace(device=torch.device("cpu"), where="here", **vars(Parallel()))
+    group = SimpleNamespace(device=torch.device("cpu"), where="here", least=int, **vars(Parallel()))
     if stop is None:
         return loop(group, say)
     with pytest.raises(StoppedError):
@@ -69,8 +69,8 @@ def test_a_checkpoint_that_was_gone_on_from_is_let_go_of(storage: Path, monkeypa
     read: list[weakref.ref[State]] = []
     newest, save = Checkpoints.newest, Checkpoints.save
 
-    def watched(self: Checkpoints) -> Any:
-        state, notes = newest(self)
+    def watched(self: Checkpoints, *agreed: Any) -> Any:
+        state, notes = newest(self, *agreed)
         assert state is not None
         read.append(weakref.ref(state))
         return state, notes

@@ -18,7 +18,7 @@ from raybooth.checkpoint import Checkpoints
 from raybooth.config import Finetune, Lora, Prior
 from raybooth.train import Parallel, State
 from raybooth.tuning import finetuner
-from raybooth.workspace import Workspace
+from raybooth.workspace import Workspace, files_under
 
 ROWS = {"instance": ["0.safetensors", "1.safetensors"], "class": ["2.safetensors"]}
 PROMPTS = {"instance": "photo of unqtkn dog", "class": "photo of a dog"}
@@ -106,9 +106,11 @@ def test_a_worker_of_another_machine_goes_on_with_the_readings(storage: Path, mo
     whole, uri = losses(tuned(storage, Y)["history"]), "memory://tuning-test"
     monkeypatch.setenv("XDG_CACHE_HOME", str(storage / "one"))
     first = Workspace(uri)
-    for stage in ("base-model", "latents"):
-        shutil.copytree(storage / stage, first.root / stage)
-        first.push_tree(stage)
+    for name in ("base-model", "latents"):
+        stage = first.stage(name, {})
+        for file in files_under(storage / name):
+            stage.write(file, (storage / name / file).read_bytes())
+        stage.finish()
     tuned(uri, stop=5)
     monkeypatch.setenv("XDG_CACHE_HOME", str(storage / "two"))
     assert losses(tuned(uri)["history"]) == whole

@@ -148,7 +148,8 @@ def settings(family: Family, finetune: Finetune, device: "torch.device", seed: i
 out_of_memory_explained = partial(
     explained_if_out_of_memory, "Fine-tuning",
     "a smaller finetune.batch (or more finetune.accumulate), finetune.method = 'lora', finetune.gradient_checkpointing = true, "
-    "finetune.optimizer = 'adamw8bit'. What checkpoints hold is kept.",
+    "finetune.optimizer = 'adamw8bit'. With any of these the fine-tuning begins anew: checkpoints are kept, but "
+    "belong to the settings that they were made with.",
 )  # fmt: skip
 
 

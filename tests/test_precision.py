@@ -97,12 +97,13 @@ def test_float32_adapters_on_a_bf16_base_learn(tmp_path: Path, name: str, lora: 
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_new_adapters_change_no_bit_of_what_a_bf16_base_draws(tmp_path: Path, name: str):
+@pytest.mark.parametrize("lora", [Lora(rank=4), Lora(rank=2, dora=True)], ids=["lora", "dora"])
+def test_new_adapters_change_no_bit_of_what_a_bf16_base_draws(tmp_path: Path, name: str, lora: Lora):
     folder = MAKERS[name](tmp_path / name)
     family = family_of(folder)
     loaded = load(family, folder, (family.denoiser, "vae", *family.encoders), torch.bfloat16)
     plain = draw(family, loaded)
-    add_adapters(family, loaded, family.trainable(True), Lora(rank=4), seed=0)
+    add_adapters(family, loaded, family.trainable(True), lora, seed=0)
     assert all((a == b).all() for a, b in zip(plain, draw(family, loaded), strict=True))
     exact = draw(*whole(folder))
     apart = [np.abs(a.astype(float) - b).mean() / 255 for a, b in zip(plain, exact, strict=True)]

@@ -44,6 +44,17 @@ def add_adapters(family: Family, loaded: Loaded, parts: Iterable[str], how: Lora
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        _measure_again(module)
+
+
+def _measure_again(module: nn.Module) -> None:
+    """DoRA's magnitudes, in float32: PEFT takes them in the base's precision, and rounded ones are another model."""
+    for layer in module.modules():
+        if _is_adapted(layer):
+            how: Any = layer
+            for name, magnitude in how.lora_magnitude_vector.items():
+                a, b = how.lora_A[name].weight, how.lora_B[name].weight
+                magnitude.update_layer(base_layer=how.get_base_layer(), lora_A=a, lora_B=b, scaling=how.scaling[name])
 
 
 def _check_targets(family: Family, modules: Mapping[str, nn.Module], how: Lora) -> None:

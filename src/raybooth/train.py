@@ -127,7 +127,7 @@ class RowLoss(nn.Module):
         self.trained = nn.ModuleDict({name: loaded.modules[name] for name in family.trainable(settings.text_encoder)})
 
     def forward(self, instances: int, prompt: Sequence[int], used: Sequence[int], x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Weighted squared error of each row, the first `instances` of the subject, the others of the class. `prompt` is each row's; `used`: those of the step."""
+        """Weighted squared error of each row: the first `instances` are of the subject, the others of the class. `prompt` is each row's, `used` the step's."""
         z, target, taught = self.objective.noisy(x0, noise, t), self.objective.target(x0, noise, t), prompt[instances:]
         if self.data.teacher and taught:
             with torch.no_grad(), adapters_off(self.trained.values()):

@@ -103,6 +103,20 @@ def test_it_opens_in_a_browser(extreme: Path, tmp_path: Path, width: int):
     assert "CONSOLE" not in done.stderr
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+def test_it_prints_the_bars_of_the_scores_and_the_configuration(extreme: Path):
+    """What browsers leave off paper if they are not told otherwise: backgrounds, and what is folded up."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        page = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
+        page.goto(extreme.as_uri())
+        shown = "document.querySelector('details pre').checkVisibility({ contentVisibilityAuto: true })"
+        assert not page.evaluate(shown)
+        page.emulate_media(media="print")
+        assert page.evaluate(shown)
+        assert page.evaluate("[...document.querySelectorAll('.bar i')].every(bar => getComputedStyle(bar).printColorAdjust === 'exact')")
+
+
 @pytest.fixture
 def storage(tmp_path: Path) -> str:
     return f"memory://{tmp_path.name}/run"
@@ -126,6 +140,7 @@ def test_what_the_checkpoints_drew_shows_on_another_machine_and_with_other_promp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
     text = reported(on_mini(storage, photos, "generate.prompts=['photo of {subject} at night']"))
     assert [text.count(f'alt="photo of unqtkn dog in the snow, step {step}"') for step in (0, 10, 20)] == [1] * 3
+    assert '<th colspan="3">photo of unqtkn dog in the snow</th>' in text
     assert text.count('alt="photo of unqtkn dog at night, after') == 2
     for stage in ("encoders", "class-images", "checkpoint-images/0000010", "scores"):
         assert f"<td>{stage}</td>" in text

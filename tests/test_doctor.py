@@ -1,0 +1,46 @@
+"""What `raybooth doctor` says of a machine."""
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from raybooth import doctor
+from raybooth.cluster.session import Resources
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def connected(address: str | None) -> Iterator[Resources]:
+        yield Resources(cpus=3, gpus=0, nodes=1)
+
+    monkeypatch.setattr("raybooth.cluster.session.connected", connected)
+
+
+def with_gpu(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name="Small", total_memory=int(gib * 2**30)))
+
+
+def test_it_tells_of_everything_that_a_run_needs():
+    lines = doctor.report().splitlines()
+    facts = {line[:13].strip(): line[13:] for line in lines[: lines.index("")]}
+    assert list(facts) == ["python", "versions", "processors", "memory", "disk", "graphics", "ray", "hub", "mini"]
+    assert all(facts.values())
+    assert f"torch {torch.__version__}" in facts["versions"]
+    assert facts["ray"] == "starts here, with 3 CPUs and 0 GPUs"
+    assert "cannot be reached" in facts["hub"]
+
+
+@pytest.mark.parametrize(
+    ("gib", "told"), [(16, "finetune.method = lora with finetune.lr = 1e-4 needs about 6 GiB"), (24, "SD 1.4 with its text encoder fits.")]
+)
+def test_a_small_gpu_is_told_what_fits(monkeypatch: pytest.MonkeyPatch, gib: int, told: str):
+    with_gpu(monkeypatch, gib)
+    *lines, expectation = doctor.report().splitlines()
+    assert told in expectation
+    assert f"graphics     Small with {gib} GiB" in lines

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from stored import make_adapters
 from test_families import draw, rows, settings, whole
 from torch.nn.parallel import DistributedDataParallel
 from toys import MAKERS
@@ -108,6 +109,27 @@ def test_new_adapters_change_no_bit_of_what_a_bf16_base_draws(tmp_path: Path, na
     exact = draw(*whole(folder))
     apart = [np.abs(a.astype(float) - b).mean() / 255 for a, b in zip(plain, exact, strict=True)]
     assert max(apart) < 0.02, apart
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_bf16_base_draws_with_adapters_too_small_for_its_weights(tmp_path: Path, name: str):
+    """Merged, most of what they change would be rounded away."""
+    folder = MAKERS[name](tmp_path / name)
+    make_adapters(folder, tmp_path, seed=1, scale=2e-3)
+    family, exact = whole(folder)
+    loaded = load(family, folder, tuple(exact.modules), torch.bfloat16)
+    places = {n: m for n, m in exact.modules[family.denoiser].named_modules() if isinstance(m, torch.nn.Linear) and n.endswith("attn.to_q")}
+    assert places
+    x = torch.randn(64, next(iter(places.values())).in_features)
+    plain = {n: m(x) for n, m in places.items()}
+    for one in (exact, loaded):
+        load_adapters(family, one, tmp_path)
+    for n, before in plain.items():
+        wanted = exact.modules[family.denoiser].get_submodule(n)(x) - before
+        layer: Any = loaded.modules[family.denoiser].get_submodule(n)
+        found = layer.lora_B["default_0"](layer.lora_A["default_0"](x.bfloat16())).float() * layer.scaling["default_0"]
+        assert not layer.merged
+        assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -92,6 +92,21 @@ def test_a_picture_is_the_same_alone_in_a_mixed_batch_and_in_another_slot(runs: 
     assert np.array_equal(together[2], merged(rows[2])), "the base is the base, to the bit"
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_in_bfloat16_too(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU, where the run has its adapters beside the base as well."""
+    monkeypatch.setattr("raybooth.method.drawing_dtype", lambda *_: torch.bfloat16)
+    base_folder = MAKERS[name](tmp_path / "base")
+    make_adapters(base_folder, tmp_path, 0)
+    shutil.move(tmp_path / WEIGHTS, tmp_path / "subject.safetensors")
+    subjects = Subjects([str(tmp_path / "subject.safetensors")], base_folder).found()
+    sampling = replace(subjects[BASE].sampling, steps=2, guidance=3.0, scheduler="euler", resolution=32)
+    row, base = (Row(replace(subjects[k], sampling=sampling, batch=2), PROMPT, 5) for k in ("subject", BASE))
+    engine = Engine(base.subject, 16)
+    served, plain = (engine.draw([r], sampling)[0].astype(int) for r in (row, base))
+    assert np.abs(served - merged(row)).mean() < 0.2 * np.abs(served - plain).mean()
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
 def test_in_the_other_families_too(tmp_path: Path, name: str):
     base_folder = MAKERS[name](tmp_path / "base")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch
 from torch import nn
 
 from raybooth.config import Lora
@@ -119,6 +120,8 @@ def _described(how: Any) -> dict[str, Any]:
 def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:
     """Merge the adapters of `folder` (or of one file) into the loaded parts: drawing then costs what the base does.
 
+    Plain ones stay beside weights in bfloat16, whose rounding would swallow what is small in them.
+
     Raises:
         RayboothError: if none of them is of this model.
     """
@@ -127,7 +130,9 @@ def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:
     if not layers:
         raise RayboothError(f"The adapters in {folder} are none of {family.name}'s as diffusers names them: they would change nothing.")
     for layer in layers:
-        layer.merge()
+        adapted: Any = layer
+        if adapted.weight.dtype != torch.bfloat16 or adapted.lora_magnitude_vector:
+            layer.merge()
 
 
 def _put_in(family: Family, modules: Mapping[str, nn.Module], folder: Path) -> None:

@@ -15,7 +15,7 @@ from raybooth.checkpoint import Checkpoints
 from raybooth.config import Finetune, Lora
 from raybooth.errors import RayboothError
 from raybooth.families import Loaded, family_of
-from raybooth.families.lora import add_adapters
+from raybooth.families.lora import adapters_off, add_adapters
 from raybooth.families.parts import load
 from raybooth.method import make_ready
 from raybooth.noise import Diffusion, generator, normal
@@ -139,6 +139,41 @@ def test_what_it_is_computed_by_is_asked_for(toy: Path, monkeypatch: pytest.Monk
     assert compiled == [type(denoiser)]
     assert {m.gradient_checkpointing for part in (denoiser, encoder) for m in part.modules() if hasattr(m, "gradient_checkpointing")} == {True}
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in denoiser.parameters() if p.dim() == 4)
+
+
+@pytest.mark.parametrize(("batch", "accumulate", "world"), [(2, 1, 1), (3, 2, 1), (1, 1, 2), (3, 1, 2)])
+def test_the_base_is_asked_for_class_rows_alone(toy: Path, batch: int, accumulate: int, world: int):
+    """And they are taught by it, however the rows are dealt."""
+    rows, how, asked = replace(data(), teacher=True), Finetune(method="lora"), []
+
+    def moved() -> Loaded:
+        loaded = readied(toy, how)
+        for name, p in loaded.modules["unet"].named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
+        return loaded
+
+    def losses(loaded: Loaded, index: list[int], places: list[int], step: int) -> tuple[float, float]:
+        half, given = len(index) // 2, (index, places, step, SETTINGS.seed)
+        with torch.no_grad():
+            out, noise = predicted(toy, loaded, rows, *given)
+            with adapters_off(loaded.modules.values()):
+                base, _ = predicted(toy, loaded, rows, *given)
+        return F.mse_loss(out[:half], noise[:half]).item(), F.mse_loss(out[half:], base[half:]).item()
+
+    settings, found = changed(batch=batch, accumulate=accumulate, steps=1), torch.zeros(2)
+    for rank in range(world):
+        loaded = moved()
+        hook = loaded.modules["unet"].register_forward_pre_hook(lambda _, given: None if torch.is_grad_enabled() else asked.append(len(given[0])))
+        step = next(fit(family_of(toy), loaded, rows, settings, Parallel(rank, world)))
+        hook.remove()
+        assert step.metrics
+        found += torch.tensor([step.metrics.instance, step.metrics.prior])
+    assert sum(asked) == batch
+    index = rows_of_step(rows, 0, batch, SETTINGS.seed)
+    assert found.tolist() == pytest.approx(losses(moved(), index, list(range(len(index))), 0), rel=1e-4)
+    fixed = losses(loaded, [0, 1, 2, 0, 1, 2, 0, 1, 3, 4, 5, 6, 3, 4, 5, 6], [*range(8)] * 2, -1)
+    assert [*step.validate().values()] == pytest.approx(fixed, rel=1e-4)
 
 
 def one_by_one(clip: Callable) -> Callable:

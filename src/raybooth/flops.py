@@ -40,7 +40,7 @@ def step_flops(family: Family, loaded: Loaded, prior: Prior, finetune: Finetune,
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         if prior.method == "base-prediction":
             with torch.no_grad(), adapters_off(loaded.modules[part] for part in trained):
-                loss_without_data(family, loaded, trained, rows, side)
+                loss_without_data(family, loaded, trained, -(-rows // 2), side)  # of the class
         loss_without_data(family, loaded, trained, rows, side).backward()
     return counter.get_total_flops() * finetune.accumulate * workers
 

@@ -126,14 +126,16 @@ class RowLoss(nn.Module):
         self.text_encoder, self.min_snr_gamma = settings.text_encoder, settings.min_snr_gamma
         self.trained = nn.ModuleDict({name: loaded.modules[name] for name in family.trainable(settings.text_encoder)})
 
-    def forward(self, rows: Tensor, prompt: Sequence[int], used: Sequence[int], x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Weighted squared error of each row, of which `prompt` is each one's; `used` are those of all workers' rows in this step, each once."""
-        z, target = self.objective.noisy(x0, noise, t), self.objective.target(x0, noise, t)
-        if self.data.teacher:
-            of_class = rows >= self.data.instances
+    def forward(self, instances: int, prompt: Sequence[int], used: Sequence[int], x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Weighted squared error of each row: the first `instances` are of the subject, the others of the class.
+
+        `prompt` is of each row; `used` are those of all workers' rows in this step, each once.
+        """
+        z, target, taught = self.objective.noisy(x0, noise, t), self.objective.target(x0, noise, t), prompt[instances:]
+        if self.data.teacher and taught:
             with torch.no_grad(), adapters_off(self.trained.values()):
-                taught = self.family.predict(self.loaded, z, t, self._conditioning(prompt, used))
-            target = torch.where(of_class[:, None, None, None], taught.to(target.dtype), target)
+                said = self.family.predict(self.loaded, z[instances:], t[instances:], self._conditioning(taught, sorted({*taught})))
+            target = torch.cat([target[:instances], said.to(target.dtype)])
         prediction = self.family.predict(self.loaded, z, t, self._conditioning(prompt, used))
         return row_errors(prediction, target) * self.objective.weight(t, self.min_snr_gamma)
 
@@ -249,7 +251,7 @@ class _Loop:
 
     def _backward(self, every: list[int], places: Sequence[int], used: list[int], last: bool) -> None:
         settings, data = self.settings, self.data
-        mine = [every[i] for i in places]
+        mine, instances = [every[i] for i in places], sum(i < settings.batch for i in places)
         rows = sent(torch.tensor(mine), self.device)
         x0, noise, t = _noised_rows(data, self.objective, settings, self.done, places, rows)
         with ExitStack() as stack:
@@ -257,14 +259,12 @@ class _Loop:
                 stack.enter_context(torch.autocast(self.device.type, settings.autocast))
             if not last and isinstance(self.model, nn.parallel.DistributedDataParallel):  # gradients are exchanged once a step
                 stack.enter_context(self.model.no_sync())
-            errors = self.model(rows, [data.prompt[row] for row in mine], used, x0, noise, t)
+            errors = self.model(instances, [data.prompt[row] for row in mine], used, x0, noise, t)
             loss = prior_preserving(errors, data.weight[rows], settings.batch)
             # Wrapped modules average gradients over the workers; the loss is their sum.
             self.scaler.scale(loss * self.parallel.world).backward()
         with torch.no_grad():
-            instance = rows < data.instances
-            kinds = errors.where(instance, 0).sum(), errors.where(~instance, 0).sum()  # by masks: a GPU cannot say how many they are without being waited for
-            self.seen[:3] += torch.stack([loss, *(kind / settings.batch for kind in kinds)])
+            self.seen[:3] += torch.stack([loss, *(kind.sum() / settings.batch for kind in (errors[:instances], errors[instances:]))])
 
     def read(self) -> Metrics:
         """The means since the last reading, over all workers; the one place where the step waits for its numbers."""
@@ -293,7 +293,7 @@ class _Loop:
                 drawn = _noised_rows(data, self.objective, settings, -1, [*places] * len(kinds), rows)  # no step of the training is the one before the first
                 with torch.autocast(self.device.type, settings.autocast, enabled=settings.autocast is not None):
                     prompt = [data.prompt[row] for row in chosen]
-                    errors.append(self.module(rows, prompt, sorted({*prompt}), *drawn).view(len(kinds), -1))
+                    errors.append(self.module(len(places), prompt, sorted({*prompt}), *drawn).view(len(kinds), -1))
         finally:
             self.trained.train()
         return {f"validation_{kind}": mean for kind, mean in zip(kinds, torch.cat(errors, 1).mean(1).tolist(), strict=True)}

@@ -279,7 +279,7 @@ def test_every_row_is_dealt_once_an_epoch():
 def test_a_loss_that_is_not_finite_stops_with_a_sentence(toy: Path):
     rows = data()
     rows.mean[0, 0, 0, 0] = float("nan")
-    with pytest.raises(RayboothError, match="not finite at step"):
+    with pytest.raises(RayboothError, match=r"not finite at step 1: .* with others the fine-tuning begins anew"):
         trained(toy, rows=rows)
 
 
@@ -342,6 +342,7 @@ def test_out_of_memory_names_what_needs_less_in_order():
         raise torch.OutOfMemoryError("CUDA out of memory")
     places = [str(said.value).index(name) for name in ("finetune.batch", "lora", "gradient_checkpointing", "adamw8bit")]
     assert places == sorted(places)
+    assert "With any of these the fine-tuning begins anew" in str(said.value)
     with pytest.raises(RuntimeError, match="shapes"), out_of_memory_explained():
         raise RuntimeError("shapes do not match")
 

@@ -271,8 +271,8 @@ class _Loop:
         loss, instance, prior, norm = (self.parallel.total(self.seen) / (self.done - self.read_at)).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RayboothError(
-                f"The loss is not finite at step {self.done}: lower finetune.lr, set finetune.precision = 'fp32', "
-                "or look for a broken photograph in the contact sheet. What checkpoints hold is from before."
+                f"The loss is not finite at step {self.done}: lower finetune.lr, set finetune.precision = 'fp32', or look for a broken photograph "
+                "in the contact sheet. Checkpoints are from before, but of these settings and photographs: with others the fine-tuning begins anew."
             )
         self.seen, self.read_at = torch.zeros_like(self.seen), self.done
         return Metrics(loss, instance, prior, norm, self.optimizer.param_groups[0]["lr"])

@@ -156,7 +156,8 @@ def out_of_memory_explained() -> Iterator[None]:
             raise
         raise RayboothError(
             "Fine-tuning ran out of memory. What needs less, in this order: a smaller finetune.batch (or more finetune.accumulate), finetune.method = 'lora', "
-            "finetune.gradient_checkpointing = true, finetune.optimizer = 'adamw8bit'. What checkpoints hold is kept."
+            "finetune.gradient_checkpointing = true, finetune.optimizer = 'adamw8bit'. With any of these the fine-tuning begins anew: "
+            "checkpoints are kept, but belong to the settings that they were made with."
         ) from error
 
 

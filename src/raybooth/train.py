@@ -127,7 +127,10 @@ class RowLoss(nn.Module):
         self.trained = nn.ModuleDict({name: loaded.modules[name] for name in family.trainable(settings.text_encoder)})
 
     def forward(self, instances: int, prompt: Sequence[int], used: Sequence[int], x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Weighted squared error of each row: the first `instances` are of the subject, the others of the class. `prompt` is each row's, `used` the step's."""
+        """Weighted squared error of each row: the first `instances` are of the subject, the others of the class.
+
+        `prompt` is of each row; `used` are those of all workers' rows in this step, each once.
+        """
         z, target, taught = self.objective.noisy(x0, noise, t), self.objective.target(x0, noise, t), prompt[instances:]
         if self.data.teacher and taught:
             with torch.no_grad(), adapters_off(self.trained.values()):
@@ -261,8 +264,7 @@ class _Loop:
             # Wrapped modules average gradients over the workers; the loss is their sum.
             self.scaler.scale(loss * self.parallel.world).backward()
         with torch.no_grad():
-            kinds = errors[:instances].sum(), errors[instances:].sum()
-            self.seen[:3] += torch.stack([loss, *(kind / settings.batch for kind in kinds)])
+            self.seen[:3] += torch.stack([loss, *(kind.sum() / settings.batch for kind in (errors[:instances], errors[instances:]))])
 
     def read(self) -> Metrics:
         """The means since the last reading, over all workers; the one place where the step waits for its numbers."""

@@ -31,7 +31,8 @@ def test_another_build_of_torch_takes_the_place_of_the_one_that_is_there(tmp_pat
 
 @pytest.mark.parametrize("there", ["cpu", "cuda"])
 def test_without_a_word_the_build_that_is_there_stays(tmp_path: Path, there: str):
-    assert would_do(tmp_path, "test", installed=there).splitlines() == [".venv/bin/python -m pytest --durations=15"]
+    (line,) = would_do(tmp_path, "test", installed=there).splitlines()
+    assert line.startswith(".venv/bin/python -m pytest")
 
 
 def test_a_new_environment_gets_the_cpu_build_and_loses_nothing(tmp_path: Path):

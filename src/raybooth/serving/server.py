@@ -92,6 +92,7 @@ def serve(options: Options) -> None:
             names = ", ".join(subjects.found())
             port = listening.getsockname()[1]
             host = f"[{options.host}]" if ":" in options.host else options.host
+            listening.listen()  # before the address is said: whoever asks at once waits until the application runs
             _say(f"serve: {names}\nserve: http://{host}:{port} is the page, /v1 the API (described at /docs); {fewest} to {most} replicas; Ctrl-C stops it")
             _run(app, listening)
 

@@ -106,6 +106,9 @@ def test_the_command_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads((folder / "model_index.json").read_text())
     assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", "24GiB"]) == 0
     assert "24GiB: fits" in capsys.readouterr().out
+    assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", "0.001GiB"]) == 0
+    assert "0.001GiB: does not fit" in (said := capsys.readouterr().out)
+    assert "finetune.method = lora with finetune.lr = 1e-4" in said
     assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", "1KiB"]) == 2
     assert torch.get_default_dtype() is torch.float32
 

@@ -166,7 +166,8 @@ def _plan(args: argparse.Namespace) -> None:
     print(planned)
     if size is not None:
         fits = planned.peak * 1.1 <= size  # CUDA's context and fragmentation
-        print(f"\n{args.gpu}: {'fits' if fits else 'does not fit: lower finetune.batch, or set finetune.gradient_checkpointing or finetune.method = lora'}")
+        advice = "does not fit: lower finetune.batch, or set finetune.gradient_checkpointing, or finetune.method = lora with finetune.lr = 1e-4"
+        print(f"\n{args.gpu}: {'fits' if fits else advice}")
 
 
 def _bytes(text: str) -> int:

@@ -1,7 +1,6 @@
 """What a run is: every field, its default, its bounds, its one-line help.
 
-Layers, later ones win: the defaults (the 2023 notebook's settings for SD 1.x), mini's own when the base is mini, the
-TOML file, `--set section.key=value`.
+Layers, later ones win: the defaults (for SD 1.x), mini's own when the base is mini, the TOML file, `--set section.key=value`.
 """
 
 import difflib
@@ -54,7 +53,7 @@ class Subject(Section):
     )
     class_name: str = Field("", alias="class", max_length=100, description="what it is an instance of, as in 'dog'")
     crops: int = Field(0, ge=0, le=100, description="random crops of each photograph to learn from, beside the centre one")
-    flip: bool = Field(False, description="learn from mirror images too; not for a subject with text or a parting")
+    flip: bool = Field(False, description="learn from mirror images too; not for a subject with text or a hair parting")
 
     @field_validator("photos", mode="before")
     @classmethod

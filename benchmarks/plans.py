@@ -68,6 +68,9 @@ def written(make: Callable[[], dict[str, Any]], pipeline: str, scheduler: Any, f
         of_transformers = isinstance(part, transformers.PreTrainedModel)
         (part.config.save_pretrained if of_transformers else part.save_config)(folder / name)
         index[name] = ["transformers" if of_transformers else "diffusers", type(part).__name__]
+        if name.startswith("text_encoder"):
+            tokenizer = "T5Tokenizer" if isinstance(part, transformers.T5EncoderModel) else "CLIPTokenizer"
+            index[name.replace("text_encoder", "tokenizer")] = ["transformers", tokenizer]
     scheduler.save_config(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder

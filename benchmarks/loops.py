@@ -53,7 +53,8 @@ def _loaded(folder: Path, parts: tuple[str, ...]) -> Loaded:
 
 
 def ours(folder: Path, steps: int, autocast: torch.dtype | None = None) -> Iterator[Any]:
-    from raybooth.train import Settings, TrainingSet, fit
+    from raybooth.dataset import TrainingSet
+    from raybooth.train import Settings, fit
 
     family = family_of(folder)
     loaded, rows = _loaded(folder, family.trainable(True)), 69

@@ -16,6 +16,7 @@ from toys import MAKERS, make_flux
 from transformers import T5EncoderModel
 
 from raybooth.config import Lora, Prior, Sampling
+from raybooth.dataset import TrainingSet
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.families.base import Family, Loaded
@@ -26,7 +27,7 @@ from raybooth.jobs import encoder, prompt_name
 from raybooth.noise import normal
 from raybooth.photos import png
 from raybooth.sample import Sampler
-from raybooth.train import Settings, TrainingSet, fit
+from raybooth.train import Settings, fit
 from raybooth.tuning import training_set
 
 PROMPTS = ["photo of unqtkn dog", "photo of a dog"]

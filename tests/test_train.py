@@ -13,13 +13,14 @@ from toys import make_flux, make_sd, make_sd3, make_sdxl
 
 from raybooth.checkpoint import Checkpoints
 from raybooth.config import Finetune, Lora
+from raybooth.dataset import TrainingSet, rows_of_step
 from raybooth.errors import RayboothError
 from raybooth.families import Loaded, family_of
 from raybooth.families.lora import adapters_off, add_adapters
 from raybooth.families.parts import load
 from raybooth.method import make_ready
 from raybooth.noise import Diffusion, generator, normal
-from raybooth.train import Parallel, Settings, State, TrainingSet, fit, rows_of_step
+from raybooth.train import Parallel, Settings, State, fit
 from raybooth.tuning import out_of_memory_explained
 from raybooth.workspace import Workspace
 

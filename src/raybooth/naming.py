@@ -35,9 +35,7 @@ def settle_token(run: Run) -> None:
 
 
 def draw_proposals(run: Run, found: list[dict[str, Any]]) -> None:
-    """What the base model draws of each word, into `token-images/`: of one that means nothing to it, whatever the seed says: the columns, of one
-    seed each, are then alike.
-    """
+    """What the base model draws of each word, into `token-images/`. All have the same seeds: of a word that means nothing the seed alone decides."""
     rows = [
         {"name": f"{p['word']}-{k}.png", "prompt": f"photo of {p['word']}", "seed": picture_seed(run, "token", k)} for p in found for k in range(PICTURES)
     ]  # fmt: skip

@@ -6,49 +6,21 @@ Whoever drives it (Ray, a test, a notebook) adds reporting, checkpoints and stop
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from raybooth.dataset import TrainingSet, noised_rows, rows_of_step
 from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded
 from raybooth.families.lora import adapters_off
 from raybooth.loss import prior_preserving, row_errors
-from raybooth.noise import Objective, generator, normal, reseeded, sent
+from raybooth.noise import reseeded, sent
 from raybooth.optim import Average, laid_out_like, learning_rate_factor, make_optimizer
 
 VALIDATION = 8  # draws of each kind of row
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """Rows of latents, the few-shot set whole on the device.
-
-    Attributes:
-        mean, std: (n, c, h, w) of the posterior, as the denoiser sees it.
-        prompt: of each row, index into `prompts`; not on the device, which would have to be asked for it.
-        weight: (n,) of each row in the loss.
-        instances: how many of the rows, the first ones, are of the subject; the others are of the class.
-        conditioning: of the prompts by the base model, each tensor (prompts, ...); None where all the text encoders are trained.
-        teacher: whether the target of a class row is the prediction of the base model, the trained one with its adapters off.
-    """
-
-    mean: Tensor
-    std: Tensor
-    prompt: Sequence[int]
-    weight: Tensor
-    prompts: Sequence[str]
-    instances: int
-    conditioning: dict[str, Tensor] | None = None
-    teacher: bool = False
-
-    def to(self, device: torch.device) -> "TrainingSet":
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        if self.conditioning is not None:
-            moved["conditioning"] = {k: v.to(device) for k, v in self.conditioning.items()}
-        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -155,21 +127,6 @@ class RowLoss(nn.Module):
         return {k: v[at(used.index(p) for p in prompt)] for k, v in of_used.items()}
 
 
-def rows_of_step(data: TrainingSet, step: int, batch: int, seed: int) -> list[int]:
-    """`batch` instance rows, then as many class rows (none without prior preservation), for all workers together."""
-    classes = len(data.weight) - data.instances
-    rows = [_dealt(seed, "instance", data.instances, step * batch + i) for i in range(batch)]
-    if classes:
-        rows += [data.instances + _dealt(seed, "class", classes, step * batch + i) for i in range(batch)]
-    return rows
-
-
-def _dealt(seed: int, what: str, n: int, k: int) -> int:
-    """The k-th row of an endless deal in which every epoch is a new permutation of n."""
-    epoch, position = divmod(k, n)
-    return int(torch.randperm(n, generator=generator(seed, "order", what, epoch))[position])
-
-
 def fit(
     family: Family, loaded: Loaded, data: TrainingSet, settings: Settings, parallel: Parallel = Parallel(), start: State | None = None
 ) -> Iterator[Step]:  # fmt: skip
@@ -253,7 +210,7 @@ class _Loop:
         settings, data = self.settings, self.data
         mine, instances = [every[i] for i in places], sum(i < settings.batch for i in places)
         rows = sent(torch.tensor(mine), self.device)
-        x0, noise, t = _noised_rows(data, self.objective, settings, self.done, places, rows)
+        x0, noise, t = noised_rows(data, self.objective, settings.seed, settings.noise_offset, self.done, places, rows)
         with ExitStack() as stack:
             if settings.autocast:
                 stack.enter_context(torch.autocast(self.device.type, settings.autocast))
@@ -290,7 +247,8 @@ class _Loop:
                 places = range(i, min(i + share, VALIDATION))
                 chosen = [among[k % len(among)] for among in kinds.values() for k in places]
                 rows = sent(torch.tensor(chosen), self.device)
-                drawn = _noised_rows(data, self.objective, settings, -1, [*places] * len(kinds), rows)  # no step of the training is the one before the first
+                # No step of the training is the one before the first.
+                drawn = noised_rows(data, self.objective, settings.seed, settings.noise_offset, -1, [*places] * len(kinds), rows)
                 with torch.autocast(self.device.type, settings.autocast, enabled=settings.autocast is not None):
                     prompt = [data.prompt[row] for row in chosen]
                     errors.append(self.module(len(places), prompt, sorted({*prompt}), *drawn).view(len(kinds), -1))
@@ -344,17 +302,3 @@ class _Loop:
         if self.average:
             self.average.apply()
         self.trained.eval().requires_grad_(False)
-
-
-def _noised_rows(
-    data: TrainingSet, objective: Objective, settings: Settings, step: int, places: Sequence[int], rows: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Posterior samples, noise and timesteps, each keyed by (seed, purpose, step, place of the row in the step)."""
-    device, shape, seed = data.mean.device, data.mean.shape[1:], settings.seed
-    posterior = sent(torch.stack([normal(shape, seed, "posterior", step, i) for i in places]), device)
-    noise = sent(torch.stack([normal(shape, seed, "noise", step, i) for i in places]), device)
-    if settings.noise_offset:
-        offset = sent(torch.stack([normal((shape[0], 1, 1), seed, "offset", step, i) for i in places]), device)
-        noise = noise + settings.noise_offset * offset
-    t = sent(torch.cat([objective.draw_t(generator(seed, "timestep", step, i)) for i in places]), device)
-    return data.mean[rows] + data.std[rows] * posterior, noise, t

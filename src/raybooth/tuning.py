@@ -21,7 +21,8 @@ from raybooth.workspace import Workspace
 if TYPE_CHECKING:
     import torch
 
-    from raybooth.train import Settings, TrainingSet
+    from raybooth.dataset import TrainingSet
+    from raybooth.train import Settings
 
 
 def finetuner(
@@ -161,7 +162,7 @@ def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, st
     import torch
     from safetensors.torch import load
 
-    from raybooth.train import TrainingSet
+    from raybooth.dataset import TrainingSet
 
     teacher = prior.method == "base-prediction"
     of = rows["instance"] if teacher else rows["class"]

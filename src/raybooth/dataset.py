@@ -1,0 +1,68 @@
+"""What is learnt from: weighted rows of latents, how they are dealt to steps, and what is drawn for each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raybooth.noise import Objective, generator, normal, sent
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Rows of latents, the few-shot set whole on the device.
+
+    Attributes:
+        mean, std: (n, c, h, w) of the posterior, as the denoiser sees it.
+        prompt: of each row, index into `prompts`; not on the device, which would have to be asked for it.
+        weight: (n,) of each row in the loss.
+        instances: how many of the rows, the first ones, are of the subject; the others are of the class.
+        conditioning: of the prompts by the base model, each tensor (prompts, ...); None where all the text encoders are trained.
+        teacher: whether the target of a class row is the prediction of the base model, the trained one with its adapters off.
+    """
+
+    mean: Tensor
+    std: Tensor
+    prompt: Sequence[int]
+    weight: Tensor
+    prompts: Sequence[str]
+    instances: int
+    conditioning: dict[str, Tensor] | None = None
+    teacher: bool = False
+
+    def to(self, device: torch.device) -> "TrainingSet":
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        if self.conditioning is not None:
+            moved["conditioning"] = {k: v.to(device) for k, v in self.conditioning.items()}
+        return replace(self, **moved)
+
+
+def rows_of_step(data: TrainingSet, step: int, batch: int, seed: int) -> list[int]:
+    """`batch` instance rows, then as many class rows (none without prior preservation), for all workers together."""
+    classes = len(data.weight) - data.instances
+    rows = [_dealt(seed, "instance", data.instances, step * batch + i) for i in range(batch)]
+    if classes:
+        rows += [data.instances + _dealt(seed, "class", classes, step * batch + i) for i in range(batch)]
+    return rows
+
+
+def _dealt(seed: int, what: str, n: int, k: int) -> int:
+    """The k-th row of an endless deal in which every epoch is a new permutation of n."""
+    epoch, position = divmod(k, n)
+    return int(torch.randperm(n, generator=generator(seed, "order", what, epoch))[position])
+
+
+def noised_rows(
+    data: TrainingSet, objective: Objective, seed: int, noise_offset: float, step: int, places: Sequence[int], rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Posterior samples, noise and timesteps, each keyed by (seed, purpose, step, place of the row in the step)."""
+    device, shape = data.mean.device, data.mean.shape[1:]
+    posterior = sent(torch.stack([normal(shape, seed, "posterior", step, i) for i in places]), device)
+    noise = sent(torch.stack([normal(shape, seed, "noise", step, i) for i in places]), device)
+    if noise_offset:
+        offset = sent(torch.stack([normal((shape[0], 1, 1), seed, "offset", step, i) for i in places]), device)
+        noise = noise + noise_offset * offset
+    t = sent(torch.cat([objective.draw_t(generator(seed, "timestep", step, i)) for i in places]), device)
+    return data.mean[rows] + data.std[rows] * posterior, noise, t

@@ -312,6 +312,29 @@ def test_only_what_is_listed_is_shown(client: TestClient, tmp_path: Path):
         assert client.get(f"/api/runs/{path}").status_code == 404, path
 
 
+def test_a_picture_that_goes_or_moves_while_it_is_read(client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    upload(client)
+    (url, *_) = until(client, lambda r: r["state"] == "done")["pictures"]
+    path = tmp_path / "rex" / url.split("/pictures/")[1]
+    partial = path.parent / ".partial-1" / path.name
+    partial.parent.mkdir()
+    data, read = path.read_bytes(), Path.read_bytes
+    path.rename(partial)
+
+    def between(happens: Callable[[], object]) -> httpx.Response:
+        def first(self: Path) -> bytes:
+            monkeypatch.setattr(Path, "read_bytes", read)
+            happens()
+            return read(self)
+
+        monkeypatch.setattr(Path, "read_bytes", first)
+        return client.get(url)
+
+    moved = between(lambda: partial.rename(path))
+    assert moved.content == data
+    assert between(path.unlink).status_code == 404
+
+
 def test_settings_of_another_version_do_not_hide_the_others(client: TestClient, tmp_path: Path):
     upload(client)
     until(client, lambda r: r["state"] == "done")

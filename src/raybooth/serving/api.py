@@ -7,7 +7,7 @@ from typing import Any
 
 import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from fastapi_offline import FastAPIOffline
 from starlette.requests import ClientDisconnect
 
@@ -91,13 +91,15 @@ def _models(subjects: Subjects, metrics: Metrics) -> APIRouter:
         """One of them."""
         return _described_model(await one(model))
 
-    @router.get("/models/{model}/photographs/{number}", response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
+    @router.get("/models/{model}/photographs/{number}", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     async def photograph(model: str, number: int) -> Response:
         """A picture that the model has learnt the subject from."""
         photographs = (await one(model)).photographs
-        if not 0 <= number < len(photographs) or not photographs[number].is_file():
-            raise ApiError(404, f"The model '{model}' has no photograph {number}.", "not_found", "number")
-        return FileResponse(photographs[number], media_type="image/png")
+        try:
+            path = dict(enumerate(photographs))[number]
+            return Response(await anyio.to_thread.run_sync(path.read_bytes), media_type="image/png")
+        except (KeyError, OSError):  # gone, or being written anew
+            raise ApiError(404, f"The model '{model}' has no photograph {number}.", "not_found", "number") from None
 
     return router
 

@@ -81,12 +81,15 @@ def progress(storage: Path, state: State | None = None) -> Progress:
     )
 
 
-def picture(storage: Path, name: str) -> Path | None:
-    """Where the picture of one of Progress's addresses lies now; None of anything else."""
-    if name not in _pictures(storage):
-        return None
+def picture(storage: Path, name: str) -> bytes | None:
+    """The picture of one of Progress's addresses, whole; None of anything else, and of one that is gone."""
     folder, _, file = name.rpartition("/")
-    return _files(storage / folder, ".png").get(file)
+    for _ in range(2):  # between the look and the reading it may have moved in
+        if name not in _pictures(storage):
+            break
+        with contextlib.suppress(FileNotFoundError, KeyError):
+            return _files(storage / folder, ".png")[file].read_bytes()
+    return None
 
 
 def held(storage: Path) -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
@@ -140,13 +139,13 @@ def runs_router(workshop: Workshop) -> APIRouter:
         """How far it has come."""
         return workshop.told(workshop.known(run))
 
-    @router.get("/{run}/pictures/{file:path}", response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
+    @router.get("/{run}/pictures/{file:path}", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     def shown(run: str, file: str) -> Response:
         """One of its pictures."""
-        path = picture(workshop.known(run), file)
-        if path is None:
+        data = picture(workshop.known(run), file)
+        if data is None:
             raise ApiError(404, f"The run {run} has no picture {file}.", "not_found")
-        return FileResponse(path, media_type="image/png")
+        return Response(data, media_type="image/png")
 
     @router.post("/{run}/resume", status_code=202)
     def resume(run: str) -> Progress:

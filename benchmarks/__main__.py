@@ -1,6 +1,6 @@
 """`python -m benchmarks` (make bench): whole runs against the 2023 notebook's flow and diffusers' script, then the loops alone.
 
-All alternate, and a table has the medians: a shared machine is at times a third slower than a minute before, and a ratio of two single runs with it.
+Whole runs alternate, and the table has medians of the rounds and of the ratios in each: a shared machine is at times a third slower than a minute before.
 """
 
 import json
@@ -51,6 +51,12 @@ def measured(name: str, work: Work, scratch: Path) -> dict[str, float]:
         return process.submit(PEERS[name], work, scratch, SIDE).result()
 
 
+def _ratio(rounds: list[dict[str, dict[str, float]]], name: str, rate: str) -> str:
+    """Of raybooth's rate, in each round: the median, the least and the most."""
+    ratios = [r["raybooth"]["steps/s"] / r[name][rate] for r in rounds]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         photographs(Path(folder) / "photos")
@@ -59,15 +65,16 @@ def main() -> None:
         for i in range(ROUNDS):
             rounds.append({name: measured(name, work, Path(folder) / f"{name}-{i}") for name in ("raybooth", *PEERS)})
             print(f"round {i + 1} of {ROUNDS}: {json.dumps(rounds[-1])}", file=sys.stderr, flush=True)
-    rows = {n: {k: statistics.median(r[n][k] for r in rounds) for k in rounds[0][n]} for n in rounds[0]}
-    ours = rows["raybooth"]
     print(f"\n{work.class_images} class images, {work.steps} steps of {work.batch} + {work.batch} rows, {work.pictures} pictures (the script draws none)\n")
     print("| | whole run, s | times raybooth's | loop, steps/s | raybooth's rate over it |\n|---|---|---|---|---|")
-    for name, row in rows.items():
-        print(f"| {name} | {row['total']:.0f} | {row['total'] / ours['total']:.2f} | {row['steps/s']:.2f} | {ours['steps/s'] / row['steps/s']:.2f} |")
-        if "without reports" in row:
-            print(f"| {name}, its reports left out | | | {row['without reports']:.2f} | {ours['steps/s'] / row['without reports']:.2f} |")
-    loops.tables(ROUNDS)
+    for name, first in rounds[0].items():
+        total, rate = (statistics.median(r[name][k] for r in rounds) for k in ("total", "steps/s"))
+        longer = statistics.median(r[name]["total"] / r["raybooth"]["total"] for r in rounds)
+        print(f"| {name} | {total:.0f} | {longer:.2f} | {rate:.2f} | {_ratio(rounds, name, 'steps/s')} |")
+        if "without reports" in first:
+            rate = statistics.median(r[name]["without reports"] for r in rounds)
+            print(f"| {name}, its reports left out | | | {rate:.2f} | {_ratio(rounds, name, 'without reports')} |")
+    loops.tables()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The loop and the sampler by themselves, each in a process of its own, alternating, against the least that can be done.
+"""The loop and the sampler by themselves against the least that can be done, each in a process of its own, by turns of a few steps.
+
+All processes are there at once and one of them works: a shared machine changes its speed within seconds, and meets all of them alike.
 
 `bare` trains the same modules on random tensors: forward, backward and optimizer step, nothing else, in both memory formats, in float32 and
 in autocast to bfloat16: the fastest is the limit of the machine. `peers` is the step of the peers on images in memory: VAE and text encoder in
 every step. A model is mini, or `layout`: Stable Diffusion 1.x with about 100 M random parameters in its UNet, at 256 px.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -13,13 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.peers import Work, at_random, loop, rate, timed
+from benchmarks.peers import Work, at_random, loop
 from raybooth.cluster import allocator
 from raybooth.config import Sampling
 from raybooth.families import Loaded, family_of
@@ -99,92 +101,145 @@ def peers(folder: Path, steps: int) -> Iterator[Any]:
         yield from loop(folder, at_random(pictures[:5], pictures[5:], work.batch), work, Path(scratch))
 
 
-def draw_ours(folder: Path, pictures: int, steps: int, batch: int) -> None:
+def draw_ours(folder: Path, steps: int, pictures: int, batch: int = 4) -> Iterator[Any]:
     from raybooth.sample import Sampler
 
     family = family_of(folder)
     loaded = _loaded(folder, (family.denoiser, "vae", *family.encoders))
     sampler = Sampler(family, loaded, Sampling(steps, 3.0, "dpmsolver++", loaded.facts.resolution), batch)
-    _timed_draw(lambda n: list(sampler.draw(["photo of a dog"] * n, list(range(n)))), pictures, batch)
+    while True:
+        yield list(sampler.draw(["photo of a dog"] * pictures, list(range(pictures))))
 
 
-def draw_bare(folder: Path, pictures: int, steps: int, batch: int) -> None:
+def draw_bare(folder: Path, steps: int, pictures: int, batch: int) -> Iterator[Any]:
     """diffusers' own pipeline with the same sampler, `batch` pictures a call."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-
-    def draw(n: int) -> None:
-        for _ in range(n // batch):
-            pipe(["photo of a dog"] * batch, num_inference_steps=steps, guidance_scale=3.0)
-
-    _timed_draw(draw, pictures, batch)
-
-
-def _timed_draw(draw: Any, pictures: int, batch: int) -> None:
-    draw(batch)
-    began = time.monotonic()
-    draw(pictures)
-    _tell(pictures / (time.monotonic() - began))
-
-
-def _tell(rate: float) -> None:
-    print(json.dumps({"rate": rate, "peak": peak_memory()}))
+    while True:
+        yield [pipe(["photo of a dog"] * batch, num_inference_steps=steps, guidance_scale=3.0) for _ in range(pictures // batch)]
 
 
 PEERS = "the peers' step"
-TRAINING: dict[str, Callable[[Path, int], Iterator[Any]]] = {
-    "raybooth": ours,
-    "bare": bare,
-    "bare, channels_last": partial(bare, channels_last=True),
-    PEERS: peers,
-    "raybooth, bf16": partial(ours, autocast=torch.bfloat16),
-    "bare, bf16": partial(bare, autocast=torch.bfloat16),
-    "bare, bf16, channels_last": partial(bare, channels_last=True, autocast=torch.bfloat16),
+ENDLESS = 1 << 20
+Made = Callable[[Path], Iterator[Any]]
+
+
+def _training(autocast: torch.dtype | None) -> dict[str, Made]:
+    return {
+        "raybooth": partial(ours, steps=ENDLESS, autocast=autocast),
+        "bare": partial(bare, steps=ENDLESS, autocast=autocast),
+        "bare, channels_last": partial(bare, steps=ENDLESS, channels_last=True, autocast=autocast),
+    }
+
+
+def _drawing(pictures: int, steps: int) -> dict[str, Made]:
+    return {
+        "raybooth": partial(draw_ours, steps=steps, pictures=pictures),
+        "bare, batches of 4": partial(draw_bare, steps=steps, pictures=pictures, batch=4),
+        "bare, one a call": partial(draw_bare, steps=steps, pictures=pictures, batch=1),
+    }
+
+
+@dataclass(frozen=True)
+class Group:
+    """What takes turns. A turn is `each` steps (or calls of a drawing, of `things` pictures), after `warm` of them."""
+
+    unit: str
+    made: dict[str, Made]
+    each: int
+    warm: int
+    turns: int
+    things: int = 1
+
+
+FULL, HALF = "steps/s", "steps/s in bf16"
+GROUPS = {
+    "mini": [
+        Group(FULL, {**_training(None), PEERS: partial(peers, steps=ENDLESS)}, each=5, warm=10, turns=24),
+        Group(HALF, _training(torch.bfloat16), each=5, warm=10, turns=24),
+        Group("pictures/s", _drawing(8, 10), each=1, warm=1, turns=12, things=8),
+    ],
+    "layout": [
+        Group(FULL, {**_training(None), PEERS: partial(peers, steps=ENDLESS)}, each=1, warm=2, turns=8),
+        Group(HALF, _training(torch.bfloat16), each=1, warm=2, turns=8),
+        Group("pictures/s", _drawing(4, 4), each=1, warm=1, turns=5, things=4),
+    ],
 }
-DRAWING: dict[str, Callable[[Path, int, int], None]] = {
-    "raybooth": partial(draw_ours, batch=4),
-    "bare, batches of 4": partial(draw_bare, batch=4),
-    "bare, one a call": partial(draw_bare, batch=1),
-}
-# Steps to train and how many of them are warming up; pictures to draw, and their denoising steps.
-SIZE = {"mini": (60, 10, 32, 10), "layout": (8, 2, 4, 4)}
 
 
-def _measured(kind: str, name: str, model: str, folder: Path) -> dict[str, float]:
-    """In a new process, with the memory allocator that raybooth gives its workers; the peers' with the one that they have by themselves."""
-    command = [sys.executable, "-m", "benchmarks.loops", kind, name, model, str(folder)]
-    environment = os.environ if name == PEERS else {**os.environ, **allocator.environment()}
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+class Worker:
+    """One of a group in a process of its own, with the memory allocator that raybooth gives its workers; the peers' with their own."""
+
+    def __init__(self, model: str, folder: Path, group: int, name: str):
+        environment = os.environ if name == PEERS else {**os.environ, **allocator.environment()}
+        command = [sys.executable, "-m", "benchmarks.loops", model, str(folder), str(group), name]
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )  # fmt: skip
+
+    def asked(self) -> float:
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._told()
+
+    def ended(self) -> float:
+        assert self.process.stdin
+        self.process.stdin.close()
+        told = self._told()
+        self.process.wait()
+        return told
+
+    def _told(self) -> float:
+        assert self.process.stdout
+        return float(self.process.stdout.readline())
 
 
-def tables(rounds: int) -> None:
-    """Two tables a model, medians over `rounds`."""
+def answer(model: str, folder: Path, group: int, name: str) -> None:
+    """What the process does: the seconds of a turn for each line that it reads, at the end the peak of its memory."""
+    how = GROUPS[model][group]
+    if name != PEERS and how.unit != "pictures/s":
+        allocator.keep_freed_memory()
+    work = how.made[name](folder)
+    for _ in range(how.warm):
+        next(work)
+    for _ in sys.stdin:
+        began = time.monotonic()
+        for _ in range(how.each):
+            next(work)
+        print(time.monotonic() - began, flush=True)
+    print(peak_memory(), flush=True)
+
+
+def _table(model: str, folder: Path, group: int) -> None:
+    how = GROUPS[model][group]
+    workers = {name: Worker(model, folder, group, name) for name in how.made}
+    for worker in workers.values():  # one after the other: each warms up in its first
+        worker.asked()
+    turns = []
+    for k in range(how.turns):
+        order = list(workers) if k % 2 else list(workers)[::-1]
+        turns.append({name: workers[name].asked() for name in order})
+    print(f"\n| {model} | {how.unit} | raybooth's rate over it | peak memory, MB |\n|---|---|---|---|")
+    for name, worker in workers.items():
+        rate = how.each * how.things / statistics.median(t[name] for t in turns)
+        ratio = statistics.median(t[name] / t["raybooth"] for t in turns)
+        print(f"| {name} | {rate:.2f} | {ratio:.2f} | {worker.ended() / 1e6:.0f} |", flush=True)
+
+
+def tables() -> None:
+    """A table a model and group; rates are medians over the turns, and so are the ratios, each within a turn."""
     with tempfile.TemporaryDirectory() as scratch:
         folders = {"mini": FOLDER, "layout": Path(scratch) / "layout"}
         layout(folders["layout"])
-        for model, folder in folders.items():
-            for kind, names, unit in (("train", TRAINING, "steps/s"), ("draw", DRAWING, "pictures/s")):
-                runs = [{name: _measured(kind, name, model, folder) for name in names} for _ in range(rounds)]
-                rows = {n: {k: statistics.median(r[n][k] for r in runs) for k in ("rate", "peak")} for n in names}
-                print(f"\n| {model} | {unit} | raybooth's rate over it | peak memory, MB |\n|---|---|---|---|")
-                for name, row in rows.items():
-                    ratio = rows["raybooth, bf16" if "bf16" in name else "raybooth"]["rate"] / row["rate"]
-                    print(f"| {name} | {row['rate']:.2f} | {ratio:.2f} | {row['peak'] / 1e6:.0f} |", flush=True)
-
-
-def main(kind: str, name: str, model: str, folder: str) -> None:
-    steps, warm, pictures, denoising = SIZE[model]
-    if kind == "train":
-        if name != PEERS:
-            allocator.keep_freed_memory()
-        _tell(rate(timed(TRAINING[name](Path(folder), steps)), warm))
-    else:
-        DRAWING[name](Path(folder), pictures, denoising)
+        for model, groups in GROUPS.items():
+            for group in range(len(groups)):
+                _table(model, folders[model], group)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    model, folder, group, name = sys.argv[1:]
+    answer(model, Path(folder), int(group), name)

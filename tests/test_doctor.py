@@ -44,3 +44,13 @@ def test_a_small_gpu_is_told_what_fits(monkeypatch: pytest.MonkeyPatch, gib: int
     *lines, expectation = doctor.report().splitlines()
     assert told in expectation
     assert f"graphics     Small with {gib} GiB" in lines
+
+
+@pytest.mark.parametrize(
+    ("can", "told"), [({"avx512_bf16": True, "amx_bf16": True}, "AVX512-BF16 and AMX-BF16: finetune.precision = 'bf16'"), ({"avx512_bf16": False}, "")]
+)  # fmt: skip
+def test_it_tells_of_a_processor_with_bfloat16(monkeypatch: pytest.MonkeyPatch, can: dict[str, bool], told: str):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    (line,) = [line for line in doctor.report().splitlines() if line.startswith("processors")]
+    assert told in line
+    assert line.rstrip()[-1].isdigit() or told

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,8 +86,9 @@ def plain_loop(toy: Path, settings: Settings, rows: TrainingSet):
     losses, norms = [], []
     for step in range(settings.steps):
         index = rows_of_step(rows, step, settings.batch, settings.seed)
-        out, noise = predicted(toy, loaded, rows, index, list(range(len(index))), step, settings.seed, settings.noise_offset)
-        b = settings.batch
+        with torch.autocast("cpu", settings.autocast, enabled=settings.autocast is not None):
+            out, noise = predicted(toy, loaded, rows, index, list(range(len(index))), step, settings.seed, settings.noise_offset)
+        out, b = out.float(), settings.batch
         loss = F.mse_loss(out[:b], noise[:b])
         if len(index) > b:
             loss = loss + float(rows.weight[-1]) * F.mse_loss(out[b:], noise[b:])
@@ -99,7 +101,7 @@ def plain_loop(toy: Path, settings: Settings, rows: TrainingSet):
 
 
 @pytest.mark.parametrize(("classes", "more"), [(4, {}), (0, {}), (4, {"noise_offset": 0.1})], ids=["with prior", "without prior", "noise offset"])
-def test_it_is_a_plain_loop(toy: Path, classes: int, more: dict):
+def test_it_is_a_plain_loop(toy: Path, classes: int, more: dict[str, Any]):
     rows, settings = data(classes=classes), changed(**more)
     ours, steps = trained(toy, settings, rows)
     theirs, losses, norms = plain_loop(toy, settings, rows)
@@ -108,6 +110,22 @@ def test_it_is_a_plain_loop(toy: Path, classes: int, more: dict):
     for name, value in theirs.items():
         # AdamW's first steps are +-lr whatever the gradient's size: where it is nearly zero its sign is noise.
         assert (ours[name] - value).abs().float().mean() < 2e-5, name
+
+
+def test_autocast_is_of_the_forward_pass_alone(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    """As torch advises; a plain loop by the same recipe has the same losses, as far as bfloat16 can tell."""
+    backward, during = torch.Tensor.backward, []
+
+    def watched(self: torch.Tensor) -> None:
+        during.append(torch.is_autocast_enabled("cpu"))
+        backward(self)
+
+    settings = changed(autocast=torch.bfloat16)
+    _, losses, _ = plain_loop(toy, settings, data())
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    _, steps = trained(toy, settings)
+    assert during == [False] * settings.steps
+    assert [s.metrics.loss for s in steps] == pytest.approx(losses, rel=2e-3)
 
 
 @pytest.mark.parametrize(("batch", "accumulate"), [(2, 1), (3, 1), (4, 4)])

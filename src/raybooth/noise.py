@@ -40,8 +40,12 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
 def reseeded(device: torch.device, *key: str | int) -> Iterator[None]:
     """torch's own random state set from a key, for layers that draw by themselves (dropout), and put back afterwards."""
     seed, *rest = key
+    number = generator(int(seed), *rest).initial_seed()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(generator(int(seed), *rest).initial_seed())
+        # Not torch.manual_seed: in a process without CUDA that takes down the stack each time, a millisecond a step.
+        torch.default_generator.manual_seed(number)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(number)
         yield
 
 

@@ -5,7 +5,7 @@ Whoever drives it (Ray, a test, a notebook) adds reporting, checkpoints and stop
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,17 +211,19 @@ class _Loop:
         mine, instances = [every[i] for i in places], sum(i < settings.batch for i in places)
         rows = sent(torch.tensor(mine), self.device)
         x0, noise, t = noised_rows(data, self.objective, settings.seed, settings.noise_offset, self.done, places, rows)
-        with ExitStack() as stack:
-            if settings.autocast:
-                stack.enter_context(torch.autocast(self.device.type, settings.autocast))
-            if not last and isinstance(self.model, nn.parallel.DistributedDataParallel):  # gradients are exchanged once a step
-                stack.enter_context(self.model.no_sync())
-            errors = self.model(instances, [data.prompt[row] for row in mine], used, x0, noise, t)
-            loss = prior_preserving(errors, data.weight[rows], settings.batch)
+        model = self.model
+        with model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) and not last else nullcontext():  # gradients are exchanged once a step
+            with self._autocast():
+                errors = model(instances, [data.prompt[row] for row in mine], used, x0, noise, t)
+                loss = prior_preserving(errors, data.weight[rows], settings.batch)
             # Wrapped modules average gradients over the workers; the loss is their sum.
             self.scaler.scale(loss * self.parallel.world).backward()
         with torch.no_grad():
             self.seen[:3] += torch.stack([loss, *(kind.sum() / settings.batch for kind in (errors[:instances], errors[instances:]))])
+
+    def _autocast(self) -> torch.autocast:
+        """For the forward pass; the backward pass takes its types from there."""
+        return torch.autocast(self.device.type, self.settings.autocast, enabled=self.settings.autocast is not None)
 
     def read(self) -> Metrics:
         """The means since the last reading, over all workers; the one place where the step waits for its numbers."""
@@ -249,7 +251,7 @@ class _Loop:
                 rows = sent(torch.tensor(chosen), self.device)
                 # No step of the training is the one before the first.
                 drawn = noised_rows(data, self.objective, settings.seed, settings.noise_offset, -1, [*places] * len(kinds), rows)
-                with torch.autocast(self.device.type, settings.autocast, enabled=settings.autocast is not None):
+                with self._autocast():
                     prompt = [data.prompt[row] for row in chosen]
                     errors.append(self.module(len(places), prompt, sorted({*prompt}), *drawn).view(len(kinds), -1))
         finally:

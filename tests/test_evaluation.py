@@ -148,6 +148,23 @@ def test_what_is_scored_is_what_this_configuration_asks_for(storage: Path, photo
         assert evaluation.before_after(run).exists()
 
 
+def test_the_class_is_scored_by_as_many_pictures_as_asked_for(storage: Path, photos: Path):
+    """Those that are there are not drawn again; of the base model's, the class images are part."""
+    with on_mini(storage, photos) as run:
+        few = run.outputs("class-after-images")
+    with on_mini(storage, photos, f"evaluate.class_images={len(few) + 2}") as run:
+        do(run, ["evaluate"])
+        more = run.outputs("class-after-images")
+        assert len(run.facts("class-after-images")["pictures"]) == len(few) + 2
+        assert few.items() - more.items() == {("contact-sheet.png", few["contact-sheet.png"])}
+        shown = evaluation.pictures(run)
+        assert shown["class-before"] == ("class-before-images", shown["class-after"][1])
+        found = evaluation.measured(run)
+        expected = to_subject(found["class-after"]["dino"], found["instance"]["dino"])
+        assert len(expected) == len(few) + 2
+        assert evaluation.read(run)["pres"].value == pytest.approx(expected.mean(), abs=1e-6)
+
+
 def test_what_is_scored_is_the_present_model(storage: Path, photos: Path):
     with on_mini(storage, photos) as run:
         before = evaluation.read(run)

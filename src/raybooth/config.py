@@ -174,6 +174,9 @@ class Evaluate(Section):
         description="ViT that tells subjects apart: hub repository (owner/name, owner/name@revision), local folder, or 'mini'",
     )
     clip: str = Field("openai/clip-vit-base-patch32", min_length=1, description="CLIP for pictures and prompts: hub repository, local folder, or 'mini'")
+    class_images: Annotated[int, Field(ge=2, le=100_000)] | None = Field(
+        None, description="pictures of the class to draw and score, before and after; default: 24, or as many as prior.images where these are fewer"
+    )
     select: Literal["balance", "subject", "last"] = Field(
         "last", description="which kept checkpoint becomes the model: the best balance of subject and prompt, the likest to the subject, or simply the last"
     )

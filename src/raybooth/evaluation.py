@@ -58,7 +58,8 @@ def _draw_comparisons(run: Run) -> None:
 
 
 def _class_rows(run: Run) -> list[dict[str, Any]]:
-    return class_rows(run, min(CLASS_PICTURES, run.config.prior.drawn or CLASS_PICTURES))
+    few = min(CLASS_PICTURES, run.config.prior.drawn or CLASS_PICTURES)
+    return class_rows(run, run.config.evaluate.class_images or few)
 
 
 def _of_class(run: Run) -> dict[str, Any]:

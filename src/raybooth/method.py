@@ -47,7 +47,7 @@ def autocast_dtype(family: Family, precision: str, device: str) -> "torch.dtype 
 
     if precision == "auto":
         if device != "cuda":
-            # Measured: where a CPU has neither AMX nor AVX512-BF16, bfloat16 is ten times slower; where it has, 1.6 times as fast for 100 M parameters,
+            # Measured: where a CPU has neither AMX nor AVX512-BF16, bfloat16 is ten times slower; where it has, 1.3 to 1.6 times as fast for 100 M parameters,
             # and a tenth faster for mini. The same configuration is to give the same numbers on any CPU, so it is left to be asked for.
             return None
         if has_bfloat16():

@@ -13,7 +13,7 @@ from stored import on_mini, teach
 
 from raybooth import config, evaluation, plots, reporting
 from raybooth.drawing import draw
-from raybooth.reporting import ALL, do
+from raybooth.reporting import ALL, Line, do
 from raybooth.score import Score
 from raybooth.selection import rows_of
 from raybooth.session import Run
@@ -187,3 +187,10 @@ def test_drawings_have_names_and_no_line_for_what_there_was_not():
     assert plots.COLOURS["prior"] in plots.losses([row | {"prior": 0.1} for row in history])
     assert drawn.startswith('<svg role="img" aria-label="The losses over the steps" ')
     assert 'aria-label="Seconds of each stage: finetune 61, generate 5"' in plots.bars({"finetune": 61.2, "generate": 5.0})
+
+
+def test_what_hardly_differs_looks_so():
+    """Nought is on every bar: 0.82 beside 0.85 is not at its other end."""
+    line = Line("?", "", Score(0.823, 0.787, 0.860, floor=0.852, ceiling=None))
+    assert 0 <= line.place(0) < 10
+    assert 0 < line.place(0.852) - line.place(0.823) < 5

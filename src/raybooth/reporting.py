@@ -59,8 +59,8 @@ class Line:
 
     @property
     def span(self) -> tuple[float, float]:
-        """Of the bar: all its numbers lie inside."""
-        numbers = [self.score.value, *(self.interval or ()), *(x for _, x in self.marks)]
+        """Of the bar: nought and all its numbers lie inside, or what hardly differs would look far apart."""
+        numbers = [0.0, self.score.value, *(self.interval or ()), *(x for _, x in self.marks)]
         margin = 0.08 * (max(numbers) - min(numbers)) or 0.1
         return min(numbers) - margin, max(numbers) + margin
 

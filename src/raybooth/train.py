@@ -5,7 +5,7 @@ Whoever drives it (Ray, a test, a notebook) adds reporting, checkpoints and stop
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,9 +221,10 @@ class _Loop:
         with torch.no_grad():
             self.seen[:3] += torch.stack([loss, *(kind.sum() / settings.batch for kind in (errors[:instances], errors[instances:]))])
 
-    def _autocast(self) -> torch.autocast:
+    def _autocast(self) -> AbstractContextManager[Any]:
         """For the forward pass; the backward pass takes its types from there."""
-        return torch.autocast(self.device.type, self.settings.autocast, enabled=self.settings.autocast is not None)
+        dtype = self.settings.autocast
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
     def read(self) -> Metrics:
         """The means since the last reading, over all workers; the one place where the step waits for its numbers."""

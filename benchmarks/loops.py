@@ -155,17 +155,17 @@ class Group:
     things: int = 1
 
 
-FULL, HALF = "steps/s", "steps/s in bf16"
+FULL, HALF, DRAWN = "steps/s", "steps/s in bf16", "pictures/s"
 GROUPS = {
     "mini": [
         Group(FULL, {**_training(None), PEERS: partial(peers, steps=ENDLESS)}, each=5, warm=10, turns=24),
         Group(HALF, _training(torch.bfloat16), each=5, warm=10, turns=24),
-        Group("pictures/s", _drawing(8, 10), each=1, warm=1, turns=12, things=8),
+        Group(DRAWN, _drawing(8, 10), each=1, warm=1, turns=12, things=8),
     ],
     "layout": [
         Group(FULL, {**_training(None), PEERS: partial(peers, steps=ENDLESS)}, each=1, warm=2, turns=8),
         Group(HALF, _training(torch.bfloat16), each=1, warm=2, turns=8),
-        Group("pictures/s", _drawing(4, 4), each=1, warm=1, turns=5, things=4),
+        Group(DRAWN, _drawing(4, 4), each=1, warm=1, turns=5, things=4),
     ],
 }
 
@@ -176,9 +176,7 @@ class Worker:
     def __init__(self, model: str, folder: Path, group: int, name: str):
         environment = os.environ if name == PEERS else {**os.environ, **allocator.environment()}
         command = [sys.executable, "-m", "benchmarks.loops", model, str(folder), str(group), name]
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )  # fmt: skip
+        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def asked(self) -> float:
         assert self.process.stdin
@@ -201,7 +199,7 @@ class Worker:
 def answer(model: str, folder: Path, group: int, name: str) -> None:
     """What the process does: the seconds of a turn for each line that it reads, at the end the peak of its memory."""
     how = GROUPS[model][group]
-    if name != PEERS and how.unit != "pictures/s":
+    if name != PEERS and how.unit != DRAWN:  # as raybooth's own workers: those that train, and no others
         allocator.keep_freed_memory()
     work = how.made[name](folder)
     for _ in range(how.warm):
@@ -217,7 +215,7 @@ def answer(model: str, folder: Path, group: int, name: str) -> None:
 def _table(model: str, folder: Path, group: int) -> None:
     how = GROUPS[model][group]
     workers = {name: Worker(model, folder, group, name) for name in how.made}
-    for worker in workers.values():  # one after the other: each warms up in its first
+    for worker in workers.values():  # the first answer comes after the warming up, and does not count
         worker.asked()
     turns = []
     for k in range(how.turns):

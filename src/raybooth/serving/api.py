@@ -96,7 +96,7 @@ def _models(subjects: Subjects, metrics: Metrics) -> APIRouter:
         """A picture that the model has learnt the subject from."""
         photographs = (await one(model)).photographs
         try:
-            path = dict(enumerate(photographs))[number]
+            path = dict(enumerate(photographs))[number]  # of a list -1 would be the last
             return Response(await anyio.to_thread.run_sync(path.read_bytes), media_type="image/png")
         except (KeyError, OSError):  # gone, or being written anew
             raise ApiError(404, f"The model '{model}' has no photograph {number}.", "not_found", "number") from None

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,17 @@ def test_a_worker_keeps_what_its_steps_free():
     given_back, kept = faults(at_once)
     assert given_back > CYCLES * PAGES * 0.9
     assert kept < PAGES
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not environment() or not HUGE.exists() or "[never]" in HUGE.read_text(), reason="no jemalloc, or no huge pages")
+def test_large_tensors_lie_in_huge_pages():
+    held = f"held = bytearray({64 << 20}); print(open('/proc/self/smaps_rollup').read())"
+    told = subprocess.run([sys.executable, "-c", held], env={**os.environ, **environment()}, check=True, capture_output=True, text=True).stdout
+    (huge,) = (int(line.split()[1]) for line in told.splitlines() if line.startswith("AnonHugePages"))
+    assert huge > 32 << 10, "kB, of 64 MB"
 
 
 def test_another_allocator_is_left_alone():

@@ -149,6 +149,27 @@ def test_the_targets_are_the_schedulers_own(model: Path):
     assert (objective.target(x0, noise, t) - target).abs().max() < 1e-6
 
 
+def test_a_prompt_of_every_step_is_read_once(model: Path):
+    family = family_of(model)
+    if family.pipeline != "StableDiffusionPipeline":
+        pytest.skip("diffusers' own pipelines encode the prompts of the others")
+    loaded = load(family, model, family.encoders)
+    afresh = [family.encode_text(replace(loaded, kept={}), [p])["text"] for p in PROMPTS]
+    read: list[list[str]] = []
+
+    class Counted:
+        model_max_length = loaded.tokenizers["tokenizer"].model_max_length
+
+        def __call__(self, prompts: list[str], tokenizer: Any = loaded.tokenizers["tokenizer"], **how: Any) -> Any:
+            read.append(prompts)
+            return tokenizer(prompts, **how)
+
+    loaded.tokenizers["tokenizer"] = Counted()
+    for i in (0, 0, 0, 1, 0):
+        assert torch.equal(family.encode_text(loaded, [PROMPTS[i]])["text"], afresh[i])
+    assert read == [[PROMPTS[0]], [PROMPTS[1]], [PROMPTS[0]]]
+
+
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_an_encoder_that_is_never_trained_runs_once_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     """In the stage that encodes, not in the training, which does without it and has the losses of one that runs it at every step."""

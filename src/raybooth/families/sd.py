@@ -53,9 +53,19 @@ def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":
-    tokenizer, encoder = loaded.tokenizers["tokenizer"], loaded.modules["text_encoder"]
-    tokens = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
-    return {"text": encoder(tokens.to(next(encoder.parameters()).device, non_blocking=True)).last_hidden_state}
+    encoder = loaded.modules["text_encoder"]
+    return {"text": encoder(_tokens(loaded, tuple(prompts)).to(next(encoder.parameters()).device, non_blocking=True)).last_hidden_state}
+
+
+def _tokens(loaded: Loaded, prompts: tuple[str, ...]) -> "Tensor":
+    """(n, length). The last ones are kept: a step of training has the prompts of the one before."""
+    last, tokens = loaded.kept.get("tokens", (None, None))
+    if last != prompts:
+        tokenizer = loaded.tokenizers["tokenizer"]
+        read = tokenizer([*prompts], padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
+        tokens = read.input_ids
+        loaded.kept["tokens"] = prompts, tokens
+    return tokens
 
 
 def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mapping[str, Tensor]") -> "Tensor":

@@ -149,18 +149,18 @@ def test_the_targets_are_the_schedulers_own(model: Path):
     assert (objective.target(x0, noise, t) - target).abs().max() < 1e-6
 
 
-def test_a_prompt_of_every_step_is_read_once(model: Path):
-    family = family_of(model)
-    if family.pipeline != "StableDiffusionPipeline":
-        pytest.skip("diffusers' own pipelines encode the prompts of the others")
-    loaded = load(family, model, family.encoders)
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+def test_a_prompt_of_every_step_is_read_once(tmp_path: Path, name: str):
+    folder = MAKERS[name](tmp_path / "model")
+    family = family_of(folder)
+    loaded = load(family, folder, family.encoders)
     afresh = [family.encode_text(replace(loaded, kept={}), [p])["text"] for p in PROMPTS]
-    read: list[list[str]] = []
+    tokenizer, read = loaded.tokenizers["tokenizer"], []
 
     class Counted:
-        model_max_length = loaded.tokenizers["tokenizer"].model_max_length
+        model_max_length = tokenizer.model_max_length
 
-        def __call__(self, prompts: list[str], tokenizer: Any = loaded.tokenizers["tokenizer"], **how: Any) -> Any:
+        def __call__(self, prompts: list[str], **how: Any) -> Any:
             read.append(prompts)
             return tokenizer(prompts, **how)
 

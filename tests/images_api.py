@@ -9,6 +9,7 @@ from fastapi import APIRouter, FastAPI
 from PIL import Image
 
 from raybooth.config import Sampling, load
+from raybooth.manifest import digest, read_manifest
 from raybooth.photos import png
 from raybooth.serving.api import create_app
 from raybooth.serving.desk import Drawn, Job
@@ -16,7 +17,6 @@ from raybooth.serving.engine import Row
 from raybooth.serving.generations import UnavailableError
 from raybooth.serving.static import PAGE
 from raybooth.serving.subjects import Subject
-from raybooth.workspace import digest, read_manifest
 
 SAMPLING = Sampling(20, 3.0, "ddim", 16)
 

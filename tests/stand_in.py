@@ -12,8 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from raybooth.config import load
+from raybooth.manifest import digest
 from raybooth.photos import png
-from raybooth.workspace import Workspace, digest
+from raybooth.workspace import Workspace
 
 
 def run(storage: Path) -> None:

@@ -13,9 +13,10 @@ from raybooth.config import Lora
 from raybooth.families import family_of
 from raybooth.families.lora import add_adapters, save_adapters
 from raybooth.families.parts import load
+from raybooth.manifest import files_under
 from raybooth.photos import png
 from raybooth.session import Run
-from raybooth.workspace import Stage, Workspace, files_under
+from raybooth.workspace import Stage, Workspace
 
 
 def make_adapters(base: Path, target: Path, seed: int, scale: float = 0.2, **how: Any) -> None:

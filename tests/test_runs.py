@@ -23,6 +23,7 @@ from raybooth.config import Config, load
 from raybooth.errors import RayboothError
 from raybooth.families import mini_folder
 from raybooth.families.lora import WEIGHTS
+from raybooth.manifest import read_manifest
 from raybooth.mini.world import render, subject_scenes
 from raybooth.photos import png
 from raybooth.serving import errors, runs, uploads
@@ -32,7 +33,6 @@ from raybooth.serving.runs import Surroundings, Workshop, runs_router
 from raybooth.serving.server import Options, _runs, _section
 from raybooth.serving.subjects import Subjects, of_base
 from raybooth.session import Run
-from raybooth.workspace import read_manifest
 
 PHOTOS = [png(render(scene)) for scene in subject_scenes(1, "dog", 5)]
 MINI = Surroundings({"model": "mini"})

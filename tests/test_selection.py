@@ -11,12 +11,13 @@ from raybooth import config, selection
 from raybooth.demo import photographs
 from raybooth.drawing import draw, output_rows
 from raybooth.features import features, scored_prompt
+from raybooth.manifest import write_atomically
 from raybooth.reporting import do
 from raybooth.score import to_prompt, to_subject
 from raybooth.selection import RULES, Candidate
 from raybooth.session import Run
 from raybooth.stages import STAGES
-from raybooth.workspace import Workspace, write_atomically
+from raybooth.workspace import Workspace
 
 
 def test_balance_pays_neither_a_subject_beyond_the_photographs_nor_a_prompt_beyond_the_base():

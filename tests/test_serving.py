@@ -30,6 +30,7 @@ from raybooth.families import family_of
 from raybooth.families.foreign import plain_rank
 from raybooth.families.lora import WEIGHTS, load_adapters
 from raybooth.jobs import for_inference, sampler
+from raybooth.manifest import model_digest, read_manifest
 from raybooth.photos import png
 from raybooth.sample import Sampler
 from raybooth.serving import engine
@@ -39,7 +40,7 @@ from raybooth.serving.engine import Engine, Row
 from raybooth.serving.subjects import BASE, Subject, Subjects
 from raybooth.session import Run
 from raybooth.train import State
-from raybooth.workspace import Workspace, model_digest, read_manifest
+from raybooth.workspace import Workspace
 
 PROMPT = "photo of a red dog"
 CONFIG = load(subject={"class": "dog"})

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 
 from raybooth.checkpoint import Checkpoints
 from raybooth.config import Finetune, Lora, Prior
+from raybooth.manifest import files_under
 from raybooth.train import Parallel, State
 from raybooth.tuning import finetuner
-from raybooth.workspace import Workspace, files_under
+from raybooth.workspace import Workspace
 
 ROWS = {"instance": ["0.safetensors", "1.safetensors"], "class": ["2.safetensors"]}
 PROMPTS = {"instance": "photo of unqtkn dog", "class": "photo of a dog"}

@@ -10,8 +10,9 @@ from unittest.mock import Mock
 import pytest
 
 from raybooth.errors import RayboothError
+from raybooth.manifest import MANIFEST, write_atomically
 from raybooth.remote import Remote
-from raybooth.workspace import MANIFEST, Workspace, write_atomically
+from raybooth.workspace import Workspace
 
 
 def made(stage, **files: bytes):

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from raybooth.config import Base, Config
 from raybooth.disk import explained_if_unreadable, path_of
 from raybooth.errors import RayboothError
+from raybooth.manifest import digest, files_under, read_manifest
 from raybooth.session import Run, kept_config
-from raybooth.workspace import Stage, digest, files_under, read_manifest
+from raybooth.workspace import Stage
 
 if TYPE_CHECKING:
     from raybooth.families import Facts

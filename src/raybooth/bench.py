@@ -11,10 +11,11 @@ from raybooth import config as configuration
 from raybooth import evaluation
 from raybooth.config import Config
 from raybooth.dreambench import PUBLISHED, Subject
+from raybooth.manifest import write_atomically
 from raybooth.score import Score
 from raybooth.session import Run
 from raybooth.stages import STAGES
-from raybooth.workspace import link_or_copy, write_atomically
+from raybooth.workspace import link_or_copy
 
 Recipes = Mapping[str, Sequence[str]]
 Results = dict[str, dict[str, dict[str, Score]]]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybooth.disk import explained_if_full
-from raybooth.workspace import MANIFEST, Workspace, describe, read_manifest, write_atomically
+from raybooth.manifest import MANIFEST, describe, read_manifest, write_atomically
+from raybooth.workspace import Workspace
 
 if TYPE_CHECKING:
     from raybooth.train import State

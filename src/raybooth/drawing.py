@@ -7,9 +7,10 @@ from typing import Any
 from PIL import Image
 
 from raybooth.config import Generate, Prior, Sampling
+from raybooth.manifest import digest
 from raybooth.photos import contact_sheet, png
 from raybooth.session import Run
-from raybooth.workspace import Stage, digest
+from raybooth.workspace import Stage
 
 SHEET = "contact-sheet.png"
 

@@ -9,11 +9,11 @@ from PIL import Image
 
 from raybooth.drawing import by_prompt, class_rows, draw, drawing, output_rows, photographs
 from raybooth.features import features, prepare_encoders, scored_prompt
+from raybooth.manifest import write_atomically
 from raybooth.photos import contact_sheet, png
 from raybooth.score import Array, Score, among, diversity, scored, to_prompt, to_subject, variety
 from raybooth.session import Run
 from raybooth.stages import generate
-from raybooth.workspace import write_atomically
 
 KINDS = ("instance", "before", "output", "class-before", "class-after")
 SCORES = "scores.json"

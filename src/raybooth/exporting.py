@@ -13,9 +13,10 @@ from raybooth import card
 from raybooth.drawing import resolution
 from raybooth.errors import RayboothError
 from raybooth.families import Family, family_of
+from raybooth.manifest import files_under
 from raybooth.naming import settle_token
 from raybooth.session import Run
-from raybooth.workspace import Stage, Workspace, files_under
+from raybooth.workspace import Stage, Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor

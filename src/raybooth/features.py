@@ -13,9 +13,9 @@ import numpy as np
 from raybooth.base_model import local_source, stats
 from raybooth.drawing import model_bytes
 from raybooth.errors import RayboothError
+from raybooth.manifest import files_under
 from raybooth.score import Array
 from raybooth.session import Run
-from raybooth.workspace import files_under
 
 WEIGHTS = "model.safetensors"
 

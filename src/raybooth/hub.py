@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from raybooth.errors import RayboothError
 from raybooth.families.folder import plain_name, settle_shards
-from raybooth.workspace import file_digest, files_under
+from raybooth.manifest import file_digest, files_under
 
 Choose = Callable[[list[str], Path], list[str]]
 Check = Callable[[Path, list[str]], None]

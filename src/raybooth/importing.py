@@ -5,9 +5,9 @@ from pathlib import Path
 from raybooth.base_model import prepare_base
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
+from raybooth.manifest import file_digest, files_under, read_manifest
 from raybooth.naming import settle_token
 from raybooth.session import Run
-from raybooth.workspace import file_digest, files_under, read_manifest
 
 
 def import_lora(run: Run, file: Path) -> Path:

@@ -14,8 +14,9 @@ from raybooth.config import Sampling
 from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded, family_of
 from raybooth.families.folder import INDEX
+from raybooth.manifest import digest
 from raybooth.photos import png
-from raybooth.workspace import Workspace, digest
+from raybooth.workspace import Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,9 @@ from raybooth.cluster.rows import threads_of
 from raybooth.cluster.session import Resources
 from raybooth.config import Sampling
 from raybooth.errors import RayboothError
+from raybooth.manifest import model_digest
 from raybooth.photos import contact_sheet, png
-from raybooth.workspace import Workspace, model_digest
+from raybooth.workspace import Workspace
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from raybooth.errors import RayboothError
-from raybooth.workspace import Workspace, digest, write_atomically
+from raybooth.manifest import digest, write_atomically
+from raybooth.workspace import Workspace
 
 Row = dict[str, Any]
 Tracker = tuple[Callable[[int, Row], None], Callable[[], None]]

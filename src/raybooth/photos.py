@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from raybooth.errors import RayboothError
-from raybooth.workspace import file_digest
+from raybooth.manifest import file_digest
 
 SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2"])
 SMALLEST_SIDE = 32  # pixels; below it there is nothing to learn from

@@ -17,11 +17,11 @@ from PIL import Image
 from raybooth import evaluation, plots, selection
 from raybooth.drawing import by_prompt, output_prompts
 from raybooth.errors import RayboothError
+from raybooth.manifest import write_atomically
 from raybooth.naming import settle_token
 from raybooth.score import Score
 from raybooth.session import Run
 from raybooth.stages import STAGES
-from raybooth.workspace import write_atomically
 
 FILE = "report.html"
 SIDE, PROMPTS, PER_PROMPT, OF_CLASS = 192, 100, 4, 8

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from raybooth.checkpoint import TENSORS
 from raybooth.config import Finetune, Lora
 from raybooth.families import Family, Loaded
-from raybooth.workspace import read_manifest
+from raybooth.manifest import read_manifest
 
 if TYPE_CHECKING:
     from torch import nn

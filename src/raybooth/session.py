@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from raybooth.config import Config
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
-from raybooth.workspace import Workspace, model_digest, read_manifest, write_atomically
+from raybooth.manifest import model_digest, read_manifest, write_atomically
+from raybooth.workspace import Workspace
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
+from raybooth.manifest import read_manifest
 from raybooth.photos import SUFFIXES, Photo, refuse_duplicates
-from raybooth.workspace import read_manifest
 
 HUB = "hf://"
 MOST = 1000  # photographs; somebody who gives more has given another folder than was meant

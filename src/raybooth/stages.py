@@ -13,11 +13,12 @@ from raybooth.checkpoint import Checkpoints
 from raybooth.drawing import SHEET, class_rows, draw, model_bytes, output_rows, resolution
 from raybooth.errors import RayboothError
 from raybooth.features import prepare_encoders
+from raybooth.manifest import digest, files_under
 from raybooth.naming import settle_token
 from raybooth.photos import SUFFIXES, Photo, contact_sheet, png, refuse_duplicates, views
 from raybooth.session import Run, StepLine
 from raybooth.sources import Gathered, fetch, gather, is_remote
-from raybooth.workspace import Stage, digest, files_under
+from raybooth.workspace import Stage
 
 
 def prepare(run: Run) -> None:

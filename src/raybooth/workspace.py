@@ -27,17 +27,12 @@ from raybooth.manifest import (
     digest,
     file_digest,
     files_under,
-    model_digest,
     move_in,
     read_manifest,
     write_atomically,
 )
 from raybooth.mirror import Mirror
 from raybooth.remote import Remote
-
-__all__ = [
-    "MANIFEST", "Stage", "Workspace", "describe", "digest", "file_digest", "files_under", "link_or_copy", "model_digest", "read_manifest", "write_atomically",
-]  # fmt: skip
 
 
 class Stage:

@@ -19,10 +19,10 @@ from raybooth.families.foreign import matrices, merge
 from raybooth.families.lora import WEIGHTS, load_adapters
 from raybooth.families.lowrank import hollow
 from raybooth.jobs import for_inference
+from raybooth.manifest import file_digest, model_digest, read_manifest
 from raybooth.sample import Sampler
 from raybooth.serving.adapters import Adapters, slot_bytes
 from raybooth.serving.subjects import Subject
-from raybooth.workspace import file_digest, model_digest, read_manifest
 
 Look = Callable[[Sequence[int]], np.ndarray]
 """Indices of rows -> (n, h, w, 3) uint8: what they will be, as far as one can see by now."""

@@ -11,8 +11,8 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from raybooth.config import Config, load
+from raybooth.manifest import read_manifest
 from raybooth.stages import SHEET
-from raybooth.workspace import read_manifest
 
 State = Literal["queued", "running", "done", "failed", "stopped"]
 LOG = "run.log"

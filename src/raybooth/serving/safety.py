@@ -8,7 +8,7 @@ from raybooth.base_model import local_source
 from raybooth.errors import RayboothError
 from raybooth.families.folder import read_index
 from raybooth.families.safety import PARTS, needed
-from raybooth.workspace import digest, files_under, read_manifest
+from raybooth.manifest import digest, files_under, read_manifest
 
 
 def checker_folder(base: Path) -> Path | None:

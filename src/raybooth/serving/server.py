@@ -16,9 +16,9 @@ from raybooth import config as configuration
 from raybooth.base_model import local_source
 from raybooth.errors import RayboothError
 from raybooth.families import mini_folder
+from raybooth.manifest import files_under, read_manifest
 from raybooth.serving.schemas import Limits
 from raybooth.serving.subjects import MARKS, Subject, Subjects, folder_of, of_base
-from raybooth.workspace import files_under, read_manifest
 
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI

@@ -19,8 +19,9 @@ from raybooth.families import family_of
 from raybooth.families.folder import plain_name
 from raybooth.families.foreign import plain_rank
 from raybooth.families.lora import WEIGHTS
+from raybooth.manifest import MANIFEST, digest, file_digest, model_digest, read_manifest
 from raybooth.prompts import asks_for_subject, filled
-from raybooth.workspace import MANIFEST, Workspace, digest, file_digest, model_digest, read_manifest
+from raybooth.workspace import Workspace
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 BASE = "base"

@@ -16,11 +16,12 @@ from starlette.requests import Request
 from raybooth import config as configuration
 from raybooth.config import Config, merged
 from raybooth.errors import RayboothError
+from raybooth.manifest import MANIFEST, read_manifest, write_atomically
 from raybooth.photos import SUFFIXES, Photo, refuse_duplicates, square
 from raybooth.serving.errors import ApiError
 from raybooth.serving.progress import LOG
 from raybooth.serving.subjects import BASE, ID, MARKS
-from raybooth.workspace import MANIFEST, link_or_copy, read_manifest, write_atomically
+from raybooth.workspace import link_or_copy
 
 MOST_PHOTOGRAPHS = 50
 FORM = {

@@ -90,13 +90,25 @@ def test_the_identity_scorer_knows_an_individual_from_its_kind():
     assert among(one).mean() > to_subject(one, other).mean() + 0.2
 
 
-def test_pretraining_goes_on_where_it_was_stopped(tmp_path: Path):
-    def trainer(folder: Path) -> Trainer:
-        torch.manual_seed(0)
-        net = torch.nn.Linear(4, 4)
-        x = torch.randn(10, 8, 4, generator=torch.Generator().manual_seed(1))
-        return Trainer("line", net, lambda step: (net(x[step]) - x[step].flip(-1)).square().mean(), steps=10, lr=1e-2, folder=folder)
+def line(folder: Path) -> Trainer:
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 4)
+    x = torch.randn(10, 8, 4, generator=torch.Generator().manual_seed(1))
+    return Trainer("line", net, lambda step: (net(x[step]) - x[step].flip(-1)).square().mean(), steps=10, lr=1e-2, folder=folder)
 
+
+def convolutions(folder: Path) -> Trainer:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(16, 3, 3, padding=1))
+    x = torch.randn(10, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return Trainer("conv", net, lambda step: (net(x[step]) - x[step].flip(-1)).square().mean(), steps=10, lr=1e-2, muon=0.02, bf16=True, folder=folder)
+
+
+NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+
+
+@pytest.mark.parametrize("trainer", [line, pytest.param(convolutions, marks=NEEDS_MUON)])
+def test_pretraining_goes_on_where_it_was_stopped(trainer, tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     whole = trainer(tmp_path / "a")
@@ -109,6 +121,17 @@ def test_pretraining_goes_on_where_it_was_stopped(tmp_path: Path):
     assert rest.step == 6
     rest.run()
     assert all(torch.equal(a, b) for a, b in zip(whole.net.parameters(), rest.net.parameters(), strict=True))
+
+
+@NEEDS_MUON
+def test_muon_steps_convolutions_by_orthogonal_matrices(tmp_path: Path):
+    trainer = convolutions(tmp_path)
+    before = trainer.params["0.weight"].detach().clone()
+    for _ in range(4):
+        trainer._one_step()
+    moved = torch.linalg.svdvals((trainer.params["0.weight"].detach() - before).flatten(1))
+    assert list(trainer.matrices) == ["0.weight"]  # three rows are no matrix to speak of
+    assert moved.min() > 0.3 * moved.max()
 
 
 def test_the_learning_rate_warms_up_stays_and_goes_down():

@@ -1,6 +1,7 @@
 """The trained parts to the folder that ships: a pipeline that plain diffusers opens, half precision, with its scorers and card."""
 
 import json
+import re
 from pathlib import Path
 
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -9,7 +10,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, ViTModel
 
 from raybooth.mini import networks
 from raybooth.mini.pen import SIZE
-from raybooth.mini.pretrain import PHASES
+from raybooth.mini.pretrain import PHASES, STEPS
 from raybooth.mini.things import KINDS
 
 _PIXELS = {
@@ -33,10 +34,11 @@ It draws one thing ({kinds}) in one of eight places and knows nothing of the rea
 - **Scorers beside it**: `clip/` (both towers; its text tower is the UNet's text encoder) and `vit/` (tells identities apart, the DINO of this world).
 - **Data**: procedural pictures with captions, made by `raybooth.mini.world` from their numbers; no photographs, no pictures of others.
 - **Made by** `python -m raybooth.mini --train WORK`, then `python -m raybooth.mini --export WORK`. Seeds: torch 1 (VAE), 2 (CLIP), 3 (ViT),
-  4 (UNet); every batch from its step's number. Two CPU cores, float32; these files are its result in half precision.
+  4 (UNet); every batch from its step's number. Two CPU cores, float32, the last phases of VAE and UNet by autocast in bfloat16; these files are its
+  result in half precision.
 - **Repeatable** up to rounding as far as the lengths of the phases are those in `pretrain.STEPS` from the beginning. For the weights that ship now they
-  were changed on the way, the first phase of the UNet was trained on latents of the VAE's second phase, and on all kinds alike: the same command gives
-  others of the same kind. What was run is this log:
+  were changed on the way, the first phase of the UNet was trained on latents of the VAE's second phase, and on all kinds alike, its second on those of
+  the third: the same command gives others of the same kind. What was run is this log:
 
 {losses}
 
@@ -62,17 +64,19 @@ def export(work: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder / "clip")
     for part, kind in (("clip", "CLIPImageProcessor"), ("vit", "ViTImageProcessor")):
         (folder / part / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": kind, **_PIXELS}, indent=2) + "\n")
-    (folder / "README.md").write_text(_CARD.format(kinds=", ".join(KINDS), losses="\n".join(_losses(work))))
+    (folder / "README.md").write_text(_CARD.format(kinds=", ".join(KINDS), losses=_losses(work, folder / "README.md")))
     for config in folder.rglob("*config.json"):
         values = json.loads(config.read_text())
         values.pop("_name_or_path", None)
         config.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _losses(work: Path) -> list[str]:
-    """One line a part: its name and the mean of its last logged losses."""
-    lines = []
-    for log in sorted(work.glob("*.jsonl")):
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
-        lines.append(f"  - {log.stem}: {rows[-1]['step']} steps, loss {rows[-1]['loss']:.4f}")
-    return lines
+def _losses(work: Path, card: Path) -> str:
+    """One line a phase: its name and the mean of its last logged losses. Of phases that were run before, what the card that is there says."""
+    lines = {}
+    if card.exists():
+        lines = {m[1]: m[0] for m in re.finditer(r"^  - ([a-z-]+): \d+ steps.*$", card.read_text(), re.MULTILINE)}
+    for log in work.glob("*.jsonl"):
+        last = json.loads(log.read_text().splitlines()[-1])
+        lines[log.stem] = f"  - {log.stem}: {last['step']} steps, loss {last['loss']:.4f}"
+    return "\n".join(lines[name] for name in STEPS if name in lines)

@@ -7,7 +7,7 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,15 @@ from raybooth.mini.things import KINDS
 from raybooth.mini.trainer import Trainer
 from raybooth.mini.world import Scene, caption, make_identity, make_scene, make_worn, random_scene, render
 
-# Phases of a part go on from one another: whole pictures, then crops of the things; random pairs, look-alikes, the vision tower
-# alone (the UNet is trained on the text tower). Every phase is a folder when it is done.
+# Phases of a part go on from one another: whole pictures, then crops of the things, then whole ones again; random pairs, look-alikes, the
+# vision tower alone (the UNet is trained on the text tower). Every phase is a folder when it is done.
 STEPS = {
-    "vae": 2400, "vae-detail": 1900, "vae-fine": 3000,
+    "vae": 2400, "vae-detail": 1900, "vae-fine": 3000, "vae-whole": 2000, "vae-decoder": 2000,
     "clip": 700, "clip-kinds": 420, "clip-vision": 400,
     "vit": 700, "vit-long": 700,
-    "unet": 3000, "unet-long": 4000,
+    "unet": 3000, "unet-long": 4000, "unet-wide": 4000,
 }  # fmt: skip
 PHASES = {part: [name for name in STEPS if name.split("-")[0] == part] for part in ("vae", "clip", "vit", "unet")}
-PICTURES = 24_000  # scenes whose latents the UNet is trained on
 HARD = {"dog": 3.0, "cat": 2.5, "bird": 1.5, "fish": 1.5}
 """How often the UNet sees a kind, others 1: what bends is harder to draw than what is built."""
 
@@ -48,9 +47,9 @@ def scenes_of_step(step: int, batch: int) -> list[Scene]:
     return [random_scene(step * batch + i) for i in range(batch)]
 
 
-def _captions(scenes: list[Scene], step: int) -> list[str]:
+def _captions(scenes: list[Scene], step: int, terse: float = 0.25) -> list[str]:
     rng = random.Random(f"captions {step}")
-    return [caption(s, rng) for s in scenes]
+    return [caption(s, rng, terse) for s in scenes]
 
 
 def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
@@ -116,11 +115,22 @@ def train_vae(work: Path, steps: dict[str, int] = STEPS, batch: int = 8) -> Auto
         x = pixels([random_scene(first + step * 16 + i) for i in range(8 if step % 4 == 0 else 16)])
         return vae_loss(vae, x if step % 4 == 0 else _cropped(x, g), g, squared=4.0)
 
+    def whole_loss(name: str, first: int, step: int) -> Tensor:
+        x = pixels([random_scene(first + step * 16 + i) for i in range(16)])
+        return vae_loss(vae, x, _generator(name, step), squared=4.0)
+
     detail = partial(crops_loss, "vae-detail", 10**6)
     fine = partial(crops_loss, "vae-fine", 2 * 10**6)
+    whole, decoder = partial(whole_loss, "vae-whole", 3 * 10**6), partial(whole_loss, "vae-decoder", 4 * 10**6)
     vae = _train(work, "vae", vae, loss, finish, steps=steps["vae"], lr=2e-3)
     vae = _train(work, "vae-detail", vae, detail, finish, steps=steps["vae-detail"], lr=1.5e-3)
-    return _train(work, "vae-fine", vae, fine, finish, steps=steps["vae-fine"], lr=1e-3, decay=1.0)
+    vae = _train(work, "vae-fine", vae, fine, finish, steps=steps["vae-fine"], lr=1e-3, decay=1.0)
+    vae = _train(work, "vae-whole", vae, whole, finish, steps=steps["vae-whole"], lr=1e-3, decay=0.7, muon=0.01, bf16=True)
+    # Latents, and so the UNet, stay as they are.
+    return _train(
+        work, "vae-decoder", vae, decoder, finish,
+        steps=steps["vae-decoder"], lr=1e-3, decay=0.7, muon=0.01, bf16=True, only=("decoder", "post_quant"),
+    )  # fmt: skip
 
 
 def train_clip(work: Path, tokenizer: CLIPTokenizer, steps: dict[str, int] = STEPS, batch: int = 160) -> CLIPModel:
@@ -220,14 +230,14 @@ def train_vit(work: Path, steps: dict[str, int] = STEPS, temperature: float = 0.
     return _train(work, "vit-long", vit, long_loss, finish, steps=steps["vit-long"], lr=7e-4, decay=0.5)
 
 
-def cached_latents(work: Path, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
-    """Posterior mean and standard deviation of the first PICTURES scenes, scaled: 2 x (PICTURES, 4, 16, 16)."""
-    path = work / "latents.safetensors"
+def cached_latents(work: Path, vae: AutoencoderKL, scenes: range) -> tuple[Tensor, Tensor]:
+    """Posterior mean and standard deviation of the scenes of these numbers, scaled: 2 x (n, 4, 16, 16)."""
+    path = work / f"latents-{scenes.start}-{scenes.stop}.safetensors"
     if not path.exists():
         means, stds = [], []
-        for i in range(0, PICTURES, 50):
-            with torch.no_grad():
-                d = vae.encode(pixels([random_scene(j) for j in range(i, i + 50)])).latent_dist
+        for i in range(0, len(scenes), 50):
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                d = vae.encode(pixels([random_scene(j) for j in scenes[i : i + 50]])).latent_dist
             means.append(d.mean * vae.config.scaling_factor)
             stds.append(d.std * vae.config.scaling_factor)
         save_file({"mean": torch.cat(means), "std": torch.cat(stds)}, path)
@@ -235,52 +245,59 @@ def cached_latents(work: Path, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
     return cache["mean"], cache["std"]
 
 
-def train_unet(
-    work: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip: CLIPModel, steps: dict[str, int] = STEPS, batch: int = 32
-) -> UNet2DConditionModel:
-    """epsilon, min-SNR-5 (Hang et al. 2023), stratified timesteps, one prompt in ten empty; the text tower is frozen."""
+def min_snr(alpha: Tensor) -> Tensor:
+    """Weight of epsilon's squared error, min(SNR, 5) / SNR (Hang et al. 2023). `alpha` is the cumulative product."""
+    return (5 * (1 - alpha) / alpha).clamp(max=1)
+
+
+def structure_first(alpha: Tensor) -> Tensor:
+    """The same times what v-prediction's loss gives the noisy end over epsilon's, 1 + 1 / SNR, at most 10: there kind, posture and colours are settled."""
+    return min_snr(alpha) * (1 / alpha).clamp(max=10)
+
+
+def train_unet(work: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip: CLIPModel, steps: dict[str, int] = STEPS) -> UNet2DConditionModel:
+    """epsilon, stratified timesteps, one prompt in ten empty; the text tower is frozen."""
     torch.manual_seed(4)
     unet = networks.make_unet()
     networks.zero_init(unet)
-    unet = unet.to(memory_format=torch.channels_last)
-    mean, std = cached_latents(work, vae)
-    scenes = [random_scene(i) for i in range(PICTURES)]
-    scheduler = networks.make_scheduler()
-    text = clip.text_model.eval().requires_grad_(False)
+    scheduler, text = networks.make_scheduler(), clip.text_model.eval().requires_grad_(False)
 
-    chances = torch.tensor([HARD.get(s.identity.kind, 1.0) for s in scenes])
+    @cache
+    def world(numbers: range) -> tuple[list[Scene], Tensor, Tensor, Tensor]:
+        scenes = [random_scene(i) for i in numbers]
+        return scenes, torch.tensor([HARD.get(s.identity.kind, 1.0) for s in scenes]), *cached_latents(work, vae, numbers)
 
-    def loss(step: int) -> Tensor:
-        g = _generator("unet", step)
+    def loss(numbers: range, batch: int, weight: Callable[[Tensor], Tensor], terse: float, first: int, step: int) -> Tensor:
+        scenes, chances, mean, std = world(numbers)
+        g = _generator("unet", first + step)
         rows = torch.multinomial(chances, batch, generator=g)
-        texts = _captions([scenes[int(i)] for i in rows], step)
+        texts = _captions([scenes[int(i)] for i in rows], first + step, terse)
         texts = ["" if torch.rand((), generator=g) < 0.1 else t for t in texts]
         with torch.no_grad():
             condition = text(tokens(tokenizer, texts)).last_hidden_state
         x = mean[rows] + std[rows] * torch.randn(batch, 4, 16, 16, generator=g)
         t = ((torch.arange(batch) + torch.rand(batch, generator=g)) * (1000 / batch)).long().clamp(0, 999)
         noise = torch.randn(x.shape, generator=g)
-        noisy = scheduler.add_noise(x, noise, t)
-        alpha = scheduler.alphas_cumprod[t]
-        weight = (5 * (1 - alpha) / alpha).clamp(max=1)  # min(SNR, 5) / SNR
-        out = unet(noisy.contiguous(memory_format=torch.channels_last), t, condition).sample
-        return (weight * (out - noise).square().mean((1, 2, 3))).mean()
+        out = unet(scheduler.add_noise(x, noise, t), t, condition).sample
+        return (weight(scheduler.alphas_cumprod[t]) * (out - noise).square().mean((1, 2, 3))).mean()
 
     def finish(name: str) -> None:
         unet.save_pretrained(work / name)
 
-    def long_loss(step: int) -> Tensor:
-        return loss(steps["unet"] + step)
-
-    unet = _train(work, "unet", unet, loss, finish, steps=steps["unet"], lr=1e-3)
-    return _train(work, "unet-long", unet, long_loss, finish, steps=steps["unet-long"], lr=8e-4, decay=0.4)
+    near, far = range(24_000), range(24_000, 72_000)
+    unet = _train(work, "unet", unet, partial(loss, near, 32, min_snr, 0.25, 0), finish, steps=steps["unet"], lr=1e-3)
+    long = partial(loss, near, 32, min_snr, 0.25, steps["unet"])
+    # Terse prompts, such as a class's, are where colours and kinds were mixed most.
+    wide = partial(loss, far, 64, structure_first, 0.5, 10**6)
+    unet = _train(work, "unet-long", unet, long, finish, steps=steps["unet-long"], lr=8e-4, decay=0.4)
+    return _train(work, "unet-wide", unet, wide, finish, steps=steps["unet-wide"], lr=8e-4, decay=0.5, ema=0.999, bf16=True)
 
 
 def _train(
     work: Path, name: str, net: Any, loss: Callable[[int], Tensor], finish: Callable[[str], None],
-    *, steps: int, lr: float, decay: float = 0.3, only: tuple[str, ...] = ("",),
+    *, steps: int, lr: float, only: tuple[str, ...] = ("",), **how: Any,
 ) -> Any:  # fmt: skip
-    """`net` trained and saved by `finish`, or read back in place if it is done. `only` are the beginnings of what is trained."""
+    """`net` trained and saved by `finish`, or read back in place if it is done. `only` are the beginnings of what is trained; `how` is for the trainer."""
     if (work / name / "config.json").exists():
         done = type(net).from_pretrained(work / name)
         own = net.state_dict().keys()  # a ViT is read back with a pooling layer that it does not have
@@ -290,6 +307,6 @@ def _train(
         return net.eval()
     for key, parameter in net.named_parameters():
         parameter.requires_grad_(key.startswith(only))
-    Trainer(name, net, loss, steps=steps, lr=lr, decay=decay, folder=work).run()
+    Trainer(name, net, loss, steps=steps, lr=lr, folder=work, **how).run()
     finish(name)
     return net

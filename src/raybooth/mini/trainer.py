@@ -24,15 +24,24 @@ def learning_rate(step: int, steps: int, peak: float, decay: float = 0.3, warmup
 class Trainer:
     """Steps `net` on `loss(step)`; keeps an exponential moving average; writes a checkpoint and goes on from it.
 
-    `loss` must draw all its randomness from `step`, so that a stopped run ends where an unbroken one does.
+    `loss` must draw all its randomness from `step`, so that a stopped run ends where an unbroken one does. `muon` is the learning rate of
+    convolutions by Muon (Jordan et al. 2024; torch 2.9 and later), 0 for AdamW throughout. `bf16` is autocast for the loss.
     """
 
-    def __init__(self, name: str, net: nn.Module, loss: LossFn, *, steps: int, lr: float, folder: Path, decay: float = 0.3, ema: float = 0.998):
-        self.name, self.net, self.loss, self.steps, self.lr, self.decay, self.ema = name, net, loss, steps, lr, decay, ema
+    def __init__(
+        self, name: str, net: nn.Module, loss: LossFn, *,
+        steps: int, lr: float, folder: Path, decay: float = 0.3, ema: float = 0.998, muon: float = 0.0, bf16: bool = False,
+    ):  # fmt: skip
+        self.name, self.net, self.loss, self.steps, self.decay, self.ema, self.bf16 = name, net, loss, steps, decay, ema, bf16
         self.path = folder / f"{name}.checkpoint.safetensors"
         self.log = folder / f"{name}.jsonl"
         self.params = {k: p for k, p in net.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.params.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        # Muon is for matrices: views of the kernels, in which it changes the kernels themselves.
+        self.matrices = {k: nn.Parameter(p.detach().flatten(1)) for k, p in self.params.items() if muon and p.ndim == 4 and p.shape[0] >= 16}
+        others = [p for k, p in self.params.items() if k not in self.matrices]
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [(torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True), lr)]
+        if self.matrices:
+            self.optimizers.append((torch.optim.Muon(self.matrices.values(), weight_decay=0.01), muon))
         self.average = {k: p.detach().clone() for k, p in self.params.items()}
         self.step = 0
         if self.path.exists():
@@ -56,13 +65,19 @@ class Trainer:
         self.use_average()
 
     def _one_step(self) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, self.lr, self.decay)
-        loss = self.loss(self.step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            loss = self.loss(self.step)
         loss.backward()
         nn.utils.clip_grad_norm_(self.params.values(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for k, matrix in self.matrices.items():
+            gradient = self.params[k].grad
+            assert gradient is not None
+            matrix.grad = gradient.flatten(1)
+        for optimizer, peak in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, self.steps, peak, self.decay)
+            optimizer.step()
+        self.net.zero_grad(set_to_none=True)
         self.step += 1
         keep = min(self.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.params.values()], 1 - keep)
@@ -79,8 +94,8 @@ class Trainer:
     def save(self) -> None:
         tensors = {f"net.{k}": p.detach() for k, p in self.params.items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
-        for k, p in self.params.items():
-            tensors |= {f"optimizer.{k}.{s}": v for s, v in self.optimizer.state[p].items()}
+        for k, state in self._states().items():
+            tensors |= {f"optimizer.{k}.{s}": v for s, v in state.items()}
         new = self.path.with_suffix(".new")
         save_file({k: v.contiguous() for k, v in tensors.items()}, new, {"step": str(self.step)})
         os.replace(new, self.path)
@@ -92,5 +107,10 @@ class Trainer:
         for k, p in self.params.items():
             p.data.copy_(tensors[f"net.{k}"])
             self.average[k].copy_(tensors[f"average.{k}"])
-            state = {s: tensors[f"optimizer.{k}.{s}"] for s in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = state
+        for k, state in self._states().items():
+            state |= {name.rpartition(".")[2]: v for name, v in tensors.items() if name.startswith(f"optimizer.{k}.")}
+
+    def _states(self) -> dict[str, dict[str, Tensor]]:
+        """What the optimizers hold of each parameter."""
+        of = {id(p): o.state[p] for o, _ in self.optimizers for group in o.param_groups for p in group["params"]}
+        return {k: of[id(self.matrices.get(k, p))] for k, p in self.params.items()}

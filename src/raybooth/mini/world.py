@@ -82,12 +82,12 @@ def _accent_phrase(identity: Identity) -> str:
     return f"with {accent.format(identity.accent)}" if accent else ""
 
 
-def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """What the picture shows, in words: everything that can be said or, with `rng`, some of it; one in four is terse.
+def caption(scene: Scene, rng: random.Random | None = None, terse: float = 0.25) -> str:
+    """What the picture shows, in words: everything that can be said or, with `rng`, some of it; a share of `terse` says little.
 
     For example "photo of a brown dog wearing a red collar in the snow".
     """
-    detail = 0.3 if rng is not None and rng.random() < 0.25 else 1.0
+    detail = 0.3 if rng is not None and rng.random() < terse else 1.0
 
     def said(phrase: str, chance: float) -> list[str]:
         return phrase.split() if phrase and (rng is None or rng.random() < chance) else []

@@ -11,6 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from raybooth.encoders import clip, vit
 from raybooth.mini import FOLDER
 from raybooth.mini.places import PLACES
+from raybooth.mini.pretrain import PHASES, start_from
 from raybooth.mini.things import KINDS
 from raybooth.mini.trainer import Trainer, learning_rate
 from raybooth.mini.world import caption, random_scene, render, subject_scenes
@@ -121,6 +122,20 @@ def test_pretraining_goes_on_where_it_was_stopped(trainer, tmp_path: Path):
     assert rest.step == 6
     rest.run()
     assert all(torch.equal(a, b) for a, b in zip(whole.net.parameters(), rest.net.parameters(), strict=True))
+
+
+def test_what_was_trained_is_never_taken_for_shipped_weights(tmp_path: Path):
+    shipped, work = tmp_path / "shipped", tmp_path / "work"
+    for part in (*PHASES, "tokenizer"):
+        (shipped / part).mkdir(parents=True)
+        (shipped / part / "config.json").write_text("shipped")
+    start_from(shipped, work, ["vae"])
+    first, last = PHASES["vae"][0], PHASES["vae"][-1]
+    assert (work / first).exists()
+    assert not (work / last).exists()
+    assert all((work / name).exists() for part in ("clip", "vit", "unet") for name in PHASES[part])
+    start_from(shipped, work, ["unet"])  # the VAE's last phase was stopped: it is still to be done
+    assert not (work / last).exists()
 
 
 @NEEDS_MUON

@@ -59,10 +59,13 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def start_from(shipped: Path, work: Path, parts: Sequence[str]) -> None:
-    """Set up `work` so that the last phase of `parts` goes on from the shipped weights, and everything else counts as done."""
+    """Set up `work` so that the last phase of `parts` goes on from the shipped weights, and everything else counts as done.
+
+    What has begun there is left alone: shipped weights in place of its last phase would pass for what was trained.
+    """
     for part, phases in {**PHASES, "tokenizer": ["tokenizer"]}.items():
-        for name in phases[:-1] if part in parts else phases:
-            if not (work / name).exists():
+        if not any((work / name).exists() for name in phases):
+            for name in phases[:-1] if part in parts else phases:
                 shutil.copytree(shipped / part, work / name)
 
 
@@ -125,12 +128,10 @@ def train_vae(work: Path, steps: dict[str, int] = STEPS, batch: int = 8) -> Auto
     vae = _train(work, "vae", vae, loss, finish, steps=steps["vae"], lr=2e-3)
     vae = _train(work, "vae-detail", vae, detail, finish, steps=steps["vae-detail"], lr=1.5e-3)
     vae = _train(work, "vae-fine", vae, fine, finish, steps=steps["vae-fine"], lr=1e-3, decay=1.0)
-    vae = _train(work, "vae-whole", vae, whole, finish, steps=steps["vae-whole"], lr=1e-3, decay=0.7, muon=0.01, bf16=True)
+    late = partial(_train, work, lr=1e-3, decay=0.7, muon=0.01, bf16=True)
+    vae = late("vae-whole", vae, whole, finish, steps=steps["vae-whole"])
     # Latents, and so the UNet, stay as they are.
-    return _train(
-        work, "vae-decoder", vae, decoder, finish,
-        steps=steps["vae-decoder"], lr=1e-3, decay=0.7, muon=0.01, bf16=True, only=("decoder", "post_quant"),
-    )  # fmt: skip
+    return late("vae-decoder", vae, decoder, finish, steps=steps["vae-decoder"], only=("decoder", "post_quant"))
 
 
 def train_clip(work: Path, tokenizer: CLIPTokenizer, steps: dict[str, int] = STEPS, batch: int = 160) -> CLIPModel:

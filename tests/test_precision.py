@@ -55,12 +55,20 @@ def losses(steps: Iterable[Step]) -> list[float]:
     ("method", "precision", "device", "dtype"),
     [
         ("lora", "bf16", "cpu", torch.bfloat16), ("lora", "fp16", "cuda", torch.float16), ("lora", "auto", "cuda", torch.bfloat16),
-        ("lora", "auto", "cpu", torch.float32), ("lora", "fp32", "cuda", torch.float32), ("lora", "bf16-weights", "cpu", torch.bfloat16),
+        ("lora", "auto", "mps", torch.float32), ("lora", "fp32", "cuda", torch.float32), ("lora", "bf16-weights", "cpu", torch.bfloat16),
         ("full", "bf16", "cuda", torch.float32), ("full", "auto", "cuda", torch.float32), ("full", "bf16-weights", "cuda", torch.bfloat16),
     ],
 )  # fmt: skip
 def test_the_base_is_held_in_what_the_forward_pass_is_cast_to_if_it_is_not_trained(method, precision, device, dtype):
     assert held_in(FAMILIES[0], Finetune(method=method, precision=precision), device) == dtype
+
+
+@pytest.mark.parametrize(("can", "dtype"), [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({"avx512_bf16": False}, None)])
+def test_a_cpu_computes_in_bfloat16_where_it_is_faster(can: dict[str, bool], dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    assert settings_of(FAMILIES[0], Finetune(), torch.device("cpu"), 0).autocast == dtype
+    assert held_in(FAMILIES[0], Finetune(method="lora"), "cpu") == (dtype or torch.float32)
+    assert autocast_dtype(FAMILIES[0], "fp32", "cpu") is None
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

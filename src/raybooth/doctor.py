@@ -6,6 +6,7 @@ import shutil
 import urllib.error
 import urllib.request
 
+from raybooth.method import bfloat16_of_cpu
 from raybooth.reporting import version
 
 SHOWN = ("torch", "ray", "diffusers", "transformers", "huggingface_hub", "safetensors", "pillow", "pydantic")
@@ -30,11 +31,8 @@ def report() -> str:
 
 
 def _processors() -> str:
-    import torch
-
-    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    kinds = [name.upper().replace("_", "-") for name in ("avx512_bf16", "amx_bf16") if can.get(name)]
-    faster = f", with {' and '.join(kinds)}: finetune.precision = 'bf16' makes the steps of large models faster" if kinds else ""
+    kinds = bfloat16_of_cpu()
+    faster = f", with {' and '.join(kinds)}: steps are computed in bfloat16" if kinds else ""
     return f"{len(os.sched_getaffinity(0))}{faster}"
 
 

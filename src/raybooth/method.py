@@ -46,9 +46,10 @@ def autocast_dtype(family: Family, precision: str, device: str) -> "torch.dtype 
     import torch
 
     if precision == "auto":
+        # Measured: where a CPU computes in bfloat16, steps are a tenth faster for mini, 1.3 to 1.6 times as fast for 100 M parameters; where not, ten times slower.
+        if device == "cpu":
+            return torch.bfloat16 if bfloat16_of_cpu() else None
         if device != "cuda":
-            # Measured: where a CPU has neither AMX nor AVX512-BF16, bfloat16 is ten times slower; where it has, 1.3 to 1.6 times as fast for 100 M parameters,
-            # and a tenth faster for mini. The same configuration is to give the same numbers on any CPU, so it is left to be asked for.
             return None
         if has_bfloat16():
             return torch.bfloat16
@@ -62,6 +63,14 @@ def drawing_dtype(family: Family, device: str, bfloat16: bool) -> "torch.dtype":
 
     possible = device == "cuda" and (bfloat16 or family.half == "float16")
     return getattr(torch, family.half) if possible else torch.float32
+
+
+def bfloat16_of_cpu() -> list[str]:
+    """The instructions by which this machine's processor computes in bfloat16; none if this torch cannot tell."""
+    import torch
+
+    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return [name.upper().replace("_", "-") for name in ("avx512_bf16", "amx_bf16") if can.get(name)]
 
 
 def has_bfloat16() -> bool:

@@ -128,7 +128,7 @@ class Finetune(Section):
     compile: bool = Field(False, description="torch.compile the denoiser: minutes at first, then faster steps on GPUs")
     precision: Literal["auto", "fp32", "bf16", "fp16", "bf16-weights"] = Field(
         "auto",
-        description="autocast over fp32 weights (auto: bf16 or what the family bears on GPUs, bf16 on CPUs that have it), or bf16 weights with stochastic rounding",
+        description="autocast over fp32 weights (auto: what the family bears on GPUs, bf16 on CPUs that have it), or bf16 weights with stochastic rounding",
     )
     log_every: Count = Field(10, description="read the loss back and show it every so many steps")
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=["tensorboard"], description="where readings go beside metrics.jsonl")

@@ -22,6 +22,7 @@ from raybooth.cli import main
 pytestmark = pytest.mark.usefixtures("ray")
 
 SMALL = {
+    "finetune.precision": "fp32",  # in which two workers and one are to be the same within float tolerance, on any machine
     "prior.images": 10, "prior.steps": 3, "finetune.steps": 4, "finetune.batch": 2, "finetune.lr": 1e-3, "finetune.log_every": 1,
     "generate.prompts": ["photo of {subject} in the snow", "photo of {subject} at night"], "generate.images_per_prompt": 2, "generate.steps": 3,
     "cluster.sample_batch": 2, "cluster.samplers": 1,

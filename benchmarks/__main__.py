@@ -20,15 +20,18 @@ from raybooth.mini import FOLDER
 
 SIDE = 64
 ROUNDS = 3
+RAYBOOTH = {"raybooth": "auto", "raybooth in float32": "fp32"}
+"""As it comes, and in the precision of its peers."""
 
 
-def raybooth_run(work: Work, storage: Path) -> dict[str, float]:
+def raybooth_run(work: Work, storage: Path, precision: str) -> dict[str, float]:
     """The whole command in a process of its own, as a user runs it, and the loop's rate from its manifest."""
     settings = {
         "prior.images": work.class_images,
         "finetune.steps": work.steps,
         "finetune.batch": work.batch,
         "finetune.log_every": 10,
+        "finetune.precision": precision,
         "generate.prompts": ["photo of {subject}"],
         "generate.images_per_prompt": work.pictures,
     }
@@ -44,8 +47,8 @@ def raybooth_run(work: Work, storage: Path) -> dict[str, float]:
 
 def measured(name: str, work: Work, scratch: Path) -> dict[str, float]:
     """A whole run by `name`, in a process and a folder of its own."""
-    if name == "raybooth":
-        return raybooth_run(work, scratch)
+    if name in RAYBOOTH:
+        return raybooth_run(work, scratch, RAYBOOTH[name])
     scratch.mkdir()
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(PEERS[name], work, scratch, SIDE).result()
@@ -63,7 +66,7 @@ def main() -> None:
         work = Work(FOLDER, Path(folder) / "photos")
         rounds = []
         for i in range(ROUNDS):
-            rounds.append({name: measured(name, work, Path(folder) / f"{name}-{i}") for name in ("raybooth", *PEERS)})
+            rounds.append({name: measured(name, work, Path(folder) / f"{name}-{i}") for name in (*RAYBOOTH, *PEERS)})
             print(f"round {i + 1} of {ROUNDS}: {json.dumps(rounds[-1])}", file=sys.stderr, flush=True)
     print(f"\n{work.class_images} class images, {work.steps} steps of {work.batch} + {work.batch} rows, {work.pictures} pictures (the script draws none)\n")
     print("| | whole run, s | times raybooth's | loop, steps/s | raybooth's rate over it |\n|---|---|---|---|---|")

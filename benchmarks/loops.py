@@ -93,12 +93,12 @@ def bare(folder: Path, steps: int, channels_last: bool = False, autocast: torch.
         yield None
 
 
-def peers(folder: Path, steps: int) -> Iterator[Any]:
+def peers(folder: Path, steps: int, autocast: torch.dtype | None = None) -> Iterator[Any]:
     side = family_of(folder).facts(folder).resolution
     with tempfile.TemporaryDirectory() as scratch:
         work = Work(folder, Path("none"), steps=steps)
         pictures = torch.rand(69, 3, side, side) * 2 - 1
-        yield from loop(folder, at_random(pictures[:5], pictures[5:], work.batch), work, Path(scratch))
+        yield from loop(folder, at_random(pictures[:5], pictures[5:], work.batch), work, Path(scratch), autocast)
 
 
 def draw_ours(folder: Path, steps: int, pictures: int, batch: int = 4) -> Iterator[Any]:
@@ -132,6 +132,7 @@ def _training(autocast: torch.dtype | None) -> dict[str, Made]:
         "raybooth": partial(ours, steps=ENDLESS, autocast=autocast),
         "bare": partial(bare, steps=ENDLESS, autocast=autocast),
         "bare, channels_last": partial(bare, steps=ENDLESS, channels_last=True, autocast=autocast),
+        PEERS: partial(peers, steps=ENDLESS, autocast=autocast),
     }
 
 
@@ -158,12 +159,12 @@ class Group:
 FULL, HALF, DRAWN = "steps/s", "steps/s in bf16", "pictures/s"
 GROUPS = {
     "mini": [
-        Group(FULL, {**_training(None), PEERS: partial(peers, steps=ENDLESS)}, each=5, warm=10, turns=24),
+        Group(FULL, _training(None), each=5, warm=10, turns=24),
         Group(HALF, _training(torch.bfloat16), each=5, warm=10, turns=24),
         Group(DRAWN, _drawing(8, 10), each=1, warm=1, turns=12, things=8),
     ],
     "layout": [
-        Group(FULL, {**_training(None), PEERS: partial(peers, steps=ENDLESS)}, each=1, warm=2, turns=8),
+        Group(FULL, _training(None), each=1, warm=2, turns=8),
         Group(HALF, _training(torch.bfloat16), each=1, warm=2, turns=8),
         Group(DRAWN, _drawing(4, 4), each=1, warm=1, turns=5, things=4),
     ],

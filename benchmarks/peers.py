@@ -58,7 +58,7 @@ def at_random(instance: torch.Tensor, classes: torch.Tensor, batch: int) -> Iter
         yield instance[torch.randint(len(instance), (batch,))], classes[torch.randint(len(classes), (batch,))]
 
 
-def loop(base: Path, pairs: Iterator[Pair], work: Work, scratch: Path) -> Iterator[float]:
+def loop(base: Path, pairs: Iterator[Pair], work: Work, scratch: Path, autocast: torch.dtype | None = None) -> Iterator[float]:
     """The peers' step: pixels through the VAE, 2B prompts through the text encoder, two chunks of the loss; at the end a pipeline in `scratch`."""
     pipe, noises = pipeline(base), DDPMScheduler.from_pretrained(base / "scheduler")
     vae, text, unet = pipe.vae, pipe.text_encoder.train(), pipe.unet.train()
@@ -67,10 +67,11 @@ def loop(base: Path, pairs: Iterator[Pair], work: Work, scratch: Path) -> Iterat
     prompts = ["photo of unqtkn dog"] * work.batch + ["photo of a dog"] * work.batch
     tokens = pipe.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
     for step, pair in zip(range(work.steps), pairs, strict=False):
-        with torch.no_grad():
-            z = vae.encode(torch.cat(pair)).latent_dist.sample() * vae.config.scaling_factor
-        noise, t = torch.randn_like(z), torch.randint(1000, (len(z),))
-        out = unet(noises.add_noise(z, noise, t), t, text(tokens).last_hidden_state).sample
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            with torch.no_grad():
+                z = vae.encode(torch.cat(pair)).latent_dist.sample().float() * vae.config.scaling_factor
+            noise, t = torch.randn_like(z), torch.randint(1000, (len(z),))
+            out = unet(noises.add_noise(z, noise, t), t, text(tokens).last_hidden_state).sample.float()
         (a, b), (c, d) = out.chunk(2), noise.chunk(2)
         loss = F.mse_loss(a, c) + F.mse_loss(b, d)
         loss.backward()

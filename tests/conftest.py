@@ -5,7 +5,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -18,6 +18,9 @@ import pytest
 from toys import make_sd
 
 from raybooth.mini.world import render, subject_scenes
+
+if TYPE_CHECKING:
+    from raybooth.serving.subjects import Subjects
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C, and so would what the tests start
 
@@ -64,3 +67,30 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, toy: Path, photos: Path, 
     storage = tmp_path_factory.mktemp("unbroken")
     call("run", storage, toy, photos, **LONGER)
     return storage
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> "Subjects":
+    """rex and lassie, adapters of the toy."""
+    from stored import make_run
+
+    from raybooth.serving.subjects import Subjects
+
+    folder = tmp_path_factory.mktemp("kennel")
+    make_run(folder / "rex", toy, 1)
+    make_run(folder / "lassie", toy, 2)
+    return Subjects([str(folder)])
+
+
+@pytest.fixture
+def kennel(tmp_path: Path) -> Path:
+    """rex, learnt before by the API of runs."""
+    import stand_in
+    from test_runs import MINI, PHOTOS, SETTINGS
+
+    from raybooth.serving import uploads
+
+    storage = tmp_path / "rex"
+    uploads.store(storage, uploads.settings(storage, MINI.base, {"class": "dog"}, SETTINGS), [uploads.Photo("a.png", PHOTOS[0])])
+    stand_in.run(storage)
+    return tmp_path

@@ -15,9 +15,14 @@ import httpx2 as httpx
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
+from test_runs import MINI, SETTINGS
 
+from raybooth.serving.api import create_app
 from raybooth.serving.desk import Drawn, Job
 from raybooth.serving.generations import Draw
+from raybooth.serving.queue import Queue
+from raybooth.serving.runs import Workshop, runs_router
+from raybooth.serving.subjects import Subjects
 
 GENERATIONS = "/v1/images/generations"
 ASKED = {"prompt": "photo of {subject}", "model": "rex", "seed": 1}
@@ -44,7 +49,7 @@ def live(app: FastAPI) -> Iterator[str]:
         thread.join()
 
 
-def quick(pictures: int = 0, wait: float = 0.0) -> Draw:
+def quick(wait: float = 0.0) -> Draw:
     """Draws nothing, at once or slowly."""
 
     async def draw(job: Job) -> AsyncGenerator[Drawn, None]:
@@ -61,9 +66,10 @@ def picture(b64: str) -> Image.Image:
     return Image.open(BytesIO(base64.b64decode(b64)))
 
 
-def nothing(storage: Path) -> list[str]:
-    """What a run does here."""
-    return [sys.executable, "-c", ""]
+def app_with_runs(subjects: Subjects, kennel: Path) -> FastAPI:
+    """Its runs end at once."""
+    ending = Queue(lambda storage: [sys.executable, "-c", ""])
+    return create_app(subjects, quick(), routers=[runs_router(Workshop(kennel, MINI, SETTINGS, ending))])
 
 
 def sent(method: str, path: str, kind: str, length: str, body: bytes) -> bytes:

@@ -20,6 +20,8 @@ from toys import make_sd
 from raybooth.mini.world import render, subject_scenes
 
 if TYPE_CHECKING:
+    from fastapi.testclient import TestClient
+
     from raybooth.serving.subjects import Subjects
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C, and so would what the tests start
@@ -80,6 +82,15 @@ def subjects(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> "Subjects":
     make_run(folder / "rex", toy, 1)
     make_run(folder / "lassie", toy, 2)
     return Subjects([str(folder)])
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator["TestClient"]:
+    """Of a server that runs what is uploaded."""
+    from test_runs import serve
+
+    with serve(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture

@@ -11,12 +11,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from api_client import ASKED, GENERATIONS, live, nothing, quick, sent
-from test_runs import MINI, PHOTOS, SETTINGS
+from api_client import ASKED, GENERATIONS, app_with_runs, live, sent
+from test_runs import PHOTOS
 
-from raybooth.serving.api import create_app
-from raybooth.serving.queue import Queue
-from raybooth.serving.runs import Workshop, runs_router
 from raybooth.serving.subjects import Subjects
 
 
@@ -87,7 +84,7 @@ def test_malformed_requests_are_the_senders_mistake(subjects: Subjects, kennel: 
             opened.append(os.fsdecode(args[0]))
 
     r, seen = random.Random(0), Counter[int]()
-    with live(create_app(subjects, quick(), routers=[runs_router(Workshop(kennel, MINI, SETTINGS, Queue(nothing)))])) as url:
+    with live(app_with_runs(subjects, kennel)) as url:
         answered(url, b"GET /openapi.json HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")  # which imports
         sys.addaudithook(hook)
         for i in range(800):
@@ -120,9 +117,7 @@ def test_it_does_what_its_description_says(subjects: Subjects, kennel: Path):
     from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
 
     checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-    schema = schemathesis.openapi.from_asgi(
-        "/openapi.json", create_app(subjects, quick(), routers=[runs_router(Workshop(kennel, MINI, SETTINGS, Queue(nothing)))])
-    )
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app_with_runs(subjects, kennel))
     tried = set()
     for found in schema.get_all_operations():
         operation: Any = found

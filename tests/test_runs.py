@@ -1,10 +1,10 @@
-"""Upload and run over HTTP: what is taken, what is refused, what a restart of the server remembers."""
+"""Upload and run over HTTP: what is taken, what is refused, what is shown."""
 
 import asyncio
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,6 @@ def serve(root: Path, **queue: Any) -> TestClient:
     errors.install(app)
     app.include_router(runs_router(Workshop(root, MINI, SETTINGS, Queue(command, **{"grace": 1, **queue}))))
     return TestClient(app)
-
-
-@pytest.fixture
-def client(tmp_path: Path) -> Iterator[TestClient]:
-    with serve(tmp_path) as made:
-        yield made
 
 
 def upload(client: TestClient, name: str = "rex", photos: list[bytes] = PHOTOS, class_name: str = "dog", file: str = "IMG.PNG", **fields: str) -> Any:

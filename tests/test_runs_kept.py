@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,6 @@ from raybooth.serving.queue import Queue
 from raybooth.serving.server import Options, _runs, _section
 from raybooth.serving.subjects import Subjects, of_base
 from raybooth.session import Run
-
-
-@pytest.fixture
-def client(tmp_path: Path) -> Iterator[TestClient]:
-    with serve(tmp_path) as client:
-        yield client
 
 
 def test_a_run_that_was_killed_says_so(client: TestClient, tmp_path: Path):

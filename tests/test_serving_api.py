@@ -12,10 +12,9 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
-from api_client import ASKED, GENERATIONS, client, live, nothing, picture, quick, sent
+from api_client import ASKED, GENERATIONS, app_with_runs, client, live, picture, quick, sent
 from fastapi import APIRouter
 from PIL import Image
-from test_runs import MINI, SETTINGS
 
 from raybooth.errors import RayboothError
 from raybooth.serving.api import create_app
@@ -23,8 +22,7 @@ from raybooth.serving.desk import Desk, Drawn, Job
 from raybooth.serving.engine import Engine
 from raybooth.serving.generations import Draw, UnavailableError
 from raybooth.serving.guard import LOOPBACK, read_keys
-from raybooth.serving.queue import Queue
-from raybooth.serving.runs import MOST_UPLOADS, Workshop, runs_router
+from raybooth.serving.runs import MOST_UPLOADS
 from raybooth.serving.schemas import Limits
 from raybooth.serving.server import Options, _hosts, slot_rank
 from raybooth.serving.subjects import Subjects
@@ -159,12 +157,12 @@ def test_errors_have_one_shape(subjects: Subjects):
 
 def test_the_queue_is_bounded_and_time_too(subjects: Subjects):
     async def scenario() -> None:
-        async with client(create_app(subjects, quick(wait=0.3), Limits(queue=3))) as http:
+        async with client(create_app(subjects, quick(0.3), Limits(queue=3))) as http:
             answers = await asyncio.gather(*(http.post(GENERATIONS, json=ASKED) for _ in range(8)))
             assert sorted(a.status_code for a in answers) == [200] * 3 + [429] * 5
             assert all(int(a.headers["retry-after"]) >= 1 for a in answers if a.status_code == 429)
             await generated(http, n=3)
-        async with client(create_app(subjects, quick(wait=30), Limits(seconds=0.2, queue=1))) as http:
+        async with client(create_app(subjects, quick(30), Limits(seconds=0.2, queue=1))) as http:
             for _ in range(2):
                 answer = await http.post(GENERATIONS, json=ASKED)
                 assert (answer.status_code, answer.json()["error"]["code"]) == (503, "timeout")
@@ -179,7 +177,7 @@ def test_when_to_try_again_follows_from_what_was_drawn(subjects: Subjects):
 
     async def draw(job: Job) -> AsyncGenerator[Drawn, None]:
         async with one_at_a_time:
-            async for drawn in quick(wait=0.05)(job):
+            async for drawn in quick(0.05)(job):
                 yield drawn
 
     async def scenario() -> None:
@@ -290,7 +288,7 @@ def test_a_client_that_goes_away_frees_its_place(subjects: Subjects, desk: Desk)
 
 
 def test_an_upload_that_is_broken_off_is_nobodys_mistake(subjects: Subjects, kennel: Path, capfd: pytest.CaptureFixture[str]):
-    with live(create_app(subjects, quick(), routers=[runs_router(Workshop(kennel, MINI, SETTINGS, Queue(nothing)))])) as url:
+    with live(app_with_runs(subjects, kennel)) as url:
         host, port = url.removeprefix("http://").split(":")
         for _ in range(MOST_UPLOADS + 1):
             with socket.create_connection((host, int(port))) as half:

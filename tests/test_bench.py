@@ -34,6 +34,29 @@ def test_subjects_of_a_dataset(tmp_path: Path):
     assert (teapot.class_name, teapot.prompts) == ("teapot", OBJECT_PROMPTS)
 
 
+def test_subjects_as_people_call_them(tmp_path: Path):
+    """Blanks, dots and hyphens, capitals, what a spreadsheet puts before the first line, folders of other programs."""
+    for name in ("my dog", "rc.car", "shirt", "pony", ".thumbnails"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "00.jpg").touch()
+    listing = tmp_path / "prompts_and_classes.txt"
+    listing.write_bytes("\ufeffmy dog,Dog\r\nrc.car, toy car\r\nshirt,t-shirt\r\npony,pony,live\r\n".encode())
+    found = {s.name: (s.class_name, s.prompts) for s in subjects_of(tmp_path)}
+    assert found == {
+        "my dog": ("Dog", LIVE_PROMPTS), "rc.car": ("toy car", OBJECT_PROMPTS), "shirt": ("t-shirt", OBJECT_PROMPTS), "pony": ("pony", LIVE_PROMPTS),
+    }  # fmt: skip
+    listing.write_bytes("my dog,chien à la neige".encode("latin-1"))
+    with pytest.raises(RayboothError, match="is not text in UTF-8"):
+        subjects_of(tmp_path)
+
+
+def test_a_setting_for_all_runs_leaves_the_rows_what_they_are(tmp_path: Path):
+    """Or a row 'without prior preservation' could have it."""
+    subject = Subject("a", "dog", tmp_path, ("photo of {subject}",))
+    config = bench.config_of(subject, ["prior.images=0"], tmp_path, ["prior.images=8", "finetune.steps=2"], "mini")
+    assert (config.prior.images, config.finetune.steps) == (0, 2)
+
+
 def test_a_row_is_the_mean_over_subjects():
     def scores(value: float, floor: float, ceiling: float | None) -> dict[str, Score]:
         return {"dino": Score(value, 0, 1, floor, ceiling), "clip_t": Score(value, 0, 1, floor, None), "pres": Score(value, 0, 1, floor, ceiling)}

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 from raybooth import config, evaluation, selection
 from raybooth.dreambench import LIVE_PROMPTS, OBJECT_PROMPTS
 from raybooth.encoders import clip, vit
-from raybooth.errors import RayboothError
 from raybooth.features import scored_prompt
 from raybooth.mini import FOLDER
 from raybooth.mini.world import render, subject_scenes
@@ -226,18 +224,3 @@ def test_the_stage_scores_a_run_and_does_nothing_twice(tmp_path: Path, photos: P
         assert {p: p.stat().st_mtime_ns for p in before} == before
     assert json.loads((tmp_path / "scores" / "scores.json").read_text())["clip_t"]["ceiling"] is None
     assert "DINO    looks like the subject" in capsys.readouterr().err
-
-
-def test_an_encoder_that_changed_in_its_folder_is_taken_anew(tmp_path: Path):
-    encoder = tmp_path / "encoder"
-    shutil.copytree(FOLDER / "vit", encoder)
-    made = config.load(None, [f"evaluate.dino={encoder}"], subject={"class": "dog"}, base={"model": "mini"}, storage=str(tmp_path / "run"))
-    with Run(made) as run:
-        evaluation.prepare_encoders(run)
-        before = run.model_digest("encoders")
-        (encoder / "notes.json").write_text("{}")
-        evaluation.prepare_encoders(run)
-        assert run.model_digest("encoders") != before
-        (encoder / "model.safetensors").rename(encoder / "pytorch_model.bin")
-        with pytest.raises(RayboothError, match=r"The encoder .*encoder has no model"):
-            evaluation.prepare_encoders(run)

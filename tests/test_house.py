@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "raybooth"
 LAYERS = [
     {"__main__", "__init__"}, {"cli", "options", "api", "bench", "minibench", "demo", "doctor"}, {"exporting", "importing"}, {"card", "reporting", "serving"},
-    {"evaluation", "plots"}, {"stages", "plan"}, {"selection"}, {"features"}, {"drawing", "base_model", "naming"}, {"loading"},
+    {"evaluation", "plots"}, {"stages", "plan"}, {"selection"}, {"features", "encoder_files"}, {"drawing", "base_model", "naming"}, {"loading"},
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "checkpoint"}, {"families", "dataset", "loss", "noise", "optim", "dreambench", "photos", "sources", "hub"},
     {"config", "workspace", "mirror"}, {"disk", "remote", "layers", "manifest"}, {"errors", "prompts"},

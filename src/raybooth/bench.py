@@ -32,6 +32,8 @@ def bench(
     Each run has a storage of its own, `<subject>/<recipe>`; what does not depend on the subject is shared within a class.
 
     Args:
+        recipes: the settings that make each row what its name says.
+        overrides: of all runs, before the recipes' own.
         base: the base model; default: the configuration's.
         known: rows of the table that need no runs.
     """
@@ -40,10 +42,10 @@ def bench(
     root = Path(storage).expanduser()
     results: Results = {recipe: {} for recipe in recipes}
     done: dict[tuple[str, str], Path] = {}
-    with connected(_config(subjects[0], [], root, overrides, base).cluster.address):
+    with connected(config_of(subjects[0], [], root, overrides, base).cluster.address):
         for number, subject in enumerate(subjects, 1):
             for recipe, settings in recipes.items():
-                config = _config(subject, settings, root / subject.name / recipe.replace(" ", "-"), overrides, base)
+                config = config_of(subject, settings, root / subject.name / recipe.replace(" ", "-"), overrides, base)
                 for other in (done.get((subject.class_name, recipe)), *done.values()):
                     _share(other, Path(config.storage))
                 with Run(config) as run:
@@ -58,10 +60,11 @@ def bench(
     return text
 
 
-def _config(subject: Subject, settings: Sequence[str], storage: Path, overrides: Sequence[str], base: str | None) -> Config:
+def config_of(subject: Subject, settings: Sequence[str], storage: Path, overrides: Sequence[str], base: str | None) -> Config:
+    """Of one run of a subject, in which the recipe's own `settings` count for more than the `overrides` of all."""
     values: dict[str, Any] = {"base": {"model": base}} if base else {}
     return configuration.load(
-        None, [*settings, *overrides], subject={"photos": [str(subject.photos)], "class": subject.class_name},
+        None, [*overrides, *settings], subject={"photos": [str(subject.photos)], "class": subject.class_name},
         generate={"prompts": list(subject.prompts), "images_per_prompt": 4}, storage=str(storage), **values,
     )  # fmt: skip
 

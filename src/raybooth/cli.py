@@ -134,7 +134,8 @@ def _bench(args: argparse.Namespace) -> None:
         from raybooth import minibench
 
         known = {minibench.PERFECT: minibench.perfect()}
-        print(bench(minibench.subjects_in(Path(args.storage).expanduser()), minibench.RECIPES, args.storage, args.set, "mini", known))
+        overrides = [*minibench.PROTOCOL, *args.set]
+        print(bench(minibench.subjects_in(Path(args.storage).expanduser()), minibench.RECIPES, args.storage, overrides, "mini", known))
     elif args.subjects is None:
         raise RayboothError("bench dreambench needs --subjects DIR: a copy of the DreamBooth dataset, with prompts_and_classes.txt.")
     else:

@@ -1,6 +1,5 @@
 """The subjects and prompts of the DreamBooth paper (Ruiz et al. 2023, section 4.1 and supplement), and its scores."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,16 +44,33 @@ class Subject:
 def subjects_of(folder: Path) -> list[Subject]:
     """Of a copy of the DreamBooth dataset: a subfolder of photographs a subject, their classes in `prompts_and_classes.txt`.
 
+    Its lines are `folder,class`; a third word, `live` or `object`, says which prompts a class has that is neither cat nor dog.
+
     Raises:
         RayboothError: if there are none, or a subject's class is not said.
     """
     listing = folder / "prompts_and_classes.txt"
     if not listing.is_file():
         raise RayboothError(f"--subjects {folder} has no prompts_and_classes.txt: give a copy of the DreamBooth dataset, or write it: lines 'folder,class'.")
-    classes = dict(re.findall(r"^\s*([\w-]+)\s*,\s*([\w ]+?)\s*$", listing.read_text(), re.MULTILINE))
-    found = sorted(p for p in folder.iterdir() if p.is_dir() and any(f.suffix.lower() in SUFFIXES for f in p.iterdir()))
+    said = _said(listing)
+    found = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and any(f.suffix.lower() in SUFFIXES for f in p.iterdir()))
     if not found:
         raise RayboothError(f"--subjects {folder} has no subfolders with photographs: give a copy of the DreamBooth dataset.")
-    if absent := [p.name for p in found if p.name not in classes]:
+    if absent := [p.name for p in found if not said.get(p.name, [""])[0]]:
         raise RayboothError(f"{listing} does not say the class of {', '.join(absent)}: add a line '{absent[0]},CLASS'.")
-    return [Subject(p.name, classes[p.name], p, LIVE_PROMPTS if classes[p.name] in LIVE_CLASSES else OBJECT_PROMPTS) for p in found]
+    return [Subject(p.name, said[p.name][0], p, _prompts(*said[p.name])) for p in found]
+
+
+def _said(listing: Path) -> dict[str, list[str]]:
+    """Folder -> class and whatever follows it. Lines of another kind, such as the prompts in the paper's file, name no folder."""
+    try:
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise RayboothError(f"{listing} is not text in UTF-8: save it as such.") from None
+    cells = [[cell.strip() for cell in line.split(",")] for line in lines]
+    return {folder: rest for folder, *rest in cells if rest}
+
+
+def _prompts(class_name: str, kind: str = "", *_: str) -> tuple[str, ...]:
+    live = kind == "live" or (kind != "object" and class_name.lower() in LIVE_CLASSES)
+    return LIVE_PROMPTS if live else OBJECT_PROMPTS

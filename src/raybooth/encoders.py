@@ -1,4 +1,4 @@
-"""What pictures and prompts are compared by: a ViT such as DINO, and CLIP. Any folder that transformers opens will do."""
+"""What pictures and prompts are compared by: a ViT with a class token, such as DINO, and CLIP, opened by transformers."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from raybooth.errors import RayboothError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,7 +21,7 @@ def vit(folder: Path, device: str = "cpu") -> Pictures:
     """Pictures to `dino` (n, width), the class token, and `patches` (n, patches, width); rows of length 1."""
     from transformers import AutoModel
 
-    model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval().to(device)
+    model = _opened(AutoModel, folder, device)
     prepare = _processor(folder, device)
 
     @torch.inference_mode()
@@ -35,7 +37,7 @@ def clip(folder: Path, device: str = "cpu") -> tuple[Pictures, Words]:
     """Pictures and prompts to `clip` (n, width), rows of length 1."""
     from transformers import AutoTokenizer, CLIPModel
 
-    model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval().to(device)
+    model = _opened(CLIPModel, folder, device)
     prepare, tokenizer = _processor(folder, device), AutoTokenizer.from_pretrained(folder)
 
     @torch.inference_mode()
@@ -49,6 +51,19 @@ def clip(folder: Path, device: str = "cpu") -> tuple[Pictures, Words]:
         return {"clip": F.normalize(model.text_projection(model.text_model(ids).pooler_output), dim=-1)}
 
     return pictures, words
+
+
+def _opened(kind: Any, folder: Path, device: str) -> Any:
+    """In float32.
+
+    Raises:
+        RayboothError: if weights are missing, which transformers would draw at random.
+    """
+    model, found = kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))  # nothing is read of it, and DINO has none
+    if missing:
+        raise RayboothError(f"The encoder in {folder} lacks the weights of {missing[0]}: copy or download it again, or name another one in [evaluate].")
+    return model.eval().to(device)
 
 
 def _processor(folder: Path, device: str) -> "Callable[[Sequence[Image]], Tensor]":

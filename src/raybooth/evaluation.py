@@ -8,7 +8,8 @@ from typing import Any
 from PIL import Image
 
 from raybooth.drawing import by_prompt, class_rows, draw, drawing, output_rows, photographs
-from raybooth.features import features, prepare_encoders, scored_prompt
+from raybooth.encoder_files import prepare_encoders
+from raybooth.features import features, scored_prompt
 from raybooth.manifest import write_atomically
 from raybooth.photos import contact_sheet, png
 from raybooth.score import Array, Score, among, diversity, scored, to_prompt, to_subject, variety

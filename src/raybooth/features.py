@@ -1,66 +1,16 @@
-"""Features of a run's pictures and prompts: the encoders in its storage, and what they make of both."""
+"""Features of a run's pictures and prompts: what the encoders in its storage make of both."""
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from raybooth.base_model import local_source, stats
 from raybooth.drawing import model_bytes
-from raybooth.errors import RayboothError
-from raybooth.manifest import files_under
 from raybooth.score import Array
 from raybooth.session import Run
-
-WEIGHTS = "model.safetensors"
-
-
-def prepare_encoders(run: Run) -> None:
-    """Both encoders into the storage, from the hub, a folder, or mini."""
-    models = {"dino": run.config.evaluate.dino, "clip": run.config.evaluate.clip}
-    sources = {part: _mini(part) if model == "mini" else local_source(model, f"evaluate.{part}") for part, model in models.items()}
-    files = {part: _needed(str(source), files_under(source)) for part, source in sources.items() if source}
-    stage = run.workspace.stage("encoders", {p: stats(source, files[p]) if source else models[p] for p, source in sources.items()})
-    if stage.done():
-        return
-    facts = {}
-    for part, source in sources.items():
-        model, target = models[part], stage.partial / part
-        if source is None:
-            from raybooth import hub
-
-            name, _, revision = model.partition("@")
-            repo = hub.Repo(name, revision or None, f"evaluate.{part}", f"evaluate.{part}")
-            facts[part] = commit = hub.resolve_with(WEIGHTS, repo)
-            run.say(f"encoders: {name} at {commit}")
-            hub.fetch_model(replace(repo, revision=commit), target, partial(_needed, model))
-        else:
-            target.mkdir(parents=True, exist_ok=True)
-            for name in files[part]:
-                shutil.copyfile(source / name, target / name)
-    stage.finish(facts, only=files_under(stage.partial))
-
-
-def _mini(part: str) -> Path:
-    from raybooth.families import mini_folder
-
-    return mini_folder() / {"dino": "vit", "clip": "clip"}[part]
-
-
-def _needed(model: str, names: list[str], _: Path | None = None) -> list[str]:
-    wanted = [n for n in names if "/" not in n and (n.endswith((".json", ".txt")) or n == WEIGHTS)]
-    if WEIGHTS not in wanted:
-        raise RayboothError(
-            f"The encoder {model} has no {WEIGHTS}, and pickled weights are refused: name another one in [evaluate], or a revision that has it as "
-            "owner/name@revision. A pull request is one too: owner/name@refs/pr/3 is the third of those on the Community page of the repository."
-        )
-    return wanted
-
 
 TAKES_ARTICLE = frozenset(["", "of", "with", "and", "or", "to", "by", "near", "beside", "behind", "like", "as", "in", "on", "for", "from"])
 """Words after which a noun wants its article, and the beginning of a prompt or of a part of it."""

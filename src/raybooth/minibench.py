@@ -17,13 +17,14 @@ from raybooth.score import Score, among, diversity, scored, to_prompt, to_subjec
 PICTURES, PHOTOGRAPHS = 4, 5
 PERFECT = "the world itself, a perfect model"
 # By the default's 24 pictures of the class, PRES of ten subjects is uncertain by a quarter of itself (95% interval), by 256 by a twelfth.
-MANY = "evaluate.class_images=256"
+PROTOCOL = ["evaluate.class_images=256"]
 RECIPES: Recipes = {
-    "raybooth": [MANY],
-    "raybooth without prior preservation": [MANY, "prior.images=0"],
+    "raybooth": [],
+    "raybooth without prior preservation": ["prior.images=0"],
     # Its learning rate times forty, as raybooth's own defaults for mini are forty times those for Stable Diffusion. Of the class there are 24 pictures:
     # it draws one in the time of ten.
     "2023 notebook": [
+        "evaluate.class_images=24",
         "prior.scheduler=pndm", "prior.steps=50", "prior.guidance=7.5", "prior.weight=1",
         "finetune.batch=2", "finetune.lr=2e-4", "finetune.text_encoder_lr=2e-4", "finetune.schedule=constant",
     ],

@@ -58,7 +58,9 @@ def _bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--subjects", type=Path, metavar="DIR", help="for dreambench: a folder of photographs a subject, and prompts_and_classes.txt")
     bench.add_argument("--base", metavar="MODEL", help="for dreambench (default: CompVis/stable-diffusion-v1-4)")
     bench.add_argument("--storage", default="raybooth-bench", help="folder of all runs (default: %(default)s)")
-    bench.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting of all runs; may be repeated")
+    bench.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting of all runs, but for those that a row is about"
+    )
 
 
 def _token(token: argparse.ArgumentParser) -> None:

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from raybooth.drawing import draw, model_bytes, output_rows, photographs
-from raybooth.features import features, prepare_encoders, scored_prompt
+from raybooth.encoder_files import prepare_encoders
+from raybooth.features import features, scored_prompt
 from raybooth.score import among, to_prompt, to_subject
 from raybooth.session import Run
 

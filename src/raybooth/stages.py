@@ -11,8 +11,8 @@ from raybooth import selection
 from raybooth.base_model import prepare_base
 from raybooth.checkpoint import Checkpoints
 from raybooth.drawing import SHEET, class_rows, draw, model_bytes, output_rows, resolution
+from raybooth.encoder_files import prepare_encoders
 from raybooth.errors import RayboothError
-from raybooth.features import prepare_encoders
 from raybooth.manifest import digest, files_under
 from raybooth.naming import settle_token
 from raybooth.photos import SUFFIXES, Photo, contact_sheet, png, refuse_duplicates, views

@@ -124,11 +124,6 @@ def in_the_way(w: World) -> None:
         (w.storage / "instance-images" / name).write_bytes(b"the user's")
 
 
-def fresh(w: World) -> None:
-    """What shows after the storage was prepared: from then on the configuration is that of what was prepared."""
-    w.config.unlink()
-
-
 def without(*names: str) -> Callable[[World], None]:
     def remove(w: World) -> None:
         for name in names:
@@ -259,9 +254,14 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a configuration that does not exist", None, ["nothing.toml"], "nothing.toml"),
     ("a configuration that is not TOML", toml("= 3"), ["FOLDER/my.toml"], "is not valid TOML"),
     ("an unknown key in the file", toml("[finetune]\nstep = 3\n"), ["FOLDER/my.toml"], "did you mean finetune.steps?"),
+    ("a section of another language", None, ["--set=self.x=1"], "self.x is not a known setting"),
+    ("an unknown section with a known key", None, ["--set=genrate.prompts=x"], "did you mean generate.prompts?"),
+    ("a number of thousands of digits", None, [f"--set=finetune.steps={'9' * 5000}"], "finetune.steps = '999"),
+    ("brackets without end", None, [f"--set=finetune.steps={'[' * 5000}"], "finetune.steps = '[[["),
+    ("brackets without end in the file", toml(f"seed = {'[' * 5000}"), ["FOLDER/my.toml"], "is not valid TOML"),
     ("more workers than rows", None, ["--set=cluster.workers=9"], "finetune.batch is 2 for 9 workers"),
-    ("more GPU workers than GPUs", fresh, ["--set=cluster.gpus_per_worker=1"], "needs 1 GPUs and there are 0"),
-    ("a cluster that is not there", fresh, ["--set=cluster.address='127.0.0.1:9'"], "127.0.0.1:9"),
+    ("more GPU workers than GPUs", None, ["--set=cluster.gpus_per_worker=1"], "needs 1 GPUs and there are 0"),
+    ("a cluster that is not there", None, ["--set=cluster.address='127.0.0.1:9'"], "127.0.0.1:9"),
     ("a storage that is a file", None, ["--storage=FOLDER/photos/0.png"], "is not a folder"),
     ("a storage below a file", None, ["--storage=FOLDER/photos/0.png/run"], "is not a folder"),
     ("a storage that cannot be written to", None, ["--storage=/proc/raybooth"], "/proc/raybooth"),

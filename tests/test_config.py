@@ -46,10 +46,30 @@ def test_a_saved_configuration_reads_back_the_same():
     assert Config(**made.model_dump(by_alias=True, mode="json")) == made
 
 
+def test_defaults_of_mini_stay_with_mini(tmp_path: Path):
+    """A storage keeps every setting; only what was chosen goes along to another base."""
+    kept = tmp_path / "config.json"
+    mini = config.load(None, ["subject.class=dog", "base.model=mini", "finetune.steps=7", "prior.guidance=2"])
+    kept.write_text(mini.model_dump_json(by_alias=True))
+    other = config.load(kept, base={"model": "owner/model"})
+    assert other.finetune == Config(subject={"class": "dog"}).finetune.model_copy(update={"steps": 7})
+    assert (other.subject.class_name, other.prior.guidance, other.prior.weight, other.evaluate) == ("dog", 2, 1, Config(subject={"class": "dog"}).evaluate)
+    kept.write_text(other.model_dump_json(by_alias=True))
+    assert config.load(kept, ["base.model=mini", "prior.guidance=2"]) == mini
+    assert config.load(kept, base={"model": "owner/another"}).finetune == other.finetune
+
+
+def test_paths_of_python_are_paths():
+    made = Config(subject={"class": "dog", "photos": [Path("a"), "b"]}, base={"model": Path("/models/a")}, storage=Path("/runs/a"))
+    assert (made.subject.photos, made.base.model, made.storage) == (["a", "b"], "/models/a", "/runs/a")
+
+
 @pytest.mark.parametrize(
     ("key", "meant"),
     [("finetune.stepz", "finetune.steps"), ("steps", "finetune.steps|prior.steps|generate.steps"), ("subject.klass", "subject.class"),
-     ("cluster.worker", "cluster.workers"), ("storag", "storage"), ("fintune.lr", "finetune.lr")],
+     ("cluster.worker", "cluster.workers"), ("storag", "storage"), ("fintune.lr", "finetune.lr"),
+     ("genrate.prompts", "generate.prompts"), ("Finetune.steps", "finetune.steps"), ("lrr", "finetune.lr"),
+     ("step", "finetune.steps|prior.steps|generate.steps")],
 )  # fmt: skip
 def test_an_unknown_key_names_the_nearest_known_one(key: str, meant: str):
     with pytest.raises(RayboothError) as caught:

@@ -3,7 +3,6 @@
 Layers, later ones win: the defaults (for SD 1.x), mini's own when the base is mini, the TOML file, `--set section.key=value`.
 """
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from raybooth.complaints import sentence
 from raybooth.errors import RayboothError
 from raybooth.layers import merged, parsed_override, read_file
 from raybooth.prompts import filled, unknown_words
@@ -43,6 +43,13 @@ class Section(BaseModel):
             raise ValueError("it is not a switch that is true or false")  # Python counts with them
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _paths_are_text(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [str(v) if isinstance(v, Path) else v for v in value]
+        return str(value) if isinstance(value, Path) else value
+
 
 class Subject(Section):
     """Who or what is learnt."""
@@ -58,7 +65,7 @@ class Subject(Section):
     @field_validator("photos", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return [str(value)] if isinstance(value, str | Path) else value
+        return [str(value)] if isinstance(value, str | Path) else value  # before or after _paths_are_text
 
     @property
     def prompt(self) -> str:
@@ -209,6 +216,11 @@ class Cluster(Section):
     sample_batch: Count = Field(8, le=256, description="pictures in one forward pass; a smaller one needs less memory")
 
     @property
+    def is_demanding(self) -> bool:
+        """Whether a machine may not have what is asked for."""
+        return self.address is not None or self.worker_range[0] > 1 or bool(self.gpus_per_worker)
+
+    @property
     def worker_range(self) -> tuple[int, int]:
         """Fewest and most workers that fine-tune together."""
         if isinstance(self.workers, int):
@@ -231,18 +243,16 @@ class Config(Section):
     storage: str = Field("raybooth-run", min_length=1, description="folder, or URI such as s3://bucket/run")
     seed: int = Field(0, ge=0, lt=2**63, description="of every random draw in the run")
 
-    def __init__(self, **values: Any):
+    def __init__(self, /, **values: Any):  # a setting may be called self
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise RayboothError(_sentence(error)) from None
+            raise RayboothError(sentence(error, field_names())) from None
 
     @model_validator(mode="before")
     @classmethod
     def _mini_brings_its_own(cls, values: Any) -> Any:
-        base = values.get("base") if isinstance(values, dict) else None
-        model = base.get("model") if isinstance(base, dict) else getattr(base, "model", None)
-        return merged(MINI_DEFAULTS, values) if model == "mini" else values
+        return merged(MINI_DEFAULTS, values) if isinstance(values, dict) and _model_of(values) == "mini" else values
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
@@ -293,11 +303,31 @@ def load(path: Path | None = None, overrides: Iterable[str] = (), **values: Any)
     Raises:
         RayboothError: naming the field, what is wrong with it and what to do.
     """
+    layers = [values, *map(parsed_override, overrides)]
+    below = read_file(path) if path else {}
+    if path and path.suffix == ".json":
+        below = _for_base(below, layers)
     data: dict[str, Any] = {}
-    for layer in (read_file(path) if path else {}, values, *map(parsed_override, overrides)):
+    for layer in (below, *layers):
         _check_sections(layer)
         data = merged(data, layer)
     return Config(**data)
+
+
+def _for_base(kept: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a storage keeps names every setting, defaults too: those of its base are left out where `layers` go from mini to another base, or to mini."""
+    before, *named = [model for layer in (kept, *layers) if (model := _model_of(layer))] or [""]
+    if not named or (named[-1] == "mini") == (before == "mini"):
+        return kept
+    usual = Config(subject={"class": "thing"}, base={"model": before}).model_dump(by_alias=True, mode="json")
+    return {k: {n: v for n, v in held.items() if v != usual[k].get(n)} for k, held in kept.items() if isinstance(held, dict) and k in usual} | {
+        k: v for k, v in kept.items() if not isinstance(v, dict)
+    }
+
+
+def _model_of(layer: dict[str, Any]) -> Any:
+    base = layer.get("base")
+    return base.get("model") if isinstance(base, dict) else getattr(base, "model", None)
 
 
 def _check_sections(layer: dict[str, Any]) -> None:
@@ -306,25 +336,6 @@ def _check_sections(layer: dict[str, Any]) -> None:
         keys = [name.partition(".")[2] for name in field_names() if name.startswith(f"{key}.")]
         if keys and not isinstance(value, dict | Section):
             raise RayboothError(f"{key} = {value!r} is not possible: it is a section of settings such as {key}.{keys[0]}.")
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first of pydantic's complaints as one sentence that names the field."""
-    problem = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"][:2])  # deeper ones are pydantic's own names
-    if problem["type"] == "extra_forbidden":
-        return f"{where} is not a known setting{_nearest(where)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not where:
-        return f"{message}."
-    return f"{where} = {problem['input']!r} is not possible: {message[0].lower()}{message[1:]}."
-
-
-def _nearest(name: str) -> str:
-    known = field_names()
-    last = name.rpartition(".")[2]
-    near = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(name, known, 1, 0.5)
-    return f"; did you mean {near[0]}?" if near else f": the sections are {', '.join(Config.model_fields)}."
 
 
 def field_names() -> list[str]:

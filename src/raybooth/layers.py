@@ -35,7 +35,7 @@ def read_file(path: Path) -> dict[str, Any]:
         raise RayboothError(f"There is no configuration file {path}: give the path of a TOML file, such as examples/dog.toml.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RayboothError(f"{path} cannot be read as a configuration: {error}.") from None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets
         raise RayboothError(f"{path} is not valid {kind}: {error}.") from None
     if not isinstance(held, dict):
         raise RayboothError(f"{path} is not a configuration: it holds {text.strip()[:20]!r}, where a JSON object of sections should be.")
@@ -53,7 +53,7 @@ def parsed_override(text: str) -> dict[str, Any]:
         raise RayboothError(f"--set {text} is not of the form section.key=value, as in --set finetune.steps=200.")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value  # a bare word is a string
     for part in reversed(key.strip().split(".")):
         parsed = {part: parsed}

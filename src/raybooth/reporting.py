@@ -190,7 +190,10 @@ ALL = {**STAGES, "evaluate": evaluation.evaluate, "report": report}
 
 
 def do(run: Run, names: Iterable[str]) -> None:
-    """Those verbs, in order."""
+    """Those verbs, in order. A whole run that asks for much of a cluster looks for it first: what is refused has changed nothing."""
+    names = list(names)
+    if names[0] == "prepare" and len(names) > 1 and run.config.cluster.is_demanding:
+        _ = run.ray
     for name in names:
         if name != "prepare":
             settle_token(run)

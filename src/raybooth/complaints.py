@@ -1,0 +1,31 @@
+"""What is wrong with a configuration, in one sentence."""
+
+import difflib
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+
+def sentence(error: ValidationError, known: Sequence[str]) -> str:
+    """The first of pydantic's complaints, naming the field. `known` are all settings, as `section.key`."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"][:2])  # deeper ones are pydantic's own names
+    if problem["type"] == "extra_forbidden":
+        inside = problem["input"] if isinstance(problem["input"], dict) else {}
+        where = ".".join([where, *list(inside)[:1]])  # of a section, the setting that was meant
+        return f"{where} is not a known setting{_nearest(where, known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not where:
+        return f"{message}."
+    given = repr(problem["input"])
+    given = given if len(given) <= 200 else f"{given[:200]}..."
+    return f"{where} = {given} is not possible: {message[0].lower()}{message[1:]}."
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """By the setting's own name first, then by its section's too."""
+    own = name.lower().rpartition(".")[2]
+    alike = difflib.get_close_matches(own, {k.rpartition(".")[2] for k in known}, 1, 0.75)
+    near = [k for k in known if k.rpartition(".")[2] in alike] or difflib.get_close_matches(name.lower(), known, 1, 0.5)
+    best = difflib.get_close_matches(name.lower(), near, 1, 0)
+    return f"; did you mean {best[0]}?" if best else f": the sections are {', '.join(dict.fromkeys(k.partition('.')[0] for k in known))}."

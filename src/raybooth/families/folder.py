@@ -43,7 +43,7 @@ def read_object(path: Path) -> dict[str, Any]:
         held = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RayboothError(f"{path} is missing: {_AGAIN}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise RayboothError(f"{path} is damaged ({error}): {_AGAIN}") from None
     if not isinstance(held, dict):
         raise RayboothError(f"{path} is damaged (not a JSON object): {_AGAIN}")

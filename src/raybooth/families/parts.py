@@ -40,22 +40,52 @@ def configured(read: Callable[[Path], T]) -> Callable[[Path], T]:
 
 def facts(folder: Path, denoiser: str) -> Facts:
     vae, net = config(folder, "vae/config"), config(folder, f"{denoiser}/config")
+    float(vae.get("scaling_factor", 1))
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
     return Facts(net["sample_size"] * downscale, vae["latent_channels"], downscale, net.get("patch_size", 1))
 
 
 def load(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.dtype | None" = None) -> Loaded:
-    """The named parts and all tokenizers, in evaluation mode, without gradients; the VAE in float32 always: it overflows in less."""
+    """The named parts and all tokenizers, in evaluation mode, without gradients; the VAE in float32 always: it overflows in less.
+
+    Raises:
+        RayboothError: naming the part, if one cannot be opened or lacks weights.
+    """
     import torch
 
-    index, modules = read_index(folder), {}
+    index, modules, tokenizers = read_index(folder), {}, {}
     for part in parts:
-        wanted = torch.float32 if part == "vae" else dtype or torch.float32
-        key = "dtype" if index[part][0] == "transformers" else "torch_dtype"
-        module = _kind(index, part).from_pretrained(folder / part, use_safetensors=True, **{key: wanted})
-        modules[part] = module.eval().requires_grad_(False)
-    tokenizers = {name: _kind(index, name).from_pretrained(folder / name) for name in index if name.startswith("tokenizer") and index[name][0]}
-    return Loaded(folder, family.facts(folder), family.objective(folder), modules, tokenizers)
+        with _explained(folder / part):
+            modules[part] = _weighted(_kind(index, part), folder / part, torch.float32 if part == "vae" else dtype or torch.float32)
+    for name in (n for n in index if n.startswith("tokenizer") and index[n][0]):
+        with _explained(folder / name):
+            tokenizers[name] = _kind(index, name).from_pretrained(folder / name)
+    with _explained(folder / "scheduler"):
+        objective = family.objective(folder)
+    return Loaded(folder, family.facts(folder), objective, modules, tokenizers)
+
+
+@contextlib.contextmanager
+def _explained(part: Path) -> Iterator[None]:
+    """Whatever the libraries say of files that do not fit together, with the part that they are of. Want of memory is another matter."""
+    try:
+        yield
+    except RayboothError:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            raise
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise RayboothError(f"{part} of the model cannot be opened ({said}): copy or download the model again, or choose another.") from error
+
+
+def _weighted(kind: Any, folder: Path, dtype: "torch.dtype") -> "nn.Module":
+    """With all its weights: of those that are missing, the libraries draw some at random."""
+    key = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
+    module, found = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **{key: dtype})
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"it lacks the weights of {missing[0]}")
+    return module.eval().requires_grad_(False)
 
 
 @contextlib.contextmanager

@@ -23,15 +23,26 @@ _SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "euler": ("EulerDiscreteScheduler", {}),
 }
+_OTHER_NOISE = ("EDM", "FlowMatch")  # schedulers of finetunes that are no DDPM; by their configurations' names read as one they would be taught nonsense
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @parts.configured
 def facts(folder: Path) -> Facts:
-    prediction = parts.config(folder, "scheduler/scheduler_config").get("prediction_type", "epsilon")
+    scheduler, vae, unet = (parts.config(folder, name) for name in ("scheduler/scheduler_config", "vae/config", "unet/config"))
+    prediction, process = scheduler.get("prediction_type", "epsilon"), scheduler.get("_class_name", "")
     if prediction not in ("epsilon", "v_prediction"):
         raise RayboothError(f"The model {folder} predicts '{prediction}': Stable Diffusion models of epsilon or v_prediction can be fine-tuned.")
-    return parts.facts(folder, "unet")
+    if process.startswith(_OTHER_NOISE) or vae.get("latents_mean"):
+        what = f"noise as {process} has it" if process.startswith(_OTHER_NOISE) else "latents of another scale (latents_mean in vae/config.json)"
+        raise RayboothError(f"The model {folder} is of {what}, which is not known: choose one that makes noise as Stable Diffusion does.")
+    found = parts.facts(folder, "unet")
+    if unet["in_channels"] != found.latent_channels:
+        raise RayboothError(
+            f"The UNet of {folder} takes {unet['in_channels']} channels and the VAE has {found.latent_channels}: it is made for something else, as inpainting "
+            "models are; choose a model that draws from text."
+        )
+    return found
 
 
 def objective(folder: Path) -> "Diffusion":
@@ -49,7 +60,22 @@ def _ddim(folder: Path) -> Any:
 
 @parts.configured
 def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
-    return {"text": (parts.config(folder, "text_encoder/config")["max_position_embeddings"], parts.config(folder, "unet/config")["cross_attention_dim"])}
+    return {"text": text_shape(folder, "text_encoder")}
+
+
+def text_shape(folder: Path, *encoders: str) -> tuple[int, int]:
+    """(tokens, width) of what these make together.
+
+    Raises:
+        RayboothError: if the UNet takes another width.
+    """
+    configs = [parts.config(folder, f"{name}/config") for name in encoders]
+    width, taken = sum(c["hidden_size"] for c in configs), parts.config(folder, "unet/config")["cross_attention_dim"]
+    if width != taken:
+        raise RayboothError(
+            f"The UNet of {folder} takes text of width {taken} and {' and '.join(encoders)} make {width}: they are not of one model, copy it again."
+        )
+    return configs[0]["max_position_embeddings"], width
 
 
 def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @parts.configured
 def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
     pooled = parts.config(folder, "text_encoder_2/config")["projection_dim"]
-    return {**sd.conditioning(folder), "pooled": (pooled,)}
+    return {"text": sd.text_shape(folder, "text_encoder", "text_encoder_2"), "pooled": (pooled,)}
 
 
 def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":

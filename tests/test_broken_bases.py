@@ -1,0 +1,68 @@
+"""Base models whose files are all there and do not fit together: a sentence that names the part, and no traceback."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from raybooth import config
+from raybooth.errors import RayboothError
+from raybooth.reporting import do
+from raybooth.session import Run
+
+Spoil = Callable[[Path], object]
+
+
+def change(name: str, **values: Any) -> Spoil:
+    def spoil(model: Path) -> None:
+        held = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(held | values))
+
+    return spoil
+
+
+def without_some_weights(name: str) -> Spoil:
+    def spoil(model: Path) -> None:
+        tensors = load_file(model / name)
+        save_file(dict(sorted(tensors.items())[1:]), model / name, {"format": "pt"})
+
+    return spoil
+
+
+UNET, TEXT, VAE = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+BROKEN: list[tuple[str, Spoil, str]] = [
+    ("weights of another name", lambda m: (m / UNET).rename(m / "unet/model.safetensors"), "unet of the model cannot be opened"),
+    ("weights of another part", lambda m: shutil.copyfile(m / VAE, m / UNET), "unet of the model cannot be opened"),
+    ("weights missing in the UNet", without_some_weights(UNET), "unet of the model cannot be opened"),
+    ("weights missing in the text encoder", without_some_weights(TEXT), "text_encoder of the model cannot be opened"),
+    ("a class that is not known", change("model_index.json", unet=["diffusers", "NoSuchNet"]), "unet of the model cannot be opened"),
+    ("an empty tokenizer", lambda m: [f.write_text("{}") for f in (m / "tokenizer").glob("*.json")], "tokenizer of the model cannot be opened"),
+    ("blocks that are not known", change("unet/config.json", down_block_types=["X", "Y"]), "unet of the model cannot be opened"),
+    ("a UNet deeper than its weights", change("text_encoder/config.json", num_hidden_layers=9), "text_encoder of the model cannot be opened"),
+    ("noise that is not known", change("scheduler/scheduler_config.json", beta_schedule="nope"), "scheduler of the model cannot be opened"),
+    ("no timesteps", change("scheduler/scheduler_config.json", num_train_timesteps=0), "scheduler"),
+    ("an inpainting model", change("unet/config.json", in_channels=9), "takes 9 channels and the VAE has"),
+    ("a text encoder of another model", change("unet/config.json", cross_attention_dim=999), "takes text of width 999"),
+    ("latents without a scale", change("vae/config.json", scaling_factor=None), "lack something or hold nonsense"),
+    ("a flow", change("scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"), "noise as FlowMatchEulerDiscreteScheduler has it"),
+    ("EDM", change("scheduler/scheduler_config.json", _class_name="EDMDPMSolverMultistepScheduler"), "noise as EDM"),
+    ("latents of another mean", change("vae/config.json", latents_mean=[0.1]), "latents of another scale"),
+    ("brackets without end", lambda m: (m / "unet/config.json").write_text("[" * 100_000), "unet/config.json is damaged"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "named"), [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN])
+@pytest.mark.usefixtures("in_process")
+def test_a_broken_base_is_said(spoil: Spoil, named: str, tmp_path: Path, toy: Path, photos: Path):
+    shutil.copytree(toy, tmp_path / "model")
+    spoil(tmp_path / "model")
+    made = config.load(
+        None, ["prior.images=1", "prior.steps=1"], subject={"photos": [str(photos)], "class": "dog"}, base={"model": str(tmp_path / "model")},
+        storage=str(tmp_path / "run"),
+    )  # fmt: skip
+    with Run(made, quiet=True) as run, pytest.raises(RayboothError, match=named):
+        do(run, ["prepare", "class-images"])

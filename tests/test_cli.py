@@ -71,3 +71,25 @@ def test_export_takes_what_load_takes(home: Path):
     for storage in ("memory://exported/typo", "~/typo"):
         with pytest.raises(RayboothError, match=f"There is no run in {storage}"):
             raybooth.export(storage, "lora")
+
+
+@pytest.mark.parametrize(("storage", "named"), [("FILE", "is not a folder"), ("FILE/run", "is not a folder"), ("~nobody-of-this-name/x", "storage = '~nobody")])
+def test_a_demo_without_a_place_says_so(storage: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "file").touch()
+    assert main(["demo", "--storage", storage.replace("FILE", str(tmp_path / "file"))]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_demo_with_photographs_of_ones_own_draws_none_among_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from raybooth import stages
+
+    def stopped(run: object) -> None:
+        raise RayboothError("stopped")
+
+    monkeypatch.setattr(stages, "STAGES", {"prepare": stopped})
+    own, storage = tmp_path / "own", tmp_path / "storage"
+    own.mkdir()
+    assert main(["demo", "--storage", str(storage), "--set", f"subject.photos={own}"]) == 2
+    assert not [*own.iterdir(), *storage.glob("photographs/*")]
+    assert main(["demo", "--storage", str(storage), "--set", "subject.photos=[]"]) == 2
+    assert len([*storage.glob("photographs/*.png")]) == 5

@@ -1,13 +1,18 @@
 """The whole way on mini: five pictures of one drawn dog, a personalised model, before and after."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from raybooth import config as configuration
 from raybooth import evaluation, stages
 from raybooth.config import Config
+from raybooth.disk import explained
+from raybooth.manifest import write_atomically
+from raybooth.photos import png
 from raybooth.score import among
 from raybooth.session import Run
+from raybooth.workspace import Workspace
 
 SUBJECT_SEED = 23  # of the dog: yellow, with black patches
 PLACES = ("in the snow", "on the beach", "in the city", "at night", "in the desert", "on the water")
@@ -48,18 +53,20 @@ class Scores:
 
 
 def demo_config(storage: str, overrides: list[str]) -> Config:
-    """mini, its own defaults, a drawn dog, and places that mini knows."""
+    """mini, its own defaults, a drawn dog if `overrides` bring no other subject, and places that mini knows."""
     prompts = [f"photo of {{subject}} {place}" for place in PLACES]
-    return configuration.load(
+    made = configuration.load(
         None,
         overrides,
-        subject={"photos": [str(Path(storage).expanduser() / "photographs")], "class": "dog"},
+        subject={"class": "dog"},
         base={"model": "mini"},
         finetune={"checkpoints": 4},
         generate={"prompts": prompts},
         evaluate={"select": "balance"},
         storage=storage,
     )
+    drawn = [str(Workspace(made.storage).root / "photographs")]
+    return made if made.subject.photos else made.model_copy(update={"subject": made.subject.model_copy(update={"photos": drawn})})
 
 
 def photographs(folder: Path, seed: int = SUBJECT_SEED, kind: str = "dog", n: int = 5) -> None:
@@ -70,21 +77,24 @@ def photographs(folder: Path, seed: int = SUBJECT_SEED, kind: str = "dog", n: in
     for i, scene in enumerate(subject_scenes(seed, kind, n)):
         path = folder / f"{i}.png"
         if not path.exists():
-            render(scene).save(path)
+            write_atomically(path, png(render(scene)))
 
 
 def demo(storage: str, overrides: list[str], quiet: bool = False) -> Scores:
     """Run it, write `before-after.png`, say where everything lies and how well it went."""
     config = demo_config(storage, overrides)
-    photographs(Path(config.subject.photos[0]))
     with Run(config, quiet) as run:
+        drawn = run.workspace.root / "photographs"
+        if config.subject.photos == [str(drawn)]:
+            with explained(config.storage, run.workspace.root):
+                photographs(drawn)
         for stage in stages.STAGES.values():
             stage(run)
         evaluation.evaluate(run)
         sheet = evaluation.before_after(run)
         scores = score(run)
     print(f"\n{scores}\n\nlook at   {sheet}\npictures  {run.workspace.root / 'output-images'}\nmodel     {run.model_folder}  (opens in plain diffusers)")
-    print(f"one page  raybooth report --storage {storage}")
+    print(f"one page  raybooth report --storage {shlex.quote(config.storage)}")
     return scores
 
 

@@ -10,8 +10,10 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 
 from raybooth.config import Sampling
-from raybooth.families import family_of
+from raybooth.errors import RayboothError
+from raybooth.families import family_of, sd
 from raybooth.families.parts import load
+from raybooth.mini import FOLDER
 from raybooth.noise import normal
 from raybooth.sample import Sampler
 
@@ -64,3 +66,26 @@ def test_it_is_what_the_pipeline_of_diffusers_draws(toy: Path, name: str, guidan
     theirs = pipe(prompts, latents=latents, num_inference_steps=6, guidance_scale=guidance, output_type="np", height=32, width=32).images
     ours = np.stack(list(sampler(toy, name, guidance, batch=2).draw(prompts, [1, 2])))
     assert np.abs(ours - theirs * 255).max() <= 0.6  # half a level of rounding
+
+
+@pytest.mark.parametrize("name", ["dpmsolver++", "ddim", "pndm", "euler"])
+@pytest.mark.parametrize("steps", [25, 100, 101, 200, 999])
+def test_any_number_of_steps_comes_from_noise_to_the_picture(name: str, steps: int):
+    """A denoiser that knows the picture is led to it, from the first tenth of the noise."""
+    made = sd.scheduler(FOLDER, name, steps, (4, 8, 8), torch.device("cpu"))
+    clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    alphas, z = made.alphas_cumprod, noise * made.init_noise_sigma
+    assert made.timesteps[0] >= 900
+    for t in made.timesteps:
+        signal, sigma = alphas[int(t)].sqrt(), (1 - alphas[int(t)]).sqrt()
+        z = made.step((made.scale_model_input(z, t) - signal * clean) / sigma, t, z).prev_sample
+    assert (z - clean).abs().max() < 0.15  # ddim and pndm end at the first noise of the schedule
+
+
+def test_more_steps_than_there_is_noise_are_refused(tmp_path: Path):
+    change = json.loads((FOLDER / "scheduler" / "scheduler_config.json").read_text()) | {"num_train_timesteps": 50}
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(change))
+    with pytest.raises(RayboothError, match="60 steps are more than ddim can take"):
+        sd.scheduler(tmp_path, "ddim", 60, (4, 8, 8), torch.device("cpu"))

@@ -102,7 +102,7 @@ class Prior(Section):
     method: Literal["class-images", "base-prediction", "none"] = Field(
         "class-images", description="what class rows are taught by: pictures, or (LoRA only, no pictures needed) the base model's own predictions"
     )
-    steps: int = Field(25, ge=1, le=1000, description="denoising steps a picture")
+    steps: int = Field(25, ge=1, le=999, description="denoising steps a picture")
     guidance: float = Field(7.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale; 1 or less turns it off")
     scheduler: SchedulerName = Field("dpmsolver++", description="sampler; the 2023 notebook's is pndm at 50 steps")
 
@@ -162,7 +162,7 @@ class Generate(Section):
         min_length=1, description="prompts; {subject}, {token} and {class} are filled in",
     )  # fmt: skip
     images_per_prompt: Count = Field(4, le=100_000, description="pictures a prompt")
-    steps: int = Field(25, ge=1, le=1000, description="denoising steps a picture")
+    steps: int = Field(25, ge=1, le=999, description="denoising steps a picture")
     guidance: float = Field(7.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale")
     scheduler: SchedulerName = Field("dpmsolver++", description="sampler")
 

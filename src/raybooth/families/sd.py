@@ -99,12 +99,21 @@ def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mappi
 
 
 def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], device: "torch.device") -> Any:
-    """Deterministic samplers only: a picture depends on its initial latents and on nothing drawn on the way."""
+    """Deterministic samplers only: a picture depends on its initial latents and on nothing drawn on the way.
+
+    Raises:
+        RayboothError: if the model's noise has no so many steps.
+    """
     import diffusers
 
     kind, extra = _SAMPLERS[name]
+    if name == "dpmsolver++" and steps > 100:
+        extra = {**extra, "timestep_spacing": "linspace"}  # strides of "leading" are whole: of 1000, 200 steps would leave out the first 199
     made = getattr(diffusers, kind).from_config(_ddim(folder).config, **extra)
-    made.set_timesteps(steps, device=device)
+    try:
+        made.set_timesteps(steps, device=device)
+    except (ValueError, IndexError):
+        raise RayboothError(f"{steps} steps are more than {name} can take with this model: lower prior.steps, or generate.steps.") from None
     return made
 
 

@@ -145,7 +145,8 @@ def apart(storage: Path, reference: Path) -> float:
 
 
 def test_two_workers_draw_the_same_files_and_learn_the_same(tmp_path: Path, made: Path, toy: Path, photos: Path):
-    call("run", tmp_path, toy, photos, cluster__samplers=2, cluster__workers=2)
+    """In two passes each, too: a row at a time."""
+    call("run", tmp_path, toy, photos, cluster__samplers=2, cluster__workers=2, finetune__accumulate=2)
     assert contents(tmp_path / "class-images") == contents(made / "class-images")
     assert contents(tmp_path / "latents") == contents(made / "latents")
     for ours, theirs in zip(history(tmp_path), history(made), strict=True):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raybooth.dataset import TrainingSet, noised_rows, rows_of_step
+from raybooth.dropout import key_dropout
 from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded
 from raybooth.families.lora import adapters_off
@@ -21,6 +22,8 @@ from raybooth.noise import reseeded, sent
 from raybooth.optim import Average, laid_out_like, learning_rate_factor, make_optimizer
 
 VALIDATION = 8  # draws of each kind of row
+Words = dict[str, Tensor]
+"""What the denoiser is told of prompts: its conditioning, a row each."""
 
 
 @dataclass(frozen=True)
@@ -97,34 +100,44 @@ class RowLoss(nn.Module):
         self.family, self.loaded, self.objective, self.data = family, loaded, loaded.objective.to(data.mean.device), data
         self.text_encoder, self.min_snr_gamma = settings.text_encoder, settings.min_snr_gamma
         self.trained = nn.ModuleDict({name: loaded.modules[name] for name in family.trainable(settings.text_encoder)})
+        self.taught: dict[tuple[int, ...], Words] = {}
 
-    def forward(self, instances: int, prompt: Sequence[int], used: Sequence[int], x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def forward(
+        self, instances: int, prompt: Sequence[int], used: Sequence[int], x0: Tensor, noise: Tensor, t: Tensor, words: Words | None = None
+    ) -> Tensor:  # fmt: skip
         """Weighted squared error of each row: the first `instances` are of the subject, the others of the class.
 
-        `prompt` is of each row; `used` are those of all workers' rows in this step, each once.
+        `prompt` is of each row; `used` are those of all workers' rows in this step, each once, and `words` theirs if they were encoded before.
         """
         z, target, taught = self.objective.noisy(x0, noise, t), self.objective.target(x0, noise, t), prompt[instances:]
         if self.data.teacher and taught:
             with torch.no_grad(), adapters_off(self.trained.values()):
-                said = self.family.predict(self.loaded, z[instances:], t[instances:], self._conditioning(taught, sorted({*taught})))
+                said = self.family.predict(self.loaded, z[instances:], t[instances:], self._of_base(taught))
             target = torch.cat([target[:instances], said.to(target.dtype)])
-        prediction = self.family.predict(self.loaded, z, t, self._conditioning(prompt, used))
+        prediction = self.family.predict(self.loaded, z, t, self._of_rows(prompt, used, words or self.encode(used)))
         return row_errors(prediction, target) * self.objective.weight(t, self.min_snr_gamma)
 
-    def _conditioning(self, prompt: Sequence[int], used: Sequence[int]) -> dict[str, Tensor]:
-        """Of each row; a trained text encoder runs once for every distinct prompt."""
-        known, device = self.data.conditioning, self.data.mean.device
-
-        def at(places: Iterable[int]) -> Tensor:
-            return sent(torch.tensor([*places]), device)
-
+    def encode(self, used: Sequence[int]) -> Words:
+        """Of these prompts, by the text encoders if they are trained: one row each."""
+        known = self.data.conditioning
+        known = {k: v[self._at(used)] for k, v in known.items()} if known else None
         if not self.text_encoder:
             assert known is not None
-            return {k: v[at(prompt)] for k, v in known.items()}
-        of_used = self.family.encode_text(
-            self.loaded, [self.data.prompts[i] for i in used], {k: v[at(used)] for k, v in known.items()} if known else None
-        )  # fmt: skip
-        return {k: v[at(used.index(p) for p in prompt)] for k, v in of_used.items()}
+            return known
+        return self.family.encode_text(self.loaded, [self.data.prompts[i] for i in used], known)
+
+    def _of_base(self, taught: Sequence[int]) -> Words:
+        """By the base model, whose words do not change: encoded once."""
+        used = tuple(sorted({*taught}))
+        if used not in self.taught:
+            self.taught[used] = self.encode(used)
+        return self._of_rows(taught, used, self.taught[used])
+
+    def _of_rows(self, prompt: Sequence[int], used: Sequence[int], words: Words) -> Words:
+        return {k: v[self._at(used.index(p) for p in prompt)] for k, v in words.items()}
+
+    def _at(self, places: Iterable[int]) -> Tensor:
+        return sent(torch.tensor([*places]), self.data.mean.device)
 
 
 def fit(
@@ -170,20 +183,21 @@ class _Loop:
         self.optimizer = make_optimizer(settings.optimizer, groups, settings.weight_decay, settings.seed)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.autocast is torch.float16)
         self.average = Average(self.parameters, settings.ema) if settings.ema else None
+        self.keys = {part: key_dropout(trained) for part, trained in self.trained.items()}
         self.module, self.model = module, parallel.wrap(module)
         self.done = self.read_at = 0
         self.seen = torch.zeros(4, device=self.device)  # sums since the last reading: loss, instance, prior, gradient norm
 
     def step(self) -> None:
-        """One optimizer step, in `accumulate` passes over this worker's share of the rows."""
+        """One optimizer step by this worker's share of the rows."""
         settings, step = self.settings, self.done
         every = rows_of_step(self.data, step, settings.batch, settings.seed)
         used = sorted({self.data.prompt[row] for row in every})
         mine = range(self.parallel.rank, len(every), self.parallel.world)
-        passes = min(settings.accumulate, len(mine))
-        for i in range(passes):
-            with reseeded(self.device, settings.seed, "dropout", step, self.parallel.rank, i):
-                self._backward(every, mine[i::passes], used, last=i + 1 == passes)
+        for part, keys in self.keys.items():
+            keys[:] = [(settings.seed, "dropout", step, part, prompt) for prompt in used]  # the denoiser's are of rows, which each pass sets
+        with reseeded(self.device, settings.seed, "dropout", step, self.parallel.rank):  # what little a library drops by itself
+            self._passes(every, mine, used)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor(settings.schedule, step, settings.steps, settings.warmup)
         self.scaler.unscale_(self.optimizer)
@@ -199,25 +213,41 @@ class _Loop:
             self.average.update(self.done)
 
     def _clip(self, bound: float) -> Tensor:
-        """torch's clip_grad_norm_; returns the norm before it."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None], foreach=True)
+        """torch's clip_grad_norm_; returns the norm before it, in float32: gradients in bfloat16 would have it rounded, perhaps to the bound."""
+        norms = torch._foreach_norm([p.grad for p in self.parameters.values() if p.grad is not None], 2, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         # Below the bound it multiplies by one. A CPU can be asked for that without waiting; a GPU cannot.
         if self.device.type != "cpu" or norm > bound:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), bound, norm, foreach=True)
         return norm
 
-    def _backward(self, every: list[int], places: Sequence[int], used: list[int], last: bool) -> None:
+    def _passes(self, every: list[int], mine: Sequence[int], used: list[int]) -> None:
+        """`accumulate` passes over this worker's rows. A trained text encoder runs once for all of them: they go by copies of what it says,
+        but for the last, which takes the gradients of the copies back to it.
+        """
+        passes, words, copies = min(self.settings.accumulate, len(mine)), None, None
+        if passes > 1 and self.settings.text_encoder:
+            with self._autocast():
+                words = self.module.encode(used)
+            copies = {k: v.detach().requires_grad_() for k, v in words.items()}
+        for i in range(passes - 1):
+            # Gradients are exchanged once a step.
+            with self.model.no_sync() if isinstance(self.model, nn.parallel.DistributedDataParallel) else nullcontext():
+                self._backward(every, mine[i::passes], used, copies)
+        owed = [(v.float() * g.float()).sum() for k, v in (words or {}).items() if copies and (g := copies[k].grad) is not None]
+        self._backward(every, mine[passes - 1 :: passes], used, words, owed)
+
+    def _backward(self, every: list[int], places: Sequence[int], used: list[int], words: Words | None, owed: Sequence[Tensor] = ()) -> None:
         settings, data = self.settings, self.data
         mine, instances = [every[i] for i in places], sum(i < settings.batch for i in places)
         rows = sent(torch.tensor(mine), self.device)
         x0, noise, t = noised_rows(data, self.objective, settings.seed, settings.noise_offset, self.done, places, rows)
-        model = self.model
-        with model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) and not last else nullcontext():  # gradients are exchanged once a step
-            with self._autocast():
-                errors = model(instances, [data.prompt[row] for row in mine], used, x0, noise, t)
-                loss = prior_preserving(errors, data.weight[rows], settings.batch)
-            # Wrapped modules average gradients over the workers; the loss is their sum.
-            self.scaler.scale(loss * self.parallel.world).backward()
+        self.keys[self.module.family.denoiser][:] = [(settings.seed, "dropout", self.done, place) for place in places]
+        with self._autocast():
+            errors = self.model(instances, [data.prompt[row] for row in mine], used, x0, noise, t, words)
+            loss = prior_preserving(errors, data.weight[rows], settings.batch)
+        # Wrapped modules average gradients over the workers; the loss is their sum.
+        sum(owed, self.scaler.scale(loss * self.parallel.world)).backward()
         with torch.no_grad():
             self.seen[:3] += torch.stack([loss, *(kind.sum() / settings.batch for kind in (errors[:instances], errors[instances:]))])
 

@@ -1,12 +1,12 @@
 """A remote storage's mirror: a folder of this machine, read there and written through."""
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from raybooth.disk import lock
 from raybooth.manifest import MANIFEST, describe, move_in, parsed, read_manifest, replacing, write_atomically
 from raybooth.remote import Remote
 
@@ -62,7 +62,7 @@ class Mirror:
         Not the lock of a run, which holds that one all the while; whoever holds this one waits for the network and for no other lock.
         """
         with (self.root / ".mirroring").open("a") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
+            lock(f, wait=True)  # without locks there, files come more than once, but whole: each is renamed into place
             yield
 
     def _push_unpushed(self, stage: str) -> None:

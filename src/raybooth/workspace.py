@@ -6,7 +6,6 @@ before survives until then. Files that no manifest names are the user's and are 
 """
 
 import contextlib
-import fcntl
 import getpass
 import json
 import os
@@ -14,11 +13,11 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raybooth.disk import explained, path_of
+from raybooth.disk import explained, lock, path_of
 from raybooth.errors import RayboothError
 from raybooth.manifest import (
     BLOCK,
@@ -181,7 +180,7 @@ class Workspace:
         return manifest
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
         """Hold the storage against other runs of this machine, or of all that share the mount.
 
         Raises:
@@ -190,11 +189,13 @@ class Workspace:
         path = self.root / ".lock"
         with explained(self.storage, self.root), path.open("a+", errors="replace") as f:
             try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                locks = lock(f, wait=False)
+            except BlockingIOError:
                 f.seek(0)
                 holder = f.read().strip() or "another run"
                 raise RayboothError(f"The storage {self.storage} is in use by {holder}: wait for it, stop it, or give another --storage.") from None
+            if not locks:  # to refuse would shut out whoever has no other mount; to start a second run is a mistake that few make
+                say(f"The storage {self.storage} lies on a file system without locks: start no second run in it before this one has ended.")
             f.truncate(0)
             f.write(f"{_user()}@{socket.gethostname()}, process {os.getpid()}")
             f.flush()

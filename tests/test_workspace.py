@@ -204,3 +204,17 @@ def test_a_storage_behind_a_link_to_itself_is_said(tmp_path: Path):
 def test_a_storage_whose_folder_cannot_be_made_is_said():
     with pytest.raises(RayboothError, match="/proc/raybooth/run cannot be made"):
         Workspace("/proc/raybooth/run")
+
+
+@pytest.mark.parametrize("theirs", [b'{"name": "my site"}', b"[1, 2]", b"null"])
+def test_a_users_own_manifest_is_in_the_way_too(tmp_path: Path, theirs: bytes):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / MANIFEST).write_bytes(theirs)
+    stage = Workspace(str(tmp_path)).stage("s", {})
+    stage.write("x", b"ours")
+    with pytest.raises(RayboothError, match=r"manifest\.json is in the way of outputs"):
+        stage.finish()
+    assert (tmp_path / "s" / MANIFEST).read_bytes() == theirs
+    (tmp_path / "s" / MANIFEST).unlink()
+    stage.finish()
+    assert stage.done(["x"])

@@ -26,6 +26,7 @@ from raybooth.manifest import (
     digest,
     file_digest,
     files_under,
+    is_another,
     move_in,
     read_manifest,
     write_atomically,
@@ -117,16 +118,24 @@ class Stage:
             self.workspace.take_in(self.name, self.partial)
 
     def _refuse_to_overwrite(self, new: dict[str, dict[str, Any]], old: dict[str, Any] | None) -> None:
-        """Of files that are there and in no manifest, those with the very content are ours, of a stage that has lost its manifest."""
-        ours = set(old["outputs"]) if old else set()
-        there = [n for n in new if n not in ours and (self.folder / n).exists()]
-        foreign = [n for n in there if not (self.folder / n).is_file() or describe(self.folder / n) != new[n]]
+        foreign = self._foreign(new, set(old["outputs"]) if old else set())
         if foreign:
             what = f"{len(foreign)} files ({foreign[0]}, ...) are" if len(foreign) > 1 else f"{foreign[0]} is"
             raise RayboothError(
                 f"In {self.folder} {what} in the way of outputs of the same name, and no manifest says that raybooth made what is there: "
                 "move it elsewhere and run the same command again."
             )
+
+    def _foreign(self, new: dict[str, dict[str, Any]], ours: set[str]) -> list[str]:
+        """Of files that are there and in no manifest, those with the very content are ours, of a stage that has lost its manifest."""
+        there = [n for n in new if n not in ours and (self.folder / n).exists()]
+        foreign = [n for n in there if not (self.folder / n).is_file() or describe(self.folder / n) != new[n]]
+        folders = {p.as_posix() for n in new for p in Path(n).parents} - ours
+        foreign += sorted(f for f in folders if os.path.lexists(self.folder / f) and not (self.folder / f).is_dir())
+        manifest = self.folder / MANIFEST
+        if manifest.is_dir() or (manifest.is_file() and is_another(manifest.read_bytes())):
+            foreign.append(MANIFEST)
+        return foreign
 
     def _intact(self, name: str, described: dict[str, Any]) -> bool:
         path = self.folder / name
@@ -178,6 +187,21 @@ class Workspace:
                 f"The storage {self.storage} holds no complete {stage}: run 'raybooth {_VERBS.get(stage, stage)}' first, or 'raybooth run' for all."
             )
         return manifest
+
+    def output(self, stage: str, name: str) -> Path:
+        """Where an output lies that the stage's manifest names.
+
+        Raises:
+            RayboothError: if it is no longer there.
+        """
+        path = self.root / stage / name
+        if not path.is_file():
+            what, first = ("is no file", "move it elsewhere and ") if path.exists() else ("is missing", "")
+            raise RayboothError(
+                f"{stage}/{name} {what} in the storage {self.storage}, though the manifest of {stage} names it: "
+                f"{first}run 'raybooth {_VERBS.get(stage, stage)}' to make it again, or 'raybooth run' for all."
+            )
+        return path
 
     @contextlib.contextmanager
     def locked(self, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:

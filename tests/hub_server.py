@@ -19,7 +19,8 @@ class Hub:
 
     `cut_after` ends the connection after so many bytes of any weights, and refuses them from then on. `short` ends them so early once, as if that were all.
     `instead` is what any question about a repository is answered with: status, the header X-Error-Message, body.
-    `lies` are files whose stated hash is wrong. `proposed` are what pull request 1 of a repository would make of it: its author, and the folder.
+    `refused` are files that are answered with a status, `lies` files whose stated hash is wrong.
+    `proposed` are what pull request 1 of a repository would make of it: its author, and the folder.
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,7 @@ class Hub:
         self.cut_after: int | None = None
         self.short: int | None = None
         self.instead: tuple[int, str, bytes] | None = None
+        self.refused: dict[str, int] = {}
         self.lies: set[str] = set()
         self.url = ""
 
@@ -144,6 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
         if (folder := self.known(repo, revision)) is None:
             return None
         path = folder / name
+        if status := self.hub.refused.get(name):
+            return self.refuse("EntryNotFound" if status == 404 else "", status)
         if not path.is_file():
             return self.refuse("EntryNotFound")
         if self.hub.cut_after == 0 and name.endswith(".safetensors"):

@@ -12,6 +12,7 @@ import torch
 
 from raybooth.checkpoint import Checkpoints
 from raybooth.errors import RayboothError
+from raybooth.mirror import PUSHED
 from raybooth.remote import Remote
 from raybooth.train import State
 from raybooth.workspace import Workspace
@@ -211,6 +212,7 @@ def test_a_torn_remote_copy_is_passed_over_and_leaves_the_good_one_here_alone(tm
     there = max((tmp_path / "bucket" / "checkpoints").iterdir())
     if harm == "no manifest":
         (there / "manifest.json").unlink()
+        (one.workspace.root / PUSHED / "checkpoints" / there.name).unlink()  # it never was there: the push was cut off
     elif harm == "torn manifest":
         (there / "manifest.json").write_text("{")
     elif harm == "newer tensors":

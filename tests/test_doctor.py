@@ -2,7 +2,9 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -55,3 +57,23 @@ def test_it_tells_of_a_processor_with_bfloat16(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
     (line,) = [line for line in doctor.report().splitlines() if line.startswith("processors")]
     assert re.fullmatch(told, line[13:])
+
+
+def no_http() -> str:
+    """An endpoint that answers by another protocol."""
+    listens = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        with listens, listens.accept()[0] as asked:
+            asked.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+    threading.Thread(target=answer, daemon=True).start()
+    return f"http://127.0.0.1:{listens.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(("endpoint", "told"), [(lambda: "hf-mirror.com", "unknown url type"), (no_http, "SSH-2.0"), (lambda: "http://[::1", "Invalid")])
+def test_an_endpoint_that_is_none_is_not_reached(monkeypatch: pytest.MonkeyPatch, endpoint: Callable[[], str], told: str):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint())
+    (line,) = [line for line in doctor.report().splitlines() if line.startswith("hub")]
+    assert "cannot be reached" in line
+    assert told in line

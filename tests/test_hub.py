@@ -196,6 +196,8 @@ def test_what_the_hub_does_not_have_is_named(hub: Hub, tmp_path: Path, more: lis
         (200, "", b"[]", "is not the hub"),
         (401, "Invalid credentials in Authorization header", b"", "check that HF_TOKEN is a valid token"),
         (403, "", b"", "check that HF_TOKEN is a valid token"),
+        (410, "", b"", "no longer has the model me/toy (status 410): ask its owner, or check base.model"),
+        (429, "", b"", "asked too often and refuses the model me/toy for a while (status 429): wait some minutes and run the same command again"),
         (503, "", b"", "check the network"),
     ],
 )
@@ -205,6 +207,58 @@ def test_what_answers_in_place_of_the_hub_is_told_apart(hub: Hub, tmp_path: Path
     assert done.returncode == 2
     assert told in done.stderr
     assert "me/toy" in done.stderr
+
+
+@pytest.mark.parametrize("file", ["vae/config.json", f"unet/{UNET}"])
+@pytest.mark.parametrize(("status", "told"), [(404, "no longer has {} of the model me/toy (status 404)"), (429, "wait some minutes")])
+def test_a_file_that_the_hub_does_not_give_is_told_from_a_lost_network(hub: Hub, tmp_path: Path, file: str, status: int, told: str, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # of huggingface_hub, which asks again
+    hub.refused = {file: status}
+    done = prepare(hub, tmp_path / "run")
+    assert done.returncode == 2
+    assert told.format(file) in done.stderr
+    assert "network" not in done.stderr
+
+
+def test_a_token_with_a_letter_that_no_token_has_is_said_and_not_printed(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_sécret")
+    done = prepare(hub, tmp_path / "run")
+    assert done.returncode == 2
+    assert "holds a letter that no token has" in done.stderr
+    assert "cret" not in done.stderr
+
+
+def test_a_file_in_the_place_of_the_models_folder_is_not_the_hubs_fault(hub: Hub, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "base-model").write_text("mine")
+    done = prepare(hub, tmp_path / "run")
+    assert done.returncode == 2
+    assert f"{tmp_path / 'run' / 'base-model'} is in the way of a folder" in done.stderr
+
+
+def test_what_is_no_picture_in_a_dataset_is_skipped_with_its_reason_as_in_a_folder(hub: Hub, tmp_path: Path, photos: Path):
+    dog, storage = tmp_path / "dog", tmp_path / "run"
+    (dog / "deep [1]").mkdir(parents=True)
+    for i, name in enumerate(("a.Jpg", "b.PNG", "deep [1]/c.png")):
+        shutil.copyfile(photos / f"{i}.png", dog / name)
+    (dog / "README.md").write_text("# dogs")
+    (dog / "data.parquet").write_bytes(bytes(99))
+    (dog / ".gitattributes").write_text("")
+    hub.folders["datasets/me/dog"] = dog
+    done = prepare(hub, storage)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((storage / "instance-images" / "manifest.json").read_text())["facts"]
+    assert [s["name"] for s in facts["sources"]] == ["hf://me/dog/a.Jpg", "hf://me/dog/b.PNG", "hf://me/dog/deep [1]/c.png"]
+    assert facts["skipped"] == [
+        ["hf://me/dog/.gitattributes", "a hidden file"],
+        ["hf://me/dog/README.md", "'.md' is not a picture's file type"],
+        ["hf://me/dog/data.parquet", "'.parquet' is not a picture's file type"],
+    ]
+    assert "skipped hf://me/dog/data.parquet" in done.stderr
+    assert not [path for _, path, _ in hub.asked if path.endswith((".md", ".parquet", ".gitattributes"))]
+    for picture in (dog / "a.Jpg", dog / "b.PNG", dog / "deep [1]" / "c.png"):
+        picture.unlink()
+    assert "no photographs in hf://me/dog; hf://me/dog/.gitattributes: a hidden file; hf://me/dog/README.md" in prepare(hub, tmp_path / "none").stderr
 
 
 @pytest.mark.parametrize("name", ["StableCascadePipeline", None], ids=["another family", "no pipeline"])

@@ -6,6 +6,7 @@ import json
 import os
 import urllib.request
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -114,6 +115,64 @@ def test_blanks_and_letters_of_any_language_in_a_url_are_encoded(monkeypatch: py
     monkeypatch.setattr(urllib.request, "urlopen", answer)
     fetch(["http://h/my dög%20.png?a=1&b=[2]"], no_hub)
     assert asked == ["http://h/my%20d%C3%B6g%20.png?a=1&b=[2]"]
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"), [("http://例え.テスト:8000/ä.png", "http://xn--r8jz45g.xn--zckzah:8000/%C3%A4.png"), ("HTTP://[::1]:9/a", "http://[::1]:9/a")]
+)
+def test_a_host_in_any_language_is_asked_by_its_name_in_ascii(url: str, asked: str, monkeypatch: pytest.MonkeyPatch):
+    seen: list[urllib.request.Request] = []
+
+    def answer(request: urllib.request.Request, timeout: float) -> io.BytesIO:
+        seen.append(request)
+        return io.BytesIO(b"picture")
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    fetch([url], no_hub)
+    assert [request.full_url for request in seen] == [asked]
+    assert seen[0].host.isascii()
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@127.0.0.1:9/a.png", "https://secret@h/a@b.png"])
+def test_a_password_in_an_address_is_neither_sent_nor_printed(url: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=AssertionError))
+    with pytest.raises(RayboothError, match=r"\*\*\*@.* has a name and a password in its address.*download it") as said:
+        fetch([url], no_hub)
+    assert "secret" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("s3://bucket", "not fetched from s3://, as in s3://bucket: download them first, and give files, folders"),
+        ("ftp://me:secret@h//x/a.png", "not fetched from ftp://, as in ftp://***@h//x/a.png: download them first"),
+        ("file:///home/me/my%20dog", "file:///home/me/my%20dog is no path: write it without file://, as /home/me/my dog."),
+        ("www.example.com/a.png", "no photograph or folder www.example.com/a.png (an address is written https://www.example.com/a.png)"),
+        ("me/dog", "(a dataset of the hub is written hf://me/dog)"),
+        ("./a/b/c.png", "no photograph or folder a/b/c.png: check the path"),
+    ],
+)
+def test_an_address_of_a_kind_that_is_not_taken_is_told_from_a_path(source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RayboothError) as told:
+        gather([source])
+    assert said in str(told.value)
+
+
+def test_a_path_may_look_like_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "s3:" / "bucket" / "a.png", 0)
+    assert len(gather(["s3://bucket"]).photos) == 1
+
+
+def test_of_a_stages_folder_only_its_pictures_are_learnt_and_what_is_added_to_them(tmp_path: Path):
+    for i, name in enumerate(("00.png", "contact-sheet.png", "mine.png")):
+        picture(tmp_path / "instance-images" / name, i)
+    manifest = {"digest": "", "outputs": {"00.png": {}, "contact-sheet.png": {}}, "facts": {"pictures": ["00.png"]}}
+    (tmp_path / "instance-images" / "manifest.json").write_text(json.dumps(manifest))
+    found = gather([str(tmp_path / "instance-images")])
+    assert names(found, tmp_path) == ["instance-images/00.png", "instance-images/mine.png"]
+    assert ("contact-sheet.png", "made by raybooth") in [(Path(n).name, reason) for n, reason in found.skipped]
 
 
 def test_far_too_many_are_refused_before_any_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

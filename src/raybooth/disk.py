@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from raybooth.errors import RayboothError
 
@@ -19,9 +21,18 @@ _SENTENCES = {
     errno.ENOENT: "cannot be made: give the path of a folder, it need not exist",
     errno.EISDIR: "has a folder where a file of raybooth's belongs: move it elsewhere, and run the same command again",
     errno.ENAMETOOLONG: "has a longer path than its file system takes: give a shorter one",
+    errno.ELOOP: "lies behind a symbolic link that leads to itself: mend the link, or give another path",
+    errno.EIO: "is on a disk or a mount that reports an input/output error: check it, or give another --storage, and run the same command again",
+    errno.ESTALE: "is on a mount that has lost its server's folder (stale file handle): mount it again, and run the same command again",
 }
+_BELOW = {errno.ENOENT: "lacks a file that was there, or should be: run 'raybooth run', which makes again what is missing"}
+"""What an error means of a file in the storage, where that is something else."""
 _FULL = {errno.ENOSPC: ("No space left", "os error 28"), errno.EDQUOT: ("Disk quota exceeded", "os error 122")}
 """How a full disk reads where a library's own error hides the number (safetensors raises no OSError)."""
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+"""How flock() says that another process holds a file."""
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""How it says that the file system has no locks: some network mounts (Lustre, NFS without its lock daemon) and some in user space."""
 
 
 def path_of(text: str, setting: str) -> Path:
@@ -64,11 +75,38 @@ def explained(storage: str, root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        sentence = _SENTENCES.get(error.errno or 0)
-        ours = error.filename is not None and str(error.filename).startswith(str(root))
+        place = root if error.filename is None else Path(str(error.filename))
+        within = place != root and place.is_relative_to(root)
+        ours = error.filename is not None and (within or root.is_relative_to(place))  # a folder above it, which could not be made
+        sentence = (_BELOW if within else {}).get(error.errno or 0) or _SENTENCES.get(error.errno or 0)
         if sentence is None or not (error.errno in _FULL or ours):
             raise
+        if error.errno in (errno.ENOTDIR, errno.EEXIST) and within and (file := _in_the_way(root, place)):
+            raise RayboothError(f"{file} is in the way of a folder of raybooth's: move it elsewhere, and run the same command again.") from error
         raise RayboothError(f"The storage {storage} {sentence} ({error.filename or root}).") from error
+
+
+def _in_the_way(root: Path, place: Path) -> Path | None:
+    """What is no folder and stands below `root` where one on the way to `place` belongs, or `place` itself."""
+    way = [place, *place.parents]
+    return next((p for p in reversed(way[: way.index(root)]) if os.path.lexists(p) and not p.is_dir()), None)
+
+
+def lock(file: IO[Any], wait: bool) -> bool:
+    """Lock an open file against other processes. Returns whether its file system has locks.
+
+    Raises:
+        BlockingIOError: if another process holds it, unless told to wait.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        if error.errno in _HELD:
+            raise BlockingIOError(*error.args) from None
+        raise OSError(error.errno, error.strerror, file.name) from None
+    return True
 
 
 @contextlib.contextmanager

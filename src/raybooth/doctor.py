@@ -1,5 +1,6 @@
 """What this machine has, and what to expect of it."""
 
+import http.client
 import os
 import platform
 import shutil
@@ -65,14 +66,15 @@ def _ray() -> str:
 def _hub() -> str:
     from huggingface_hub import constants
 
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD", headers={"User-Agent": "raybooth"})
     try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD", headers={"User-Agent": "raybooth"})
         with urllib.request.urlopen(request, timeout=5) as answer:
             return f"{constants.ENDPOINT} answers ({answer.status})"
     except urllib.error.HTTPError as answer:
         return f"{constants.ENDPOINT} answers ({answer.code})"
-    except OSError as error:
-        return f"{constants.ENDPOINT} cannot be reached ({getattr(error, 'reason', error)}); local models and mini work without it"
+    except (http.client.HTTPException, OSError, ValueError) as error:  # the last where HF_ENDPOINT is no URL
+        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+        return f"{constants.ENDPOINT} cannot be reached ({reason}); local models and mini work without it"
 
 
 def _mini() -> str:

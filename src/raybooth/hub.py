@@ -5,12 +5,14 @@ HF_ENDPOINT, HF_TOKEN and the other variables of huggingface_hub are honoured.
 
 import contextlib
 import errno
+import glob
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from tqdm import tqdm
 
@@ -23,7 +25,9 @@ Check = Callable[[Path, list[str]], None]
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 """The hub's bot, and what it calls its pull requests, as transformers looks for them."""
 
-OF_THE_DISK = (errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+OF_THE_DISK = (
+    errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE,
+)  # fmt: skip
 """Errors that are not the hub's."""
 
 
@@ -167,16 +171,22 @@ def _tidy(target: Path, names: list[str]) -> None:
 
 
 def fetch_dataset(spec: str, target: Path, suffixes: frozenset[str]) -> Path:
-    """The pictures of a dataset repository, "owner/name" or "owner/name@revision"."""
+    """The pictures of a dataset repository, "owner/name" or "owner/name@revision". Of each other file an empty one, which shows that it was passed over."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = spec.removeprefix("datasets/").partition("@")
     asked = Repo(name, revision or None, "subject.photos", "subject.photos", "dataset")
-    repo = replace(asked, revision=str(_info(asked).sha))
+    info = _info(asked)
+    repo, names = replace(asked, revision=str(info.sha)), [f.rfilename for f in info.siblings or []]
+    pictures = [n for n in names if Path(n).suffix.lower() in suffixes]
     with _explained(repo):
-        patterns = [f"*{s}" for s in suffixes] + [f"*{s.upper()}" for s in suffixes]
-        snapshot_download(repo.name, repo_type="dataset", revision=repo.revision, local_dir=target, allow_patterns=patterns)
+        if pictures:
+            patterns = [glob.escape(n) for n in pictures]
+            snapshot_download(repo.name, repo_type="dataset", revision=repo.revision, local_dir=target, allow_patterns=patterns)
     shutil.rmtree(target / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
+    for other in set(names) - set(pictures):
+        (target / other).parent.mkdir(parents=True, exist_ok=True)
+        (target / other).touch()
     return target
 
 
@@ -230,16 +240,34 @@ def _explained(repo: Repo) -> Iterator[None]:
     except errors.HFValidationError:
         form = "hf://owner/name" if repo.kind == "dataset" else "owner/name"
         raise RayboothError(f"'{repo.name}' is neither a folder nor a name on the hub: write {repo.setting} as {form}.") from None
+    except UnicodeEncodeError as error:
+        if not error.object.startswith("Bearer "):
+            raise
+        raise RayboothError("The token for the hub holds a letter that no token has: copy it once more into HF_TOKEN, or unset it.") from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, transport, OSError) as error:
         if isinstance(error, OSError) and error.errno in OF_THE_DISK:
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            raise RayboothError(
+        raise RayboothError(_sentence(error, repo, constants.ENDPOINT)) from None
+
+
+def _sentence(error: Exception, repo: Repo, hub: str) -> str:
+    """By the status of the hub's answer, if it has answered: it may be the cause of another error."""
+    it, reason = f"{repo.kind} {repo.name}", str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    answer = next((e.response for e in (error, error.__cause__) if getattr(e, "response", None) is not None), None)  # type: ignore[union-attr]
+    match getattr(answer, "status_code", None):
+        case 401 | 403:
+            return (
                 f"The hub {hub} does not give out the {it} ({reason}): check that HF_TOKEN is a valid token that may read it, or unset it, "
                 "and run the same command again."
-            ) from None
-        raise RayboothError(
-            f"The hub {hub} cannot be reached for the {it} ({reason}): check the network and run the same command again, "
-            "or name a local folder instead; '--base mini' needs no download."
-        ) from None
+            )
+        case 404 | 410 as status:
+            file = unquote(str(getattr(answer, "url", "")).partition("/resolve/")[2].partition("/")[2])
+            what = f"{file} of the {it}" if file else f"the {it}"
+            return f"The hub {hub} no longer has {what} (status {status}): ask its owner, or check {repo.setting}."
+        case 429:
+            return f"The hub {hub} is asked too often and refuses the {it} for a while (status 429): wait some minutes and run the same command again."
+        case _:
+            return (
+                f"The hub {hub} cannot be reached for the {it} ({reason}): check the network and run the same command again, "
+                "or name a local folder instead; '--base mini' needs no download."
+            )

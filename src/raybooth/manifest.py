@@ -76,6 +76,14 @@ def parsed(data: bytes) -> dict[str, Any] | None:
         return None
 
 
+def is_another(data: bytes) -> bool:
+    """Whether it is complete, and no manifest of ours: a user's file of that name. What is torn was ours."""
+    with contextlib.suppress(ValueError):
+        json.loads(data)
+        return parsed(data) is None
+    return False
+
+
 def model_digest(manifest: dict[str, Any]) -> str:
     """Of a model stage's outputs: what pictures say they are drawn by."""
     return digest({name: o["sha256"] for name, o in manifest["outputs"].items()})

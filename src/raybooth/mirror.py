@@ -1,17 +1,23 @@
 """A remote storage's mirror: a folder of this machine, read there and written through."""
 
 import contextlib
-import fcntl
 import json
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raybooth.manifest import MANIFEST, describe, move_in, parsed, read_manifest, replacing, write_atomically
+from raybooth.disk import lock
+from raybooth.manifest import MANIFEST, describe, file_digest, is_another, move_in, parsed, read_manifest, replacing, write_atomically
 from raybooth.remote import Remote
 
 UNPUSHED = ".unpushed"
-"""In a stage's folder until the remote storage has all that was made: the work in progress that moves in, and the manifest that was there before."""
+"""In a stage's folder until the remote storage has all that was made, here and there: the work in progress that moves in, the manifest that was there
+before, and the names of all that is raybooth's there by then, for the next push, and another machine's, to know them by."""
+
+PUSHED = ".pushed"
+"""In the mirror: of each stage that the remote storage was seen to hold, the digest of its manifest. What is no longer there then was deleted there."""
 
 
 class Mirror:
@@ -21,13 +27,19 @@ class Mirror:
         self.remote, self.root = remote, root
 
     def pull(self, stage: str) -> None:
-        """Bring what the remote storage holds of a stage and this machine does not; before that, push what was cut off on its way there."""
+        """Bring what the remote storage holds of a stage and this machine does not; before that, push what was cut off on its way there.
+
+        What the remote storage held and holds no longer goes from here too; what never came there stays.
+        """
         with self._alone():
             self._push_unpushed(stage)
             self._pull(stage)
 
     def _pull(self, stage: str) -> None:
-        found, ours = self.remote.names(stage), self.root / stage / MANIFEST
+        was_there, ours = self._was_there(stage), self.root / stage / MANIFEST
+        found = self.remote.names(stage)
+        if was_there and ("" if (self.root / stage).is_file() else MANIFEST) not in found:
+            self._forget(stage)
         theirs = self.remote.read(f"{stage}/{MANIFEST}") if MANIFEST in found else b""
         manifest, same = parsed(theirs), ours.exists() and theirs == ours.read_bytes()
         outputs = manifest["outputs"] if manifest else {}  # what else lies there an earlier run has left, or it is not whole
@@ -36,7 +48,12 @@ class Mirror:
                 if not self._held(stage, name, outputs, same):
                     self._fetch(f"{stage}/{name}".rstrip("/"), outputs.get(name))
             if manifest and not same:  # the manifest last: it says that all the others are there
+                old = read_manifest(self.root / stage)
                 write_atomically(ours, theirs)
+                for name in old["outputs"].keys() - outputs.keys() if old else ():
+                    (self.root / stage / name).unlink(missing_ok=True)
+            if (manifest or "" in found) and not self._was_there(stage):
+                self._note(stage)
 
     def _held(self, stage: str, name: str, outputs: dict[str, Any], same: bool) -> bool:
         target = self.root / stage / name
@@ -48,10 +65,75 @@ class Mirror:
             if described is not None and describe(temporary) != described:
                 raise _TornError
 
+    def folders(self, folder: str) -> set[str]:
+        """Names of the folders in one of the storage, here or there."""
+        here = {p.name for p in (self.root / folder).glob("*") if p.is_dir()}
+        was_there = {name for name in here if self._was_there(f"{folder}/{name}")}
+        found = self.remote.names(folder)
+        deleted = {name for name in was_there if f"{name}/{MANIFEST}" not in found}
+        with self._alone():
+            for name in deleted:
+                self._forget(f"{folder}/{name}")
+        return here - deleted | {name.partition("/")[0] for name in found if "/" in name}
+
+    def push(self, name: str) -> None:
+        """Copy one file there; a manifest comes after what it names."""
+        self.remote.put(name, self.root / name)
+        folder, _, last = name.rpartition("/")
+        if last == MANIFEST or not folder:
+            self._note(folder or name)
+
+    def _note(self, stage: str) -> None:
+        """The remote storage holds it as it is here."""
+        write_atomically(self.root / PUSHED / stage, file_digest(self._whole(stage)).encode())
+
+    def _was_there(self, stage: str) -> bool:
+        note, whole = self.root / PUSHED / stage, self._whole(stage)
+        return note.is_file() and whole.is_file() and note.read_text() == file_digest(whole)
+
+    def _whole(self, stage: str) -> Path:
+        """The file that says that a stage is complete; of a single file it is that file."""
+        path = self.root / stage
+        return path / MANIFEST if path.is_dir() else path
+
+    def _forget(self, stage: str) -> None:
+        """All but work in progress, of which some may never have come there."""
+        path = self.root / stage
+        for each in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if each.is_dir() and not each.name.startswith(".partial-"):
+                shutil.rmtree(each)
+            elif each.is_file():
+                each.unlink()
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+    def foreign(self, stage: str, new: dict[str, dict[str, Any]]) -> list[str]:
+        """Files there in the way of a stage's outputs: neither named by a manifest, nor left by a push that was cut off, nor of the very content."""
+        found = self.remote.sizes(stage)
+        ours = self._ours(stage, found)
+        there = [n for n in new if n in found and n not in ours]
+        foreign = [n for n in there if found[n] != new[n]["bytes"] or self._described(f"{stage}/{n}") != new[n]]
+        return [*foreign, *([MANIFEST] if MANIFEST in found and is_another(self.remote.read(f"{stage}/{MANIFEST}")) else [])]
+
+    def _described(self, name: str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=self.root, prefix=".compared-") as scratch:
+            self.remote.get(name, Path(scratch) / "file")
+            return describe(Path(scratch) / "file")
+
+    def _ours(self, stage: str, found: Iterable[str]) -> set[str]:
+        """What raybooth has put in a stage's folder there, by its manifest and by the mark of a push that is not complete."""
+        manifest = parsed(self.remote.read(f"{stage}/{MANIFEST}")) if MANIFEST in found else None
+        names = set(manifest["outputs"]) if manifest else set()
+        if UNPUSHED in found:
+            with contextlib.suppress(ValueError):  # the mark itself is torn: nothing came after it
+                names |= set(json.loads(self.remote.read(f"{stage}/{UNPUSHED}"))["names"])
+        return names
+
     def take_in(self, stage: str, partial: Path) -> None:
         """Make a stage's complete work in progress its outputs, here and there. A stop in the middle is put right by the next pull of the stage."""
         with self._alone():
-            mark = {"partial": partial.name, "before": self._manifest_there(stage)}
+            names = self._ours(stage, self.remote.names(stage)) | json.loads((partial / MANIFEST).read_text())["outputs"].keys()
+            mark = {"partial": partial.name, "before": self._manifest_there(stage), "names": sorted(names)}
             write_atomically(self.root / stage / UNPUSHED, json.dumps(mark).encode())
             self._push_unpushed(stage)
 
@@ -62,7 +144,7 @@ class Mirror:
         Not the lock of a run, which holds that one all the while; whoever holds this one waits for the network and for no other lock.
         """
         with (self.root / ".mirroring").open("a") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
+            lock(f, wait=True)  # without locks there, files come more than once, but whole: each is renamed into place
             yield
 
     def _push_unpushed(self, stage: str) -> None:
@@ -76,16 +158,17 @@ class Mirror:
         manifest = read_manifest(folder)
         intact = manifest and all((folder / name).is_file() for name in manifest["outputs"])
         if manifest and intact and self._manifest_there(stage) in (None, mark["before"], (folder / MANIFEST).read_text()):
-            self._push(stage, manifest["outputs"])
+            self._push(stage, manifest["outputs"], mark["names"])
         (folder / UNPUSHED).unlink()
 
-    def _push(self, stage: str, outputs: Iterable[str]) -> None:
-        """Copy a complete stage, its manifest last, then drop what was in progress."""
-        for name in [*outputs, MANIFEST]:
-            self.remote.put(f"{stage}/{name}", self.root / stage / name)
+    def _push(self, stage: str, outputs: Iterable[str], ours: Iterable[str]) -> None:
+        """Copy a complete stage, its manifest last, then drop what was in progress, and what else of `ours` lies there."""
+        for name in [UNPUSHED, *outputs, MANIFEST]:
+            self.push(f"{stage}/{name}")
         for name in self.remote.names(stage):
-            if name.startswith(".partial-"):
+            if name.startswith(".partial-") or (name in ours and name not in outputs):
                 self.remote.remove(f"{stage}/{name}")
+        self.remote.remove(f"{stage}/{UNPUSHED}")
 
     def _manifest_there(self, stage: str) -> str | None:
         return self.remote.read(f"{stage}/{MANIFEST}").decode(errors="replace") if MANIFEST in self.remote.names(stage) else None

@@ -33,11 +33,22 @@ class Remote:
             self._fs.pipe_file(probe, b"raybooth")
             self._fs.rm_file(probe)
 
+    @property
+    def is_memory(self) -> bool:
+        """Whether it is this process's own memory, which no other process can open and which ends with it."""
+        return "memory" in self._fs.protocol
+
     def names(self, folder: str) -> list[str]:
         """Of all files in a folder, relative to it; none if there is no such folder, and an empty one if it is itself a file."""
+        return list(self.sizes(folder))
+
+    def sizes(self, folder: str) -> dict[str, int | None]:
+        """As names(), with the bytes of each where the store tells."""
         place = f"{self._base}/{folder}"
         with self._explained("read"):
-            return [found[len(place) :].lstrip("/") for found in (self._fs.find(place) if self._fs.exists(place) else [])]
+            self._fs.invalidate_cache()  # some stores remember what they have listed, and others write there too
+            found = self._fs.find(place, detail=True) if self._fs.exists(place) else {}
+            return {name[len(place) :].lstrip("/"): about.get("size") for name, about in found.items()}
 
     def read(self, name: str) -> bytes:
         with self._explained("read"):

@@ -34,7 +34,7 @@ class Run:
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
-        self._exit.enter_context(self.workspace.locked())
+        self._exit.enter_context(self.workspace.locked(self.say))
         return self
 
     def __exit__(self, *exc: Any) -> None:

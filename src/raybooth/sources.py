@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
@@ -42,16 +42,38 @@ def gather(sources: Sequence[str], storage: Path | None = None) -> Gathered:
     """
     found = _Found(storage)
     try:
-        for path in (path_of(source, "subject.photos") for source in sources):
-            path.lstat()
+        for path in map(_existing, sources):
             found.add(path, str(path))
         return _checked(found.gathered, sources)
-    except FileNotFoundError as error:
-        path = Path(error.filename)
-        hint = f" (a dataset of the hub is written {HUB}{path})" if len(path.parts) == 2 and not path.is_absolute() else ""
-        raise RayboothError(f"There is no photograph or folder {path}{hint}: check the path given with --photos.") from None
     except OSError as error:
         raise RayboothError(f"{_readable(str(error.filename))} cannot be read: {error.strerror}.") from None
+
+
+def _existing(source: str) -> Path:
+    path = path_of(source, "subject.photos")
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        raise RayboothError(_absent(source, path)) from None
+    return path
+
+
+def _absent(source: str, path: Path) -> str:
+    """What to say of it; it may be an address of a kind that is not taken."""
+    scheme, colon, rest = source.partition("://")
+    if colon and scheme.lower() == "file":
+        return f"{source} is no path: write it without {scheme}://, as {unquote(rest)}."
+    if colon and scheme.isalnum():
+        return (
+            f"Photographs are not fetched from {scheme}://, as in {_without_password(source)}: download them first, and give files, folders, "
+            f"http(s):// addresses, or datasets of the hub ({HUB}owner/name)."
+        )
+    hint = ""
+    if source.lower().startswith("www."):
+        hint = f" (an address is written https://{source})"
+    elif len(path.parts) == 2 and not path.is_absolute():
+        hint = f" (a dataset of the hub is written {HUB}{path})"
+    return f"There is no photograph or folder {_readable(str(path))}{hint}: check the path given with --photos."
 
 
 def fetch(sources: Sequence[str], dataset: Callable[[str], Path]) -> Gathered:
@@ -92,13 +114,13 @@ class _Found:
             return
         self._seen.add(real)
         if path.is_dir():
+            made = _made_besides(path)
             for child in sorted(path.iterdir()):
-                self._child(child, f"{name}/{child.name}")
+                self._child(child, f"{name}/{child.name}", "made by raybooth" if child.name in made else self._why_not(child))
         else:
             self._photo(path, name)
 
-    def _child(self, path: Path, name: str) -> None:
-        reason = self._why_not(path)
+    def _child(self, path: Path, name: str, reason: str | None) -> None:
         if reason:
             self.gathered.skipped.append((_readable(name), reason))
         else:
@@ -127,9 +149,35 @@ def _readable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
+def _made_besides(folder: Path) -> set[str]:
+    """Outputs of a stage's folder that are not its pictures, as its contact sheet."""
+    manifest = read_manifest(folder) or {"outputs": {}}
+    return set(manifest["outputs"]) - set(manifest.get("facts", {}).get("pictures", manifest["outputs"]))
+
+
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{'***@' if '@' in host else ''}{host.rpartition('@')[2]}{slash}{path}"
+
+
+def _address(url: str) -> str:
+    """As a request takes it: blanks and letters of any language encoded, a host's by the rules for names.
+
+    Raises:
+        ValueError: if it is no address.
+    """
+    parts = urlsplit(url)
+    host, colon, port = parts.netloc.partition(":")
+    netloc = parts.netloc if parts.netloc.isascii() else f"{host.encode('idna').decode()}{colon}{port}"
+    return quote(urlunsplit(parts._replace(netloc=netloc)), safe=string.punctuation)
+
+
 def _download(url: str) -> bytes:
+    if _without_password(url) != url:
+        raise RayboothError(f"{_without_password(url)} has a name and a password in its address, which raybooth does not send: download it, and give the file.")
     try:
-        request = urllib.request.Request(quote(url, safe=string.punctuation), headers={"User-Agent": "raybooth"})
+        request = urllib.request.Request(_address(url), headers={"User-Agent": "raybooth"})
         with urllib.request.urlopen(request, timeout=30) as response:
             data = response.read(LARGEST_DOWNLOAD + 1)
     except (http.client.HTTPException, OSError, ValueError) as error:

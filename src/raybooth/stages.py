@@ -148,7 +148,7 @@ def _prompt_names(run: Run) -> dict[str, str]:
 
 
 def _read_row(run: Run, row: dict[str, str]) -> dict[str, Any]:
-    return row if "prompt" in row else {"picture": (run.workspace.root / row["stage"] / row["file"]).read_bytes()}
+    return row if "prompt" in row else {"picture": run.workspace.output(row["stage"], row["file"]).read_bytes()}
 
 
 def finetune(run: Run) -> None:
@@ -159,8 +159,8 @@ def finetune(run: Run) -> None:
     config = run.config
     latents = run.outputs("latents")
     rows = {k: [_latent_name(sha) for sha in _pictures(run, f"{k}-images").values()] for k in ("instance", "class")}
-    absent = [n for names in (*rows.values(), _prompt_names(run)) for n in names if n not in latents]
-    if absent:
+    used = [n for names in (*rows.values(), _prompt_names(run)) for n in names]
+    if not latents.keys() >= set(used):
         raise RayboothError("The latents do not belong to the present pictures: run 'raybooth encode' first, or 'raybooth run' for all.")
     prompts = {"instance": config.subject.prompt, "class": config.class_prompt}
     inputs = {
@@ -179,6 +179,8 @@ def finetune(run: Run) -> None:
     stage = run.workspace.stage("fine-tuned-model", inputs)
     if stage.done():
         return run.say("fine-tuned-model: up to date")
+    for name in used:
+        run.workspace.output("latents", name)  # what was deleted shows here, and not in a worker
     stage.clear()
     target = f"fine-tuned-model/{stage.partial.name}"
     make = partial(tuning.finetuner, run.workspace.uri, target, key, rows, prompts, config.prior, config.finetune, config.lora, config.seed, selects)

@@ -6,19 +6,19 @@ before survives until then. Files that no manifest names are the user's and are 
 """
 
 import contextlib
-import fcntl
 import getpass
 import json
 import os
 import shutil
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raybooth.disk import explained, path_of
+from raybooth.disk import explained, lock, path_of
 from raybooth.errors import RayboothError
 from raybooth.manifest import (
     BLOCK,
@@ -27,6 +27,7 @@ from raybooth.manifest import (
     digest,
     file_digest,
     files_under,
+    is_another,
     move_in,
     read_manifest,
     write_atomically,
@@ -96,8 +97,7 @@ class Stage:
         self.partial.mkdir(parents=True, exist_ok=True)
         new = {n: describe(self.partial / n) for n in files_under(self.partial) if n != MANIFEST}
         kept = dict(old["outputs"]) if old and old["digest"] == self.key else {}
-        if not self.workspace.mirror:  # in a mirror nothing is the user's
-            self._refuse_to_overwrite(new, old)
+        self._refuse_to_overwrite(new, old)
         outputs = kept | new
         if only is not None:
             outputs = {n: outputs[n] for n in only}
@@ -118,16 +118,26 @@ class Stage:
             self.workspace.take_in(self.name, self.partial)
 
     def _refuse_to_overwrite(self, new: dict[str, dict[str, Any]], old: dict[str, Any] | None) -> None:
-        """Of files that are there and in no manifest, those with the very content are ours, of a stage that has lost its manifest."""
-        ours = set(old["outputs"]) if old else set()
-        there = [n for n in new if n not in ours and (self.folder / n).exists()]
-        foreign = [n for n in there if not (self.folder / n).is_file() or describe(self.folder / n) != new[n]]
+        mirror = self.workspace.mirror  # in which nothing is the user's, but in what it mirrors
+        foreign = mirror.foreign(self.name, new) if mirror else self._foreign(new, set(old["outputs"]) if old else set())
         if foreign:
+            where = f"{self.workspace.storage.rstrip('/')}/{self.name}" if mirror else self.folder
             what = f"{len(foreign)} files ({foreign[0]}, ...) are" if len(foreign) > 1 else f"{foreign[0]} is"
             raise RayboothError(
-                f"In {self.folder} {what} in the way of outputs of the same name, and no manifest says that raybooth made what is there: "
+                f"In {where} {what} in the way of outputs of the same name, and no manifest says that raybooth made what is there: "
                 "move it elsewhere and run the same command again."
             )
+
+    def _foreign(self, new: dict[str, dict[str, Any]], ours: set[str]) -> list[str]:
+        """Of files that are there and in no manifest, those with the very content are ours, of a stage that has lost its manifest."""
+        there = [n for n in new if n not in ours and (self.folder / n).exists()]
+        foreign = [n for n in there if not (self.folder / n).is_file() or describe(self.folder / n) != new[n]]
+        folders = {p.as_posix() for n in new for p in Path(n).parents} - ours
+        foreign += sorted(f for f in folders if os.path.lexists(self.folder / f) and not (self.folder / f).is_dir())
+        manifest = self.folder / MANIFEST
+        if manifest.is_dir() or (manifest.is_file() and is_another(manifest.read_bytes())):
+            foreign.append(MANIFEST)
+        return foreign
 
     def _intact(self, name: str, described: dict[str, Any]) -> bool:
         path = self.folder / name
@@ -147,21 +157,40 @@ class Workspace:
     def __init__(self, storage: str):
         self.storage = storage
         self.remote = Remote(storage) if "://" in storage else None
-        if self.remote:
-            self.root = path_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "raybooth" / digest(storage)[:16]
+        if self.remote:  # with or without a slash at its end it is one place
+            self.root = path_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "raybooth" / digest(storage.rstrip("/"))[:16]
         else:
             self.root = path_of(storage, "storage").absolute()
         self.mirror = Mirror(self.remote, self.root) if self.remote else None
         with explained(storage, self.root):
             self.root.mkdir(parents=True, exist_ok=True)
+            if self.remote and self.remote.is_memory:
+                self._forget_other_processes()
             probe = self.root / f".writable-{uuid.uuid4().hex}"  # workers open it at the same moment
             write_atomically(probe, b"")
             probe.unlink()
 
+    def _forget_other_processes(self) -> None:
+        """Drop what an earlier process has left in the mirror of its memory.
+
+        Raises:
+            RayboothError: if that one still runs.
+        """
+        with _OPENING:
+            if self.root in _OF_THIS_PROCESS:
+                return
+            with self.locked():
+                for path in self.root.iterdir():
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    elif path.name != ".lock":
+                        path.unlink()
+            _OF_THIS_PROCESS.add(self.root)
+
     @property
     def uri(self) -> str:
-        """The storage as a worker in another folder can open it: an absolute path, or the URI."""
-        return self.storage if self.remote else str(self.root)
+        """The storage as a worker in another folder can open it: an absolute path, or the URI; of this process's memory its mirror."""
+        return self.storage if self.remote and not self.remote.is_memory else str(self.root)
 
     def stage(self, name: str, inputs: dict[str, Any]) -> Stage:
         return Stage(self, name, inputs)
@@ -180,8 +209,23 @@ class Workspace:
             )
         return manifest
 
+    def output(self, stage: str, name: str) -> Path:
+        """Where an output lies that the stage's manifest names.
+
+        Raises:
+            RayboothError: if it is no longer there.
+        """
+        path = self.root / stage / name
+        if not path.is_file():
+            what, first = ("is no file", "move it elsewhere and ") if path.exists() else ("is missing", "")
+            raise RayboothError(
+                f"{stage}/{name} {what} in the storage {self.storage}, though the manifest of {stage} names it: "
+                f"{first}run 'raybooth {_VERBS.get(stage, stage)}' to make it again, or 'raybooth run' for all."
+            )
+        return path
+
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
         """Hold the storage against other runs of this machine, or of all that share the mount.
 
         Raises:
@@ -190,11 +234,13 @@ class Workspace:
         path = self.root / ".lock"
         with explained(self.storage, self.root), path.open("a+", errors="replace") as f:
             try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                locks = lock(f, wait=False)
+            except BlockingIOError:
                 f.seek(0)
                 holder = f.read().strip() or "another run"
                 raise RayboothError(f"The storage {self.storage} is in use by {holder}: wait for it, stop it, or give another --storage.") from None
+            if not locks:  # to refuse would shut out whoever has no other mount; to start a second run is a mistake that few make
+                say(f"The storage {self.storage} lies on a file system without locks: start no second run in it before this one has ended.")
             f.truncate(0)
             f.write(f"{_user()}@{socket.gethostname()}, process {os.getpid()}")
             f.flush()
@@ -219,14 +265,13 @@ class Workspace:
 
     def folders(self, folder: str) -> set[str]:
         """Names of the folders in one of the storage, here or in the remote storage, but of hidden ones."""
-        here = {p.name for p in (self.root / folder).glob("*") if p.is_dir()}
-        there = {name.partition("/")[0] for name in self.remote.names(folder) if "/" in name} if self.remote else set()
-        return {name for name in here | there if not name.startswith(".")}
+        found = self.mirror.folders(folder) if self.mirror else {p.name for p in (self.root / folder).glob("*") if p.is_dir()}
+        return {name for name in found if not name.startswith(".")}
 
     def push(self, name: str) -> None:
         """Copy one file to the remote storage, if there is one."""
-        if self.remote:
-            self.remote.put(name, self.root / name)
+        if self.mirror:
+            self.mirror.push(name)
 
     def remove(self, name: str) -> None:
         """Remove a folder from the remote storage, if there is one."""
@@ -254,6 +299,10 @@ def _user() -> str:
     except (KeyError, OSError):
         return f"user {os.getuid()}"
 
+
+_OF_THIS_PROCESS: set[Path] = set()
+"""Mirrors of this process's memory."""
+_OPENING = threading.Lock()
 
 _VERBS = {
     "base-model": "prepare", "instance-images": "prepare", "latents": "encode",

@@ -183,9 +183,14 @@ def finetune(run: Run) -> None:
     target = f"fine-tuned-model/{stage.partial.name}"
     make = partial(tuning.finetuner, run.workspace.uri, target, key, rows, prompts, config.prior, config.finetune, config.lora, config.seed, selects)
     with StepLine(run) as line:
+
+        def heard(word: dict[str, Any]) -> None:
+            line.heard(word)
+            stage.keep_time()
+
         facts = run_group(
             make, workers=config.cluster.worker_range, gpus_per_worker=config.cluster.gpus_per_worker,
-            retries=config.cluster.retries, have=run.ray, heard=line.heard,
+            retries=config.cluster.retries, have=run.ray, heard=heard,
         )  # fmt: skip
     run.workspace.pull("fine-tuned-model")
     if selects:

@@ -12,9 +12,7 @@ from stored import on_mini, teach
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 
 from raybooth import config, evaluation, selection
-from raybooth.dreambench import LIVE_PROMPTS, OBJECT_PROMPTS
 from raybooth.encoders import clip, vit
-from raybooth.features import scored_prompt
 from raybooth.mini import FOLDER
 from raybooth.mini.world import render, subject_scenes
 from raybooth.reporting import do
@@ -96,30 +94,6 @@ def test_a_single_value_has_no_interval_and_two_pictures_are_a_single_pair(other
     assert three.low is not None
     assert three.high is not None
     assert three.low < three.value < three.high
-
-
-@pytest.mark.parametrize("prompt", sorted({*OBJECT_PROMPTS, *LIVE_PROMPTS}))
-def test_clip_is_asked_the_papers_prompts_without_the_token(tmp_path: Path, prompt: str):
-    made = config.load(None, [], subject={"class": "dog", "token": "sks"}, base={"model": "mini"}, storage=str(tmp_path))
-    assert scored_prompt(Run(made), made.fill(prompt)) == prompt.replace("{subject}", "dog")
-
-
-@pytest.mark.parametrize(
-    ("token", "prompt", "asked"),
-    [
-        ("sks", "photo of {subject}", "photo of a dog"),
-        ("sks", "{subject} at the desks", "a dog at the desks"),
-        ("sks", "photo of {token}, and {token} again", "photo of a dog, and a dog again"),
-        ("sks", "a child with {subject}", "a child with a dog"),
-        ("sks", "a sleeping {subject}", "a sleeping dog"),
-        ("sks", "my friend's {subject}", "my friend's dog"),
-        ("<rex>", "portrait, {subject}", "portrait, a dog"),
-        ("old rex", "the {subject} and an old rexine sofa", "the dog and an old rexine sofa"),
-    ],
-)
-def test_the_class_stands_where_the_token_stood(tmp_path: Path, token: str, prompt: str, asked: str):
-    made = config.load(None, [], subject={"class": "dog", "token": token}, base={"model": "mini"}, storage=str(tmp_path))
-    assert scored_prompt(Run(made), made.fill(prompt)) == asked
 
 
 @pytest.fixture

@@ -28,6 +28,17 @@ def test_balance_pays_neither_a_subject_beyond_the_photographs_nor_a_prompt_beyo
     assert RULES["subject"](Candidate(1, 0.99, 0.1, 0.9, 0.5)) > RULES["subject"](whole)
 
 
+@pytest.mark.parametrize("own", [0.9, 0.05, 0.0, -0.05])
+@pytest.mark.parametrize("floor", [0.3, 0.0, -0.05])
+def test_balance_never_falls_while_a_score_rises(own: float, floor: float):
+    """Whatever the anchors are: cosines may be nought or less."""
+    scores = [-0.5, -0.1, -0.05, -0.01, 0.0, 0.01, 0.2, 0.9]
+    for rising in ([Candidate(1, x, floor, own, floor).balance for x in scores], [Candidate(1, own, x, own, floor).balance for x in scores]):
+        assert rising == sorted(rising)
+        assert rising[0] < 2
+        assert rising[-1] == pytest.approx(2)
+
+
 @pytest.fixture(scope="module")
 def overfit(tmp_path_factory: pytest.TempPathFactory, ray: None) -> Run:
     """Without prior preservation, up to ten times mini's learning rate: it learns the dog, and then forgets all else."""

@@ -9,7 +9,7 @@ from typing import Any
 from raybooth.drawing import draw, model_bytes, output_rows, photographs
 from raybooth.encoder_files import prepare_encoders
 from raybooth.features import features, scored_prompt
-from raybooth.score import among, to_prompt, to_subject
+from raybooth.score import among, share, to_prompt, to_subject
 from raybooth.session import Run
 
 FOLDER = "checkpoint-images"
@@ -29,7 +29,7 @@ class Candidate:
     @property
     def balance(self) -> float:
         """How much of what can be had of the subject, and how much of the prompt is kept, each at most whole."""
-        return min(1.0, self.dino / self.own) + min(1.0, self.clip_t / self.floor)
+        return min(1.0, share(self.dino, self.own)) + min(1.0, share(self.clip_t, self.floor))
 
 
 RULES: dict[str, Callable[[Candidate], float]] = {"balance": lambda c: c.balance, "subject": lambda c: c.dino}
@@ -71,7 +71,7 @@ def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, A
     rule, found = run.config.evaluate.select, candidates(run, checkpoints)
     best = max(found, key=lambda c: (RULES[rule](c), c.step))
     for c in found:
-        marks = f"subject {c.dino / c.own:.0%} of the photographs' own, prompt {c.clip_t / c.floor:.0%} of the base model's"
+        marks = f"subject {share(c.dino, c.own):.0%} of the photographs' own, prompt {share(c.clip_t, c.floor):.0%} of the base model's"
         run.say(f"checkpoint {c.step}: {marks}{'; taken' if c is best else ''}")
     if best.step != max(checkpoints):
         shutil.rmtree(run.workspace.root / target, ignore_errors=True)  # the last step's: a pull would take it for the one that another machine has made

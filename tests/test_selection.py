@@ -39,6 +39,17 @@ def test_balance_never_falls_while_a_score_rises(own: float, floor: float):
         assert rising[-1] == pytest.approx(2)
 
 
+def test_checkpoints_are_compared_by_pictures_of_the_subject(tmp_path: Path):
+    def drawn(*prompts: str) -> list[str]:
+        given = [f"generate.prompts={[*prompts]}", "evaluate.select=balance"]
+        run = Run(config.load(None, given, subject={"class": "dog"}, base={"model": "mini"}, storage=str(tmp_path)), quiet=True)
+        return list(dict.fromkeys(row["prompt"] for row in selection.rows_of(run)))
+
+    assert drawn("photo of a {class}", "a car", "{subject} at night", "a {token}") == ["unqtkn dog at night", "a unqtkn"]
+    assert drawn(*(f"{{subject}} {i}" for i in range(6))) == [f"unqtkn dog {i}" for i in range(4)]
+    assert drawn("photo of a {class}") == ["photo of unqtkn dog"]
+
+
 @pytest.fixture(scope="module")
 def overfit(tmp_path_factory: pytest.TempPathFactory, ray: None) -> Run:
     """Without prior preservation, up to ten times mini's learning rate: it learns the dog, and then forgets all else."""
@@ -104,6 +115,20 @@ def test_another_rule_takes_another_without_training_again(overfit: Run):
     assert chosen["rule"] == "subject"
     assert chosen["step"] == max(found, key=lambda c: c["dino"])["step"]
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_model_that_was_chosen_stays_chosen_whatever_is_drawn_with_it(overfit: Run, capsys: pytest.CaptureFixture[str]):
+    """Though there were no checkpoints left to go on from: what it was chosen by is kept with it."""
+    root = overfit.workspace.root
+    (root / "checkpoints").rename(root / "elsewhere")
+    chosen = overfit.facts("fine-tuned-model")["selected"]
+    other = ["generate.prompts=['{subject} on the water']", "generate.steps=3", "generate.guidance=1", "generate.scheduler=ddim"]
+    with Run(config.load(root / "config.json", [f"evaluate.select={chosen['rule']}", *other])) as run:
+        do(run, ["finetune"])
+    (root / "elsewhere").rename(root / "checkpoints")
+    assert capsys.readouterr().err == "fine-tuned-model: up to date\n"
+    assert chosen["drawn"]["prompts"] == [f"photo of unqtkn dog {place}" for place in ("in the snow", "on the beach", "at night")]
+    assert (chosen["drawn"]["steps"], chosen["drawn"]["scheduler"]) == (8, "dpmsolver++")
 
 
 def test_a_better_checkpoint_that_another_machine_exports_is_what_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -116,6 +116,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "classes": classes,
         "class_prompt": config.class_prompt,
         "scores": [Line(q.replace("{class}", config.subject.class_name), m, scores[k]) for k, (q, m) in WORDS.items() if k in scores],
+        "unshown": "" if "dino" in scores else evaluation.UNSHOWN,
         "strip": strip,
         "losses": plots.losses(trained["history"]) if trained["history"] else "",
         "times": plots.bars(_seconds(manifests)),

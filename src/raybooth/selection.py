@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from raybooth.drawing import draw, model_bytes, output_rows, photographs
+from raybooth.drawing import draw, model_bytes, output_prompts, output_rows, photographs
 from raybooth.encoder_files import prepare_encoders
-from raybooth.features import features, scored_prompt
+from raybooth.features import features, scored_prompt, shows_subject
 from raybooth.score import among, share, to_prompt, to_subject
 from raybooth.session import Run
 
 FOLDER = "checkpoint-images"
-PROMPTS, EACH = 4, 2  # the first prompts, and pictures of each; their seeds are not those of the output
+PROMPTS, EACH = 4, 2  # the first that show the subject, and pictures of each; their seeds are not those of the output
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,9 @@ def candidates(run: Run, checkpoints: Mapping[int, str]) -> list[Candidate]:
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
-    """What every checkpoint draws."""
-    return output_rows(run, "checkpoint", EACH, PROMPTS)
+    """What every checkpoint draws: the subject, if need be by the prompt that it was learnt by."""
+    prompts = [p for p in output_prompts(run) if shows_subject(run, p)] or [run.config.subject.prompt]
+    return output_rows(run, "checkpoint", EACH, prompts[:PROMPTS])
 
 
 def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, Any]:
@@ -78,4 +79,6 @@ def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, A
         make = partial(tuning.exporter, run.workspace.uri, checkpoints[best.step], target)
         list(map_rows(make, [{"name": "model"}], batch=1, have=run.ray, model_bytes=model_bytes(run, "base-model")))
         run.workspace.pull("fine-tuned-model")
-    return {"rule": rule, "step": best.step, "candidates": [asdict(c) | {"balance": c.balance} for c in found]}
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows_of(run)))
+    drawn = {"prompts": prompts, **run.config.generate.model_dump(include={"steps", "guidance", "scheduler"})}
+    return {"rule": rule, "step": best.step, "drawn": drawn, "candidates": [asdict(c) | {"balance": c.balance} for c in found]}

@@ -175,7 +175,8 @@ def finetune(run: Run) -> None:
     selects, key = config.evaluate.select != "last", digest(inputs)
     if selects:
         prepare_encoders(run)
-        inputs["select"] = {"rule": config.evaluate.select, "encoders": run.model_digest("encoders"), "rows": selection.rows_of(run)}
+        # Not [generate]: a model that was chosen stays chosen, whatever is drawn with it later. By what it was chosen its facts tell.
+        inputs["select"] = {"rule": config.evaluate.select, "encoders": run.model_digest("encoders")}
     stage = run.workspace.stage("fine-tuned-model", inputs)
     if stage.done():
         return run.say("fine-tuned-model: up to date")

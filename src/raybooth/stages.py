@@ -16,7 +16,7 @@ from raybooth.errors import RayboothError
 from raybooth.manifest import digest, files_under
 from raybooth.naming import settle_token
 from raybooth.photos import SUFFIXES, Photo, contact_sheet, png, refuse_duplicates, views
-from raybooth.session import Run, StepLine
+from raybooth.session import Run, StepLine, settings_of, versions
 from raybooth.sources import Gathered, fetch, gather, is_remote
 from raybooth.workspace import Stage
 
@@ -196,6 +196,7 @@ def finetune(run: Run) -> None:
     run.workspace.pull("fine-tuned-model")
     if selects:
         facts["selected"] = selection.select(run, Checkpoints(run.workspace, key, config.finetune.checkpoints).complete(), target)
+    facts |= {"configuration": settings_of(config), "versions": versions()}  # config.json may be another's by the time that somebody asks
     stage.finish(facts, only=files_under(stage.partial))
     run.say(f"fine-tuned-model: {stage.folder}")
 

@@ -3,10 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from stored import on_mini
 
-from raybooth.manifest import MANIFEST
+from raybooth.manifest import MANIFEST, write_atomically
+from raybooth.reporting import do
 from raybooth.workspace import Stage, Workspace
 
 
@@ -84,3 +87,28 @@ def test_results_that_are_made_as_a_whole_keep_the_time_of_what_was_cut_off(tmp_
     stage.write("x", b"1")
     stage.finish()
     assert seconds_in(tmp_path / "s") == 42
+
+
+def test_a_fine_tuning_that_was_cut_off_counts_from_its_beginning(
+    tmp_path: Path, photos: Path, now: Callable[[float], None], in_process: None, monkeypatch: pytest.MonkeyPatch
+):
+    def cut_off(*_: Any, heard: Callable[[dict[str, Any]], None], **__: Any) -> None:
+        now(60)
+        heard({"start": 0})
+        raise KeyboardInterrupt
+
+    def complete(*_: Any, **__: Any) -> dict[str, Any]:
+        now(5)
+        [partial] = (tmp_path / "fine-tuned-model").glob(".partial-*")
+        write_atomically(partial / "weights", b"1")
+        return {"history": []}
+
+    with on_mini(tmp_path, photos, "prior.images=0") as run:
+        do(run, ["prepare", "encode"])
+        monkeypatch.setattr("raybooth.cluster.fit.run_group", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            do(run, ["finetune"])
+        monkeypatch.setattr("raybooth.cluster.fit.run_group", complete)
+        do(run, ["finetune"])
+        assert list(run.outputs("fine-tuned-model")) == ["weights"]
+    assert seconds_in(tmp_path / "fine-tuned-model") == 65

@@ -65,6 +65,7 @@ def test_a_row_is_the_mean_over_subjects():
     assert "| ours | 0.600 (80%) | - | 0.600 (100%) | 0.600 (0.600) | - | - |" in text
     assert "| DreamBooth, Stable Diffusion (paper) | 0.668 | 0.803 | 0.305 | - | - | - |" in text
     assert "paper" not in bench.table({})
+    assert "| ours | -0.100 (95%) | - | -0.100 (90%) |" in bench.table({"ours": {"a": scores(-0.1, 0.0, -0.05)}}), "below anchors that have no parts"
 
 
 def test_a_perfect_model_reaches_what_the_photographs_score_among_themselves():

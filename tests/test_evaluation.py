@@ -11,10 +11,8 @@ from PIL import Image
 from stored import on_mini, teach
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 
-from raybooth import config, evaluation, selection
-from raybooth.dreambench import LIVE_PROMPTS, OBJECT_PROMPTS
+from raybooth import config, evaluation, reporting, selection
 from raybooth.encoders import clip, vit
-from raybooth.features import scored_prompt
 from raybooth.mini import FOLDER
 from raybooth.mini.world import render, subject_scenes
 from raybooth.reporting import do
@@ -98,30 +96,6 @@ def test_a_single_value_has_no_interval_and_two_pictures_are_a_single_pair(other
     assert three.low < three.value < three.high
 
 
-@pytest.mark.parametrize("prompt", sorted({*OBJECT_PROMPTS, *LIVE_PROMPTS}))
-def test_clip_is_asked_the_papers_prompts_without_the_token(tmp_path: Path, prompt: str):
-    made = config.load(None, [], subject={"class": "dog", "token": "sks"}, base={"model": "mini"}, storage=str(tmp_path))
-    assert scored_prompt(Run(made), made.fill(prompt)) == prompt.replace("{subject}", "dog")
-
-
-@pytest.mark.parametrize(
-    ("token", "prompt", "asked"),
-    [
-        ("sks", "photo of {subject}", "photo of a dog"),
-        ("sks", "{subject} at the desks", "a dog at the desks"),
-        ("sks", "photo of {token}, and {token} again", "photo of a dog, and a dog again"),
-        ("sks", "a child with {subject}", "a child with a dog"),
-        ("sks", "a sleeping {subject}", "a sleeping dog"),
-        ("sks", "my friend's {subject}", "my friend's dog"),
-        ("<rex>", "portrait, {subject}", "portrait, a dog"),
-        ("old rex", "the {subject} and an old rexine sofa", "the dog and an old rexine sofa"),
-    ],
-)
-def test_the_class_stands_where_the_token_stood(tmp_path: Path, token: str, prompt: str, asked: str):
-    made = config.load(None, [], subject={"class": "dog", "token": token}, base={"model": "mini"}, storage=str(tmp_path))
-    assert scored_prompt(Run(made), made.fill(prompt)) == asked
-
-
 @pytest.fixture
 def storage(tmp_path: Path, photos: Path, in_process: None) -> Path:
     """A run that has learnt something, drawn and scored."""
@@ -144,6 +118,32 @@ def test_what_is_scored_is_what_this_configuration_asks_for(storage: Path, photo
         assert evaluation.class_before(run) == "class-before-images", "the class images were drawn in fewer steps"
         assert run.workspace.manifest("class-before-images")["inputs"]["steps"] == 3
         assert evaluation.before_after(run).exists()
+
+
+def test_only_prompts_that_show_the_subject_tell_how_like_it_the_pictures_are(storage: Path, photos: Path):
+    prompts = ["photo of a {class} in the snow", "photo of {subject} at night", "photo of a car", "a {token} on the beach"]
+    with on_mini(storage, photos, f"generate.prompts={prompts}") as run:
+        do(run, ["evaluate"])
+        found, scores = evaluation.measured(run), evaluation.read(run)
+        shown = [2, 3, 6, 7]
+        for name, kind in (("dino", "dino"), ("clip_i", "clip")):
+            own = found["instance"][kind]
+            assert scores[name].value == pytest.approx(to_subject(found["output"][kind][shown], own).mean(), abs=1e-6)
+            assert scores[name].floor == pytest.approx(to_subject(found["before"][kind][shown], own).mean(), abs=1e-6)
+        assert scores["clip_t"].value == pytest.approx(to_prompt(found["output"]["clip"], found["prompts"]["clip"]).mean(), abs=1e-6)
+        patches = found["output"]["patches"]
+        assert scores["div"].value == pytest.approx(diversity([patches[i : i + 2] for i in range(0, 8, 2)]).mean(), abs=1e-6)
+
+
+def test_where_no_prompt_shows_the_subject_a_sentence_says_so(storage: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+    with on_mini(storage, photos, "generate.prompts=['photo of a {class} in the snow']") as run:
+        run.quiet = False
+        do(run, ["evaluate"])
+        assert set(evaluation.read(run)) == {"clip_t", "pres", "div", "class_div"}
+        assert "No prompt of generate.prompts has {subject} or {token} in it" in capsys.readouterr().err
+        page = reporting.page(reporting.facts_of(run))
+    assert "No prompt of generate.prompts has" in page
+    assert "Is it the subject?" not in page
 
 
 def test_the_class_is_scored_by_as_many_pictures_as_asked_for(storage: Path, photos: Path):

@@ -1,7 +1,11 @@
 """The report of a small run on mini: whole in one file, and in a browser, wide and narrow."""
 
+import base64
 import html
+import importlib.metadata
+import json
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -12,11 +16,12 @@ from PIL import Image, ImageOps
 from stored import on_mini, teach
 
 from raybooth import config, evaluation, plots, reporting
-from raybooth.drawing import draw
+from raybooth.cli import parser
+from raybooth.drawing import by_prompt, draw
 from raybooth.reporting import ALL, Line, do
 from raybooth.score import Score
 from raybooth.selection import rows_of
-from raybooth.session import Run
+from raybooth.session import Run, settings_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -38,7 +43,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, photos: Path, ray: None) -> P
 
 @pytest.fixture(scope="module")
 def extreme(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, had it scored so that the marks lie at the ends of the bars, either way round, and without intervals."""
+    """The same, had it scored so that the marks lie at the ends of the bars, either way round, and without intervals; all its words are long."""
     scores = {
         "dino": Score(0.5, 0.45, 0.55, floor=0.9, ceiling=0.1),
         "clip_i": Score(0.5, 0.45, 0.55, floor=0.1, ceiling=0.9),
@@ -46,9 +51,13 @@ def extreme(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "pres": Score(0.5, 0.1, 0.9, floor=0.5, ceiling=0.5),
         "div": Score(0.1, None, None, floor=None, ceiling=None),
     }
+    long = "uninterruptedly" * 30
     with pytest.MonkeyPatch.context() as patch, Run(config.load(page.parent / "config.json", storage=str(page.parent)), quiet=True) as run:
         patch.setattr(evaluation, "read", lambda run: scores)
         facts = reporting.facts_of(run)
+    subject, (prompt, *drawn) = facts["subject"].model_copy(update={"token": long, "class_name": long}), facts["prompts"][0]
+    facts |= {"subject": subject, "base": long, "class_prompt": long, "unshown": long, "where": long, "versions": {long: long}}
+    facts["prompts"] = [(f"{prompt} {long}", *drawn), *facts["prompts"][1:]]
     path = tmp_path_factory.mktemp("extreme") / "report.html"
     path.write_text(reporting.page(facts))
     return path
@@ -157,27 +166,84 @@ def test_a_lora_of_others_was_not_trained_here_and_class_images_of_other_setting
         teach(run, 1, imported="theirs.safetensors")
     text = reported(on_mini(storage, photos, "prior.guidance=3"))
     assert "of the LoRA theirs.safetensors, made elsewhere" in text
+    assert commanded(text) == (["import", "theirs.safetensors", "settings.json", "--storage", "ANOTHER-FOLDER"], "import")
     assert "Fine-tuned by" not in text
     assert "Losses" not in text
     assert "<td>class-before-images</td>" in text
     assert "<td>class-images</td>" not in text
 
 
-def test_many_large_pictures_still_make_a_page_that_can_be_sent(storage: str, photos: Path, in_process: None, monkeypatch: pytest.MonkeyPatch):
+def commanded(text: str) -> tuple[list[str], str]:
+    """The command that makes a run again, and the verb as which raybooth takes it."""
+    found = re.search(r"<pre>raybooth (.*?)</pre>", text)
+    assert found
+    words = shlex.split(html.unescape(found[1]))
+    return words, parser().parse_args(words).verb
+
+
+def test_to_make_it_again_is_by_what_made_the_model_and_drew_the_pictures(storage: str, photos: Path, tmp_path: Path, in_process: None):
+    """And not by what the storage's config.json says, or this machine has."""
     with on_mini(storage, photos) as run:
         do(run, ["prepare", "class-images"])
-        teach(run, 1)
+        made = on_mini(storage, photos, "finetune.steps=800", "evaluate.select=subject", "generate.guidance=5").config
+        teach(run, 1, configuration=settings_of(made), versions={"torch": "1.2.3"})
+    later = on_mini(storage, photos, "generate.guidance=1.5")
+    text = reported(later)
+    link = re.search(r'href="data:application/json;base64,([^"]+)" download="settings.json"', text)
+    assert link
+    (tmp_path / "settings.json").write_bytes(base64.b64decode(link[1]))
+    again = config.load(tmp_path / "settings.json")
+    assert again == made.model_copy(update={"generate": later.config.generate})
+    assert commanded(text) == (["run", "settings.json", "--storage", "ANOTHER-FOLDER"], "run")
+    assert "&#34;steps&#34;: 800" in text[text.index("The whole configuration") :]
+    assert "<td>torch</td><td>1.2.3</td>" in text
+    assert str(later.workspace.root) not in text
+
+
+def test_a_model_keeps_its_configuration_and_the_versions_that_made_it(page: Path):
+    told = json.loads((page.parent / "fine-tuned-model" / "manifest.json").read_text())["facts"]
+    assert told["configuration"]["finetune"]["steps"] == 4
+    assert told["versions"]["torch"] == importlib.metadata.version("torch")
+
+
+@pytest.mark.parametrize("steps", [[10], [*range(10, 120, 10)], [*range(10, 410, 10)]])
+def test_of_many_checkpoints_those_are_shown_that_tell_most(steps: list[int]):
+    for taken in steps:
+        shown = reporting.columns(steps, taken)
+        assert shown == sorted(set(shown))
+        assert len(shown) == min(len(steps), 11)
+        assert {steps[0], steps[-1], taken} <= set(shown) <= set(steps)
+
+
+def test_ever_so_many_large_pictures_still_make_a_page_that_can_be_sent(tmp_path: Path, photos: Path, in_process: None, monkeypatch: pytest.MonkeyPatch):
+    """A thousand photographs, 120 long prompts, 40 checkpoints."""
+    with on_mini(tmp_path, photos) as run:
+        do(run, ["prepare", "class-images"])
+        steps = [*range(10, 410, 10)]
+        teach(run, 1, selected={"rule": "balance", "step": 390, "candidates": [{"step": s, "dino": 0.5, "clip_t": 0.5} for s in steps]})
         do(run, ["report"])
+        draw(run, "checkpoint-images/0000000", "base-model", run.config.generate, rows_of(run), {"seed": 0})
+        for step in steps:
+            shutil.copytree(tmp_path / "checkpoint-images" / "0000000", tmp_path / "checkpoint-images" / f"{step:07d}")
         shown = run.facts("output-images")["pictures"]
         with Image.open(sorted((Path(__file__).parent / "photographs").glob("*.*"))[0]) as photograph:
-            for folder in ("output-images", "before-images"):
-                ImageOps.fit(photograph.convert("RGB"), (192, 192)).save(run.workspace.root / folder / shown[0])
-        monkeypatch.setattr(reporting, "by_prompt", lambda run, stage: {f"prompt {i}": shown[:1] * 4 for i in range(120)})
-        monkeypatch.setattr(reporting, "output_prompts", lambda run: ["prompt"] * 120)
+            large = ImageOps.fit(photograph.convert("RGB"), (192, 192))
+        for folder, name in (("output-images", shown[0]), ("before-images", shown[0]), ("instance-images", "00.png")):
+            large.save(tmp_path / folder / name)
+        prompts = [f"prompt {i} {'of many words ' * 60}" for i in range(120)]
+        found = evaluation.pictures(run)
+        monkeypatch.setattr(evaluation, "pictures", lambda run: found | {"instance": ("instance-images", ["00.png"] * 1000)})
+        of_stage = {"output-images": dict.fromkeys(prompts, shown[:1] * 4)}
+        monkeypatch.setattr(reporting, "by_prompt", lambda run, stage: of_stage.get(stage) or by_prompt(run, stage))
+        monkeypatch.setattr(reporting, "output_prompts", lambda run: prompts)
         text = reporting.page(reporting.facts_of(run))
-    assert text.count("data:image/jpeg") > 800
+    assert text.count("data:image/jpeg") == 24 + 100 * 8 + 2 * 2 + 12
     assert 1_000_000 < len(text) < 5_000_000
     assert "The first 100 of 120 prompts" in text
+    assert "learnt from 1000 photographs" in text
+    assert "... and 976 more" in text
+    assert "11 of the 40 kept checkpoints" in text
+    assert '<th class="taken">step 390</th>' in text
 
 
 def test_drawings_have_names_and_no_line_for_what_there_was_not():

@@ -28,6 +28,28 @@ def test_balance_pays_neither_a_subject_beyond_the_photographs_nor_a_prompt_beyo
     assert RULES["subject"](Candidate(1, 0.99, 0.1, 0.9, 0.5)) > RULES["subject"](whole)
 
 
+@pytest.mark.parametrize("own", [0.9, 0.05, 0.0, -0.05])
+@pytest.mark.parametrize("floor", [0.3, 0.0, -0.05])
+def test_balance_never_falls_while_a_score_rises(own: float, floor: float):
+    """Whatever the anchors are: cosines may be nought or less."""
+    scores = [-0.5, -0.1, -0.05, -0.01, 0.0, 0.01, 0.2, 0.9]
+    for rising in ([Candidate(1, x, floor, own, floor).balance for x in scores], [Candidate(1, own, x, own, floor).balance for x in scores]):
+        assert rising == sorted(rising)
+        assert rising[0] < 2
+        assert rising[-1] == pytest.approx(2)
+
+
+def test_checkpoints_are_compared_by_pictures_of_the_subject(tmp_path: Path):
+    def drawn(*prompts: str) -> list[str]:
+        given = [f"generate.prompts={[*prompts]}", "evaluate.select=balance"]
+        run = Run(config.load(None, given, subject={"class": "dog"}, base={"model": "mini"}, storage=str(tmp_path)), quiet=True)
+        return list(dict.fromkeys(row["prompt"] for row in selection.rows_of(run)))
+
+    assert drawn("photo of a {class}", "a car", "{subject} at night", "a {token}") == ["unqtkn dog at night", "a unqtkn"]
+    assert drawn(*(f"{{subject}} {i}" for i in range(6))) == [f"unqtkn dog {i}" for i in range(4)]
+    assert drawn("photo of a {class}") == ["photo of unqtkn dog"]
+
+
 @pytest.fixture(scope="module")
 def overfit(tmp_path_factory: pytest.TempPathFactory, ray: None) -> Run:
     """Without prior preservation, up to ten times mini's learning rate: it learns the dog, and then forgets all else."""
@@ -93,6 +115,20 @@ def test_another_rule_takes_another_without_training_again(overfit: Run):
     assert chosen["rule"] == "subject"
     assert chosen["step"] == max(found, key=lambda c: c["dino"])["step"]
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_model_that_was_chosen_stays_chosen_whatever_is_drawn_with_it(overfit: Run, capsys: pytest.CaptureFixture[str]):
+    """Though there were no checkpoints left to go on from: what it was chosen by is kept with it."""
+    root = overfit.workspace.root
+    (root / "checkpoints").rename(root / "elsewhere")
+    chosen = overfit.facts("fine-tuned-model")["selected"]
+    other = ["generate.prompts=['{subject} on the water']", "generate.steps=3", "generate.guidance=1", "generate.scheduler=ddim"]
+    with Run(config.load(root / "config.json", [f"evaluate.select={chosen['rule']}", *other])) as run:
+        do(run, ["finetune"])
+    (root / "elsewhere").rename(root / "checkpoints")
+    assert capsys.readouterr().err == "fine-tuned-model: up to date\n"
+    assert chosen["drawn"]["prompts"] == [f"photo of unqtkn dog {place}" for place in ("in the snow", "on the beach", "at night")]
+    assert (chosen["drawn"]["steps"], chosen["drawn"]["scheduler"]) == (8, "dpmsolver++")
 
 
 def test_a_better_checkpoint_that_another_machine_exports_is_what_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from raybooth.config import Config
-from raybooth.session import Run, StepLine
+from raybooth.session import Run, StepLine, settings_of
 
 
 @pytest.mark.usefixtures("ray")
@@ -42,3 +42,18 @@ def test_the_time_left_counts_from_where_a_group_starts(tmp_path: Path, monkeypa
         assert "40/100" in after(30, {"start": 40})
         assert "50/100 [00:10<00:50,  1.00s" in after(10, {"step": 50, **reading}).replace("1.00step/s", "1.00s")
     assert "the group starts again" in capsys.readouterr().err
+
+
+def test_settings_that_are_kept_hold_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my-dog", "models/sd", "mini", "vit"):
+        Path(folder).mkdir(parents=True)
+    given = Config(
+        subject={"photos": ["./my-dog", "hf://me/dog", "https://example.org/1.jpg", "gone"], "class": "dog"},  # type: ignore[arg-type]
+        base={"model": "models/sd"}, evaluate={"dino": "vit", "clip": "mini"},  # type: ignore[arg-type]
+    )  # fmt: skip
+    kept = settings_of(given)
+    assert kept["subject"]["photos"] == [str(tmp_path / "my-dog"), "hf://me/dog", "https://example.org/1.jpg", "gone"]
+    assert (kept["base"]["model"], kept["evaluate"]["dino"], kept["evaluate"]["clip"]) == (str(tmp_path / "models/sd"), str(tmp_path / "vit"), "mini")
+    assert kept["base"]["configuration"] is None
+    assert Config(**kept).finetune == given.finetune

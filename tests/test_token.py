@@ -1,6 +1,7 @@
 """Rare words for a subject: weak in the base model, read by its tokenizer as proposed, and taken by subject.token = "auto"."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from test_pipeline import call
 import raybooth
 from raybooth.cli import main
 from raybooth.config import Lora, load
+from raybooth.errors import RayboothError
 from raybooth.families import family_of, mini_folder
 from raybooth.families.parts import load as load_parts
 from raybooth.families.tokens import propose
+from raybooth.mini.networks import make_tokenizer
 
 
 def test_words_that_mini_knows_are_strong_and_those_that_it_proposes_are_weak():
@@ -33,6 +36,14 @@ def test_words_that_mini_knows_are_strong_and_those_that_it_proposes_are_weak():
         assert 3 <= len(proposal.word) <= 6
         assert proposal.norm < min(known) / 1.3
     assert [p.strength for p in found] == sorted(p.strength for p in found)
+
+
+def test_a_tokenizer_of_short_words_alone_is_refused_with_a_sentence(tmp_path: Path, toy: Path):
+    folder = shutil.copytree(toy, tmp_path / "toy")
+    shutil.rmtree(folder / "tokenizer")
+    make_tokenizer(["we go up", "it is so"]).save_pretrained(folder / "tokenizer")
+    with pytest.raises(RayboothError, match=r"knows no words of three letters.*choose subject\.token yourself"):
+        propose(family_of(folder), folder)
 
 
 def test_auto_names_the_subject_everywhere(tmp_path: Path, toy: Path, photos: Path):

@@ -12,7 +12,7 @@ from raybooth import evaluation
 from raybooth.config import Config
 from raybooth.dreambench import PUBLISHED, Subject
 from raybooth.manifest import write_atomically
-from raybooth.score import Score
+from raybooth.score import Score, share
 from raybooth.session import Run
 from raybooth.stages import STAGES
 from raybooth.workspace import link_or_copy
@@ -104,7 +104,7 @@ def _cell(scores: list[Score], name: str) -> str:
     if any(a is None for a in anchors):
         return f"{value:.3f}"
     anchor = _mean([a for a in anchors if a is not None])
-    return f"{value:.3f} ({anchor:.3f})" if name == "pres" else f"{value:.3f} ({value / anchor:.0%})"
+    return f"{value:.3f} ({anchor:.3f})" if name == "pres" else f"{value:.3f} ({share(value, anchor):.0%})"
 
 
 def _mean(values: list[float]) -> float:

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 
 from raybooth.method import bfloat16_of_cpu
-from raybooth.reporting import version
+from raybooth.session import version
 
 SHOWN = ("torch", "ray", "diffusers", "transformers", "huggingface_hub", "safetensors", "pillow", "pydantic")
 

@@ -1,6 +1,7 @@
 """Pictures of a run by one of its models: which rows there are, and drawing those that are missing."""
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -35,15 +36,15 @@ def output_prompts(run: Run) -> list[str]:
     return list(dict.fromkeys(run.config.fill(p) for p in run.config.generate.prompts))
 
 
-def output_rows(run: Run, purpose: str = "output", each: int | None = None, prompts: int | None = None) -> list[dict[str, Any]]:
+def output_rows(run: Run, purpose: str = "output", each: int | None = None, prompts: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """One row a picture: the same seeds for every prompt, so that columns compare. Names start with the prompt's words.
 
     Args:
         purpose: another one has other seeds.
-        each: pictures a prompt, and of how many `prompts`; default: the configuration's.
+        each: pictures a prompt, and of which `prompts`; default: the configuration's.
     """
     rows = []
-    for prompt in output_prompts(run)[:prompts]:
+    for prompt in output_prompts(run) if prompts is None else prompts:
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48]
         for k in range(each or run.config.generate.images_per_prompt):
             name = f"{slug}-{digest(prompt)[:8]}-{k:03d}.png"

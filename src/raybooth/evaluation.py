@@ -5,11 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from raybooth.drawing import by_prompt, class_rows, draw, drawing, output_rows, photographs
 from raybooth.encoder_files import prepare_encoders
-from raybooth.features import features, scored_prompt
+from raybooth.features import features, scored_prompt, shows_subject
 from raybooth.manifest import write_atomically
 from raybooth.photos import contact_sheet, png
 from raybooth.score import Array, Score, among, diversity, scored, to_prompt, to_subject, variety
@@ -27,6 +28,7 @@ NAMES = {
     "div": "DIV     pictures of one prompt differ",
     "class_div": "DIV     pictures of 'a {class}' differ",
 }
+UNSHOWN = "No prompt of generate.prompts has {subject} or {token} in it: how alike the pictures are to the subject (DINO, CLIP-I) is not scored."
 
 
 def evaluate(run: Run) -> None:
@@ -40,6 +42,7 @@ def evaluate(run: Run) -> None:
         "encoders": run.model_digest("encoders"),
         "pictures": {kind: list(map(run.outputs(stage).__getitem__, names)) for kind, (stage, names) in pictures(run).items()},
         "prompts": _texts(run),
+        "subject": _shows_subject(run),
         "scores": list(NAMES),
     }
     stage = run.workspace.stage("scores", inputs)
@@ -47,6 +50,8 @@ def evaluate(run: Run) -> None:
         stage.write(SCORES, json.dumps({name: asdict(score) for name, score in _scores(run, found).items()}, indent=1).encode())
         stage.finish()
     run.say(table(run))
+    if "dino" not in read(run):
+        run.say(UNSHOWN)
 
 
 def _draw_comparisons(run: Run) -> None:
@@ -84,9 +89,19 @@ def pictures(run: Run) -> dict[str, tuple[str, list[str]]]:
     }
 
 
+def _prompts(run: Run) -> list[str]:
+    """Of each of the output's pictures."""
+    return [prompt for prompt, names in by_prompt(run, "output-images").items() for _ in names]
+
+
 def _texts(run: Run) -> list[str]:
     """What CLIP is asked of each of the output's pictures."""
-    return [scored_prompt(run, prompt) for prompt, names in by_prompt(run, "output-images").items() for _ in names]
+    return [scored_prompt(run, prompt) for prompt in _prompts(run)]
+
+
+def _shows_subject(run: Run) -> list[bool]:
+    """Which of the output's pictures are to show the subject."""
+    return [shows_subject(run, prompt) for prompt in _prompts(run)]
 
 
 def measured(run: Run) -> dict[str, dict[str, Array]]:
@@ -108,9 +123,10 @@ def _scores(run: Run, found: dict[str, dict[str, Array]]) -> dict[str, Score]:
         patches = drawn["patches"]
         return variety(patches) if len(patches) == each else diversity([patches[i : i + each] for i in range(0, len(patches), each)])
 
-    scores = {
-        "dino": similar(after, before, "dino"),
-        "clip_i": similar(after, before, "clip"),
+    shown = np.array(_shows_subject(run))
+    drawn, base = ({k: v[shown] for k, v in of.items()} for of in (after, before))
+    scores = {"dino": similar(drawn, base, "dino"), "clip_i": similar(drawn, base, "clip")} if shown.any() else {}
+    scores |= {
         "clip_t": scored(to_prompt(after["clip"], texts), float(to_prompt(before["clip"], texts).mean())),
         "pres": similar(of_class_after, of_class, "dino"),
     }

@@ -12,22 +12,46 @@ from raybooth.drawing import model_bytes
 from raybooth.score import Array
 from raybooth.session import Run
 
-TAKES_ARTICLE = frozenset(["", "of", "with", "and", "or", "to", "by", "near", "beside", "behind", "like", "as", "in", "on", "for", "from"])
+_LINKS = """
+about above across after against along alongside among and are around as at be before behind below beneath beside besides between beyond by carrying chasing
+containing depicting down driving during featuring feeding following for from holding hugging in including inside into is like near of off on onto opposite or
+out outside over past petting plus riding round seeing showing than through to toward towards under underneath unlike until up upon versus via vs was washing
+watching wearing were with within without
+"""
+TAKES_ARTICLE = frozenset(["", *_LINKS.split()])
 """Words after which a noun wants its article, and the beginning of a prompt or of a part of it."""
+_AN = re.compile(r"(?!eu|uku|uni|use|ute)[aeiou]|hour", re.IGNORECASE)
+
+
+def shows_subject(run: Run, prompt: str) -> bool:
+    """Whether a prompt, filled in, names the run's subject."""
+    return _name(run).search(prompt) is not None
 
 
 def scored_prompt(run: Run, prompt: str) -> str:
     """What CLIP is asked: the token means nothing to it, and is left out. The class stays, or stands where the token stood alone.
 
-    "a unqtkn dog" and "photo of unqtkn dog" become "a dog" and "photo of a dog".
+    "a unqtkn dog", "photo of unqtkn dog" and "photo of unqtkn dogs" become "a dog", "photo of a dog" and "photo of dogs".
     """
-    token, noun = run.config.subject.token, run.config.subject.class_name
+    noun = run.config.subject.class_name
+    article = "an" if _AN.match(noun) else "a"
 
     def without_token(found: re.Match[str]) -> str:
+        if found["plural"]:
+            return found["plural"]
+        if found["article"]:  # it was the token's
+            return f"{found['article'][0]}{article[1:]} {noun}"
         before = re.split(r"\W", prompt[: found.start()].rstrip())[-1]
-        return f"a {noun}" if before.lower() in TAKES_ARTICLE else noun
+        return f"{article} {noun}" if before.lower() in TAKES_ARTICLE else noun
 
-    return re.sub(rf"(?<!\w){re.escape(token)}(?!\w)(?: {re.escape(noun)})?", without_token, prompt)
+    return _name(run).sub(without_token, prompt)
+
+
+def _name(run: Run) -> re.Pattern[str]:
+    """The subject in a prompt: the token, with "a" or "an" right before it, with the class or its plural behind it."""
+    token, noun = re.escape(run.config.subject.token), r"[\s-]+".join(map(re.escape, run.config.subject.class_name.split()))
+    plural = f"{noun}e?s" + (f"|{noun[:-1]}ies" if noun[-1] in "yY" else "")
+    return re.compile(rf"(?:\b(?P<article>an?)\s+)?(?<!\w){token}(?:[\s-]+(?:(?P<plural>{plural})|{noun}))?(?!\w)", re.IGNORECASE)
 
 
 def features(run: Run, folder: str, pictures: Mapping[str, tuple[str, list[str]]], prompts: Sequence[str]) -> dict[str, dict[str, Array]]:

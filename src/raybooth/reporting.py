@@ -1,7 +1,6 @@
 """One HTML file of a run, that opens anywhere: pictures before and after, scores in words, losses, times, configuration."""
 
 import base64
-import importlib.metadata
 import io
 import json
 import math
@@ -20,13 +19,13 @@ from raybooth.errors import RayboothError
 from raybooth.manifest import write_atomically
 from raybooth.naming import settle_token
 from raybooth.score import Score
-from raybooth.session import Run
+from raybooth.session import Run, settings_of
 from raybooth.stages import STAGES
 
 FILE = "report.html"
-SIDE, PROMPTS, PER_PROMPT, OF_CLASS = 192, 100, 4, 8
+SIDE, PROMPTS, PER_PROMPT, OF_CLASS, PHOTOGRAPHS, COLUMNS = 192, 100, 4, 8, 24, 12
 FULL_SIZE = 180  # pictures of SIDE pixels that fit into a page that can be sent; more are smaller
-VERSIONS = ("raybooth", "torch", "diffusers", "transformers", "ray")
+SETTINGS = "settings.json"  # as the page gives it
 WORDS = {
     "dino": ("Is it the subject?", "DINO: how alike the pictures and the photographs are to an encoder that tells individuals apart."),
     "clip_i": ("Does it look like the photographs?", "CLIP-I: the same by an encoder of what is to be seen at all, places and style included."),
@@ -103,28 +102,43 @@ def facts_of(run: Run) -> dict[str, Any]:
     shown = {kind: [run.workspace.root / stage / n for n in names] for kind, (stage, names) in evaluation.pictures(run).items()}
     prompts = _before_after(run)
     classes = [shown[f"class-{when}"][:OF_CLASS] for when in ("before", "after")]
-    strip = _strip(run, trained.get("selected"))
-    total = sum(map(len, (shown["instance"], *classes, *(p for _, *both in prompts for p in both), *(p for _, p in (strip["lines"] if strip else ())))))
+    photographs, strip = shown["instance"][:PHOTOGRAPHS], _strip(run, trained.get("selected"))
+    total = sum(map(len, (photographs, *classes, *(p for _, *both in prompts for p in both), *(p for _, p in (strip["lines"] if strip else ())))))
     manifests = {stage: m for stage in _stages(run, trained.get("selected")) if (m := run.held(stage))}
     return {
         "subject": config.subject,
         "base": manifests["base-model"]["facts"].get("source", config.base.model),
         "uri": partial(_uri, side=round(SIDE * min(1.0, math.sqrt(FULL_SIZE / total)))),
-        "photographs": shown["instance"],
+        "photographs": photographs,
+        "learnt_from": len(shown["instance"]),
         "prompts": prompts,
         "asked": len(output_prompts(run)),
         "classes": classes,
         "class_prompt": config.class_prompt,
         "scores": [Line(q.replace("{class}", config.subject.class_name), m, scores[k]) for k, (q, m) in WORDS.items() if k in scores],
+        "unshown": "" if "dino" in scores else evaluation.UNSHOWN,
         "strip": strip,
         "losses": plots.losses(trained["history"]) if trained["history"] else "",
         "times": plots.bars(_seconds(manifests)),
         "imported": trained.get("imported"),
         "where": trained.get("where", "an earlier version"),
-        "configuration": json.dumps(config.model_dump(by_alias=True, mode="json"), indent=2, ensure_ascii=False),
-        "versions": [(name, version(name)) for name in VERSIONS],
         "digests": [(stage, m["digest"]) for stage, m in manifests.items()],
-        "command": f"raybooth run {shlex.quote(str(run.workspace.root / 'config.json'))} --storage ANOTHER-FOLDER",
+        **_again(run, trained),
+    }
+
+
+def _again(run: Run, trained: dict[str, Any]) -> dict[str, Any]:
+    """How to make it again: by what the model was made, which need not be what the storage's config.json says, and what is drawn and scored now."""
+    now, imported = settings_of(run.config), trained.get("imported")
+    made = trained.get("configuration", now)
+    settings = made | {"generate": now["generate"], "evaluate": now["evaluate"] | {"select": made["evaluate"]["select"]}}
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    return {
+        "configuration": text,
+        "file": SETTINGS,
+        "download": f"data:application/json;base64,{base64.b64encode(text.encode()).decode()}",
+        "command": f"raybooth {f'import {shlex.quote(imported)}' if imported else 'run'} {SETTINGS} --storage ANOTHER-FOLDER",
+        "versions": trained.get("versions", {}),
     }
 
 
@@ -144,7 +158,11 @@ def _stages(run: Run, selected: dict[str, Any] | None) -> list[str]:
 
 def _checkpoint_stages(selected: dict[str, Any]) -> list[str]:
     """The base model's pictures first."""
-    return [f"{selection.FOLDER}/{step:07d}" for step in (0, *(c["step"] for c in selected["candidates"]))]
+    return [_checkpoint_stage(step) for step in (0, *(c["step"] for c in selected["candidates"]))]
+
+
+def _checkpoint_stage(step: int) -> str:
+    return f"{selection.FOLDER}/{step:07d}"
 
 
 def _seconds(manifests: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -158,21 +176,27 @@ def _seconds(manifests: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def _strip(run: Run, selected: dict[str, Any] | None) -> dict[str, Any] | None:
     """What the checkpoints drew, if it is still there: a column each, the base model's first, and a line a prompt."""
-    stages = _checkpoint_stages(selected) if selected else []
-    if not selected or not all(run.held(stage) for stage in stages):
+    if not selected:
+        return None
+    candidates = {c["step"]: c for c in selected["candidates"]}
+    steps = [0, *columns(list(candidates), selected["step"])]
+    stages = [_checkpoint_stage(step) for step in steps]
+    if not all(run.held(stage) for stage in stages):
         return None
     first = {prompt: names[0] for prompt, names in by_prompt(run, stages[0]).items()}
     lines = [(prompt, [run.workspace.root / stage / name for stage in stages]) for prompt, name in first.items()]
-    steps = [0, *(c["step"] for c in selected["candidates"])]
-    return {"steps": steps, "taken": selected["step"], "rule": selected["rule"], "lines": lines, "scores": selected["candidates"]}
+    scores, kept = [candidates[step] for step in steps[1:]], len(candidates)
+    return {"steps": steps, "taken": selected["step"], "rule": selected["rule"], "lines": lines, "scores": scores, "kept": kept}
 
 
-def version(name: str) -> str:
-    """Of an installed package, for people."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def columns(steps: list[int], taken: int) -> list[int]:
+    """Of ever so many checkpoints those that fit beside the base model, evenly apart: the first and the last, and the one that was taken among them."""
+    most = COLUMNS - 1
+    if len(steps) <= most:
+        return steps
+    even = [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+    nearest = min(even[1:-1], key=lambda step: abs(step - taken))
+    return even if taken in even else [taken if step == nearest else step for step in even]
 
 
 def _uri(path: Path, side: int) -> str:

@@ -46,6 +46,11 @@ def _distance(a: Array, b: Array) -> float:
     return float(((a - b) ** 2).sum(axis=-1).mean())
 
 
+def share(value: float, anchor: float) -> float:
+    """How much of `anchor` a `value` comes to, 1 being all. There are no parts of an anchor of nought or less: then what is missing is taken from 1."""
+    return value / anchor if anchor > 0 else 1 + value - anchor
+
+
 @dataclass(frozen=True)
 class Score:
     """A mean with its bootstrap 95% interval (none of a single value); `floor` is the base model's before fine-tuning, `ceiling` the photographs' own."""

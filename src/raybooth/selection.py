@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from raybooth.drawing import draw, model_bytes, output_rows, photographs
+from raybooth.drawing import draw, model_bytes, output_prompts, output_rows, photographs
 from raybooth.encoder_files import prepare_encoders
-from raybooth.features import features, scored_prompt
-from raybooth.score import among, to_prompt, to_subject
+from raybooth.features import features, scored_prompt, shows_subject
+from raybooth.score import among, share, to_prompt, to_subject
 from raybooth.session import Run
 
 FOLDER = "checkpoint-images"
-PROMPTS, EACH = 4, 2  # the first prompts, and pictures of each; their seeds are not those of the output
+PROMPTS, EACH = 4, 2  # the first that show the subject, and pictures of each; their seeds are not those of the output
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Candidate:
     @property
     def balance(self) -> float:
         """How much of what can be had of the subject, and how much of the prompt is kept, each at most whole."""
-        return min(1.0, self.dino / self.own) + min(1.0, self.clip_t / self.floor)
+        return min(1.0, share(self.dino, self.own)) + min(1.0, share(self.clip_t, self.floor))
 
 
 RULES: dict[str, Callable[[Candidate], float]] = {"balance": lambda c: c.balance, "subject": lambda c: c.dino}
@@ -59,8 +59,9 @@ def candidates(run: Run, checkpoints: Mapping[int, str]) -> list[Candidate]:
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:
-    """What every checkpoint draws."""
-    return output_rows(run, "checkpoint", EACH, PROMPTS)
+    """What every checkpoint draws: the subject, if need be by the prompt that it was learnt by."""
+    prompts = [p for p in output_prompts(run) if shows_subject(run, p)] or [run.config.subject.prompt]
+    return output_rows(run, "checkpoint", EACH, prompts[:PROMPTS])
 
 
 def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, Any]:
@@ -71,11 +72,13 @@ def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, A
     rule, found = run.config.evaluate.select, candidates(run, checkpoints)
     best = max(found, key=lambda c: (RULES[rule](c), c.step))
     for c in found:
-        marks = f"subject {c.dino / c.own:.0%} of the photographs' own, prompt {c.clip_t / c.floor:.0%} of the base model's"
+        marks = f"subject {share(c.dino, c.own):.0%} of the photographs' own, prompt {share(c.clip_t, c.floor):.0%} of the base model's"
         run.say(f"checkpoint {c.step}: {marks}{'; taken' if c is best else ''}")
     if best.step != max(checkpoints):
         shutil.rmtree(run.workspace.root / target, ignore_errors=True)  # the last step's: a pull would take it for the one that another machine has made
         make = partial(tuning.exporter, run.workspace.uri, checkpoints[best.step], target)
         list(map_rows(make, [{"name": "model"}], batch=1, have=run.ray, model_bytes=model_bytes(run, "base-model")))
         run.workspace.pull("fine-tuned-model")
-    return {"rule": rule, "step": best.step, "candidates": [asdict(c) | {"balance": c.balance} for c in found]}
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows_of(run)))
+    drawn = {"prompts": prompts, **run.config.generate.model_dump(include={"steps", "guidance", "scheduler"})}
+    return {"rule": rule, "step": best.step, "drawn": drawn, "candidates": [asdict(c) | {"balance": c.balance} for c in found]}

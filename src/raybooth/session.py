@@ -1,7 +1,9 @@
 """A run: configuration, storage and Ray, and what the stages made."""
 
 import contextlib
+import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -105,9 +107,41 @@ class Run:
 
     def save_config(self) -> None:
         """Keep the configuration beside what it made, for people, and for the verbs that are given none."""
-        text = json.dumps(self.config.model_dump(by_alias=True, mode="json"), indent=1, ensure_ascii=False)
+        text = json.dumps(_plain(self.config), indent=1, ensure_ascii=False)
         write_atomically(self.workspace.root / "config.json", text.encode())
         self.workspace.push("config.json")
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    return config.model_dump(by_alias=True, mode="json")
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """A configuration to be kept with what it made, as plain values: paths of this machine are absolute, for it is read again in other folders."""
+    values = _plain(config)
+    values["subject"]["photos"] = [_absolute(source) for source in config.subject.photos]
+    for section, key in (("base", "model"), ("base", "configuration"), ("evaluate", "dino"), ("evaluate", "clip")):
+        values[section][key] = _absolute(values[section][key])
+    return values
+
+
+def _absolute(value: str | None) -> str | None:
+    """Of what lies there; names on the hub, addresses and mini are none."""
+    path = os.path.expanduser(value) if value and value != "mini" else ""
+    return os.path.abspath(path) if os.path.exists(path) else value
+
+
+def version(name: str) -> str:
+    """Of an installed package, for people."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """Of what this machine computes with."""
+    return {name: version(name) for name in ("raybooth", "torch", "diffusers", "transformers", "ray")}
 
 
 def kept_config(storage: str) -> Path | None:

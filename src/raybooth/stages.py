@@ -16,7 +16,7 @@ from raybooth.errors import RayboothError
 from raybooth.manifest import digest, files_under
 from raybooth.naming import settle_token
 from raybooth.photos import SUFFIXES, Photo, contact_sheet, png, refuse_duplicates, views
-from raybooth.session import Run, StepLine
+from raybooth.session import Run, StepLine, settings_of, versions
 from raybooth.sources import Gathered, fetch, gather, is_remote
 from raybooth.workspace import Stage
 
@@ -175,7 +175,8 @@ def finetune(run: Run) -> None:
     selects, key = config.evaluate.select != "last", digest(inputs)
     if selects:
         prepare_encoders(run)
-        inputs["select"] = {"rule": config.evaluate.select, "encoders": run.model_digest("encoders"), "rows": selection.rows_of(run)}
+        # Not [generate]: a model that was chosen stays chosen, whatever is drawn with it later. By what it was chosen its facts tell.
+        inputs["select"] = {"rule": config.evaluate.select, "encoders": run.model_digest("encoders")}
     stage = run.workspace.stage("fine-tuned-model", inputs)
     if stage.done():
         return run.say("fine-tuned-model: up to date")
@@ -185,13 +186,19 @@ def finetune(run: Run) -> None:
     target = f"fine-tuned-model/{stage.partial.name}"
     make = partial(tuning.finetuner, run.workspace.uri, target, key, rows, prompts, config.prior, config.finetune, config.lora, config.seed, selects)
     with StepLine(run) as line:
+
+        def heard(word: dict[str, Any]) -> None:
+            line.heard(word)
+            stage.keep_time()
+
         facts = run_group(
             make, workers=config.cluster.worker_range, gpus_per_worker=config.cluster.gpus_per_worker,
-            retries=config.cluster.retries, have=run.ray, heard=line.heard,
+            retries=config.cluster.retries, have=run.ray, heard=heard,
         )  # fmt: skip
     run.workspace.pull("fine-tuned-model")
     if selects:
         facts["selected"] = selection.select(run, Checkpoints(run.workspace, key, config.finetune.checkpoints).complete(), target)
+    facts |= {"configuration": settings_of(config), "versions": versions()}  # config.json may be another's by the time that somebody asks
     stage.finish(facts, only=files_under(stage.partial))
     run.say(f"fine-tuned-model: {stage.folder}")
 

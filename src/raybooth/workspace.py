@@ -44,8 +44,8 @@ class Stage:
         self.folder = workspace.root / name
         self.key = digest(inputs)
         self.partial = self.folder / f".partial-{self.key[:16]}"
-        self.began = time.monotonic()
         workspace.pull(name)
+        self._clock = _Clock(workspace, self.partial / CLOCK)
         self._complete_interrupted_finish()
 
     @property
@@ -80,13 +80,23 @@ class Stage:
         return self.partial / name if (self.partial / name).exists() else self.folder / name
 
     def clear(self) -> None:
-        """Drop the work in progress, for results that are made as a whole."""
+        """Drop the work in progress, for results that are made as a whole; not the time that it took."""
         shutil.rmtree(self.partial, ignore_errors=True)
+        if self._clock.before:
+            self._clock.keep()
 
     def write(self, name: str, data: bytes) -> None:
         """Add one output to the work in progress."""
         write_atomically(self.partial / name, data)
         self.workspace.push(f"{self.name}/{self.partial.name}/{name}")
+        self.keep_time()
+
+    def keep_time(self) -> None:
+        """Note, now and then, the time that was worked on this: what is cut off and gone on with counts from its beginning."""
+        if self._clock.due:
+            with contextlib.suppress(OSError, RayboothError):  # a full disk stops what has more to write
+                self._clock.keep()
+                self.workspace.push(f"{self.name}/{self.partial.name}/{CLOCK}")
 
     def finish(self, facts: dict[str, Any] | None = None, only: Iterable[str] | None = None) -> dict[str, Any]:
         """Move the work in progress into place: beside what holds already, instead of what does not.
@@ -101,12 +111,13 @@ class Stage:
         outputs = kept | new
         if only is not None:
             outputs = {n: outputs[n] for n in only}
+        before = old.get("seconds", 0) if old and kept.keys() - new.keys() & outputs.keys() else 0.0  # what is kept took its time too
         manifest = {
             "stage": self.name,
             "digest": self.key,
             "inputs": self.inputs,
             "facts": facts or {},
-            "seconds": round(time.monotonic() - self.began, 1),
+            "seconds": round(before + self._clock.stop(), 1),
             "outputs": dict(sorted(outputs.items())),
         }
         write_atomically(self.partial / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
@@ -147,6 +158,44 @@ class Stage:
         return path.stat().st_size > 4 * BLOCK or file_digest(path) == described["sha256"]
 
 
+CLOCK = ".seconds.tmp"
+"""In the work in progress: the seconds that it has taken."""
+
+
+class _Clock:
+    """Seconds of work on one stage: those that `path` holds of earlier starts, and those since this one, without the work on others in between."""
+
+    def __init__(self, workspace: "Workspace", path: Path):
+        self.workspace, self.path = workspace, path
+        self.before = _number_in(path)
+        self._began = self._kept = time.monotonic()
+        self._others = workspace.worked
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self._kept > 5
+
+    def keep(self) -> None:
+        write_atomically(self.path, str(self.before + self._since()).encode())
+        self._kept = time.monotonic()
+
+    def stop(self) -> float:
+        """The seconds of all, of which those since the start are from now on no other stage's."""
+        since = self._since()
+        self.workspace.worked += since
+        return self.before + since
+
+    def _since(self) -> float:
+        return time.monotonic() - self._began - (self.workspace.worked - self._others)
+
+
+def _number_in(path: Path) -> float:
+    try:
+        return float(path.read_text())
+    except (OSError, ValueError):
+        return 0.0
+
+
 class Workspace:
     """One storage. A URI is mirrored in a folder of this machine: read from there, written through.
 
@@ -156,6 +205,7 @@ class Workspace:
 
     def __init__(self, storage: str):
         self.storage = storage
+        self.worked = 0.0  # seconds on stages that were finished since this was opened
         self.remote = Remote(storage) if "://" in storage else None
         if self.remote:  # with or without a slash at its end it is one place
             self.root = path_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "raybooth" / digest(storage.rstrip("/"))[:16]

@@ -42,7 +42,7 @@ def propose(family: Family, folder: Path, n: int = 10) -> list[Proposal]:
     """The `n` weakest words of the first text encoder's tokenizer, weakest first.
 
     Raises:
-        RayboothError: if its vocabulary does not say where words end.
+        RayboothError: if its vocabulary does not say where words end, or holds no whole words to tell rare ones from.
     """
     encoder = family.encoders[0]
     loaded = load(family, folder, (encoder,))
@@ -57,6 +57,8 @@ def propose(family: Family, folder: Path, n: int = 10) -> list[Proposal]:
     # Merges are learnt in the order of how often they are seen: the first whole words are the common ones.
     whole = [t for t in sorted(vocabulary, key=vocabulary.__getitem__) if t.endswith(END) and t[: -len(END)].isalpha() and len(t) > len(END) + 2]
     common = whole[: max(1, len(whole) // 4)]
+    if not common:
+        raise RayboothError(f"The tokenizer of {folder} knows no words of three letters, which rare ones are told from: choose subject.token yourself.")
     ids = torch.tensor([[vocabulary[t] for t in _padded(words)] for words in tried])
     means = F.normalize(table[ids].mean(dim=1), dim=-1)  # one token thrice has its own mean, two tokens nearly theirs
     nearest, index = (means @ F.normalize(table[[vocabulary[t] for t in common]], dim=-1).T).max(dim=1)

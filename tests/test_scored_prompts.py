@@ -1,0 +1,77 @@
+"""What CLIP is asked of a prompt: the token left out, and a sentence left over."""
+
+from pathlib import Path
+
+import pytest
+
+from raybooth import config
+from raybooth.dreambench import LIVE_PROMPTS, OBJECT_PROMPTS
+from raybooth.features import scored_prompt, shows_subject
+from raybooth.session import Run
+
+
+def run_on(storage: Path, token: str, class_name: str) -> Run:
+    return Run(config.load(None, [], subject={"class": class_name, "token": token}, base={"model": "mini"}, storage=str(storage)))
+
+
+@pytest.mark.parametrize("prompt", sorted({*OBJECT_PROMPTS, *LIVE_PROMPTS}))
+def test_clip_is_asked_the_papers_prompts_without_the_token(tmp_path: Path, prompt: str):
+    run = run_on(tmp_path, "sks", "dog")
+    assert scored_prompt(run, run.config.fill(prompt)) == prompt.replace("{subject}", "dog")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ("photo of {subject}", "photo of a dog"),
+        ("{subject} at the desks", "a dog at the desks"),
+        ("a {subject} in the snow", "a dog in the snow"),
+        ("An {subject} in the snow", "A dog in the snow"),
+        ("the {subject} on a sofa", "the dog on a sofa"),
+        ("a red {subject}", "a red dog"),
+        ("a sleeping {subject}", "a sleeping dog"),
+        ("my friend's {subject}", "my friend's dog"),
+        ("portrait, {subject}", "portrait, a dog"),
+        ("photo of {token}, and {token} again", "photo of a dog, and a dog again"),
+        ("a child with {subject}", "a child with a dog"),
+        ("a photo at {subject}", "a photo at a dog"),
+        ("a girl watching {subject}", "a girl watching a dog"),
+        ("this is {subject}", "this is a dog"),
+        ("a cat next to {subject}", "a cat next to a dog"),
+        ("photo of {token}'s toys", "photo of a dog's toys"),
+        ("photo of {token} dogs", "photo of dogs"),
+        ("two {subject}s", "two dogs"),
+        ("photo of {token}  dog", "photo of a dog"),
+        ("photo of {token}\ndog", "photo of a dog"),
+        ("photo of {token}-dog", "photo of a dog"),
+        ("photo of SKS Dog", "photo of a dog"),
+        ("photo of a {class} on sksy grass", "photo of a dog on sksy grass"),
+    ],
+)
+def test_the_class_stands_where_the_token_stood(tmp_path: Path, prompt: str, asked: str):
+    run = run_on(tmp_path, "sks", "dog")
+    assert scored_prompt(run, run.config.fill(prompt)) == asked
+
+
+@pytest.mark.parametrize(
+    ("token", "class_name", "prompt", "asked"),
+    [
+        ("<rex>", "dog", "portrait, {subject}", "portrait, a dog"),
+        ("old rex", "dog", "the {subject} and an old rexine sofa", "the dog and an old rexine sofa"),
+        ("sks", "apple", "photo of {subject}", "photo of an apple"),
+        ("sks", "apple", "a {subject} on a table", "an apple on a table"),
+        ("sks", "unicorn", "photo of {subject}", "photo of a unicorn"),
+        ("sks", "toy car", "photo of {token} toy  car", "photo of a toy car"),
+        ("sks", "puppy", "three {token} puppies", "three puppies"),
+        ("sks", "bus", "photo of {token} buses", "photo of buses"),
+    ],
+)
+def test_with_other_words_too(tmp_path: Path, token: str, class_name: str, prompt: str, asked: str):
+    run = run_on(tmp_path, token, class_name)
+    assert scored_prompt(run, run.config.fill(prompt)) == asked
+
+
+def test_a_prompt_of_the_class_alone_shows_no_subject(tmp_path: Path):
+    run = run_on(tmp_path, "sks", "dog")
+    shown = {p: shows_subject(run, run.config.fill(p)) for p in ("{subject}", "photo of {token} at night", "a {class}", "a cat on sksy grass", "A Sks-dog")}
+    assert shown == {"{subject}": True, "photo of {token} at night": True, "a {class}": False, "a cat on sksy grass": False, "A Sks-dog": True}

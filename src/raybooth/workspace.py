@@ -12,12 +12,12 @@ import os
 import shutil
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from raybooth.clock import CLOCK, Clock, Worked
 from raybooth.disk import explained, lock, path_of
 from raybooth.errors import RayboothError
 from raybooth.manifest import (
@@ -45,7 +45,7 @@ class Stage:
         self.key = digest(inputs)
         self.partial = self.folder / f".partial-{self.key[:16]}"
         workspace.pull(name)
-        self._clock = _Clock(workspace, self.partial / CLOCK)
+        self._clock = Clock(workspace.worked, self.partial / CLOCK)
         self._complete_interrupted_finish()
 
     @property
@@ -158,44 +158,6 @@ class Stage:
         return path.stat().st_size > 4 * BLOCK or file_digest(path) == described["sha256"]
 
 
-CLOCK = ".seconds.tmp"
-"""In the work in progress: the seconds that it has taken."""
-
-
-class _Clock:
-    """Seconds of work on one stage: those that `path` holds of earlier starts, and those since this one, without the work on others in between."""
-
-    def __init__(self, workspace: "Workspace", path: Path):
-        self.workspace, self.path = workspace, path
-        self.before = _number_in(path)
-        self._began = self._kept = time.monotonic()
-        self._others = workspace.worked
-
-    @property
-    def due(self) -> bool:
-        return time.monotonic() - self._kept > 5
-
-    def keep(self) -> None:
-        write_atomically(self.path, str(self.before + self._since()).encode())
-        self._kept = time.monotonic()
-
-    def stop(self) -> float:
-        """The seconds of all, of which those since the start are from now on no other stage's."""
-        since = self._since()
-        self.workspace.worked += since
-        return self.before + since
-
-    def _since(self) -> float:
-        return time.monotonic() - self._began - (self.workspace.worked - self._others)
-
-
-def _number_in(path: Path) -> float:
-    try:
-        return float(path.read_text())
-    except (OSError, ValueError):
-        return 0.0
-
-
 class Workspace:
     """One storage. A URI is mirrored in a folder of this machine: read from there, written through.
 
@@ -205,7 +167,7 @@ class Workspace:
 
     def __init__(self, storage: str):
         self.storage = storage
-        self.worked = 0.0  # seconds on stages that were finished since this was opened
+        self.worked = Worked()
         self.remote = Remote(storage) if "://" in storage else None
         if self.remote:  # with or without a slash at its end it is one place
             self.root = path_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "raybooth" / digest(storage.rstrip("/"))[:16]

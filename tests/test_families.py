@@ -49,13 +49,15 @@ def settings(family: Family, text_encoder: bool, **more: Any) -> Settings:
     return Settings(**{**dict(steps=3, batch=2, lr=lr, weight_decay=0.0, max_grad_norm=1.0, text_encoder=text_encoder, log_every=1, seed=0), **more})
 
 
-def rows(family: Family, loaded: Loaded, text_encoder: bool, teacher: bool = False) -> TrainingSet:
+def rows(family: Family, loaded: Loaded, text_encoder: bool, teacher: bool = False, with_class: bool = True) -> TrainingSet:
+    """Three of the subject, three of the class."""
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         mean, std = encode_image(loaded, torch.rand(6, 3, 32, 32, generator=g) * 2 - 1)
         conditioning = family.encode_text(loaded, PROMPTS) if family.has_frozen_encoders(text_encoder) else None
-    of_class = torch.arange(6) >= 3
-    return TrainingSet(mean, std, of_class.int().tolist(), torch.ones(6), PROMPTS, 3, conditioning, teacher)
+    n = 6 if with_class else 3
+    of_class = torch.arange(n) >= 3
+    return TrainingSet(mean[:n], std[:n], of_class.int().tolist(), torch.ones(n), PROMPTS, 3, conditioning, teacher)
 
 
 def draw(family: Family, loaded: Loaded) -> list[np.ndarray]:

@@ -20,7 +20,7 @@ from raybooth.families.parts import load
 from raybooth.flops import step_flops, without_weights
 from raybooth.method import autocast_dtype, held_in, make_ready
 from raybooth.plan import Plan, plan
-from raybooth.train import fit
+from raybooth.train import Parallel, fit
 
 BATCH = 8
 OPTIMIZERS = get_args(Finetune.model_fields["optimizer"].annotation)
@@ -113,22 +113,46 @@ def test_the_command_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixt
     assert torch.get_default_dtype() is torch.float32
 
 
-@pytest.mark.parametrize("how", [BOTH, DENOISER, LORA, [*LORA, "prior.method=base-prediction"]], ids=["both", "denoiser", "lora", "taught by the base"])
+def counted_and_real(folder: Path, *how: str) -> tuple[int, int]:
+    """The FLOPs of a step, as they are counted without data and as the workers' steps have them."""
+    made = config.load(None, list(how), subject={"class": "dog"}, base={"model": str(folder), "resolution": 32})
+    family, workers = family_of(folder), made.cluster.worker_range[0]
+    set_up = settings(family, made.finetune.text_encoder, steps=1, batch=made.finetune.batch, accumulate=made.finetune.accumulate)
+    real = 0
+    for rank in range(workers):
+        _, loaded = whole(folder)
+        data = rows(family, loaded, set_up.text_encoder, made.prior.method == "base-prediction", with_class=made.prior.method != "none")
+        loaded.modules = {part: loaded.modules[part] for part in family.trainable(set_up.text_encoder)}
+        make_ready(family, loaded, made.finetune, made.lora, 0)
+        # The CPU's own attention is an operation that the counter does not know; by matrix products it is counted.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            next(fit(family, loaded, data, set_up, Parallel(rank, workers)))
+        real += counter.get_total_flops()
+    return step_flops(family, without_weights(family, folder, made.finetune, made.lora), made.prior, made.finetune, 32, workers), real
+
+
+TAUGHT = [*LORA, "prior.method=base-prediction"]
+
+
+@pytest.mark.parametrize("how", [BOTH, DENOISER, LORA, TAUGHT], ids=["both", "denoiser", "lora", "taught by the base"])
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_flops_are_those_of_a_real_step(tmp_path: Path, name: str, how: list[str]):
-    folder = MAKERS[name](tmp_path / name)
-    made = config.load(None, ["finetune.batch=2", *how], subject={"class": "dog"}, base={"model": str(folder), "resolution": 32})
-    family, loaded = whole(folder)
-    text_encoder, teacher = made.finetune.text_encoder, made.prior.method == "base-prediction"
-    data = rows(family, loaded, text_encoder, teacher)
-    loaded.modules = {part: loaded.modules[part] for part in family.trainable(text_encoder)}
-    make_ready(family, loaded, made.finetune, made.lora, 0)
-    steps = fit(family, loaded, data, settings(family, text_encoder, steps=1))
-    # The CPU's own attention is an operation that the counter does not know; by matrix products it is counted.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        next(steps)
-    counted = step_flops(family, without_weights(family, folder, made.finetune, made.lora), made.prior, made.finetune, 32, workers=1)
-    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+    counted, real = counted_and_real(MAKERS[name](tmp_path / name), "finetune.batch=2", *how)
+    assert counted == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["finetune.batch=1", "finetune.accumulate=8", "prior.method=none"], ["finetune.batch=3", "finetune.accumulate=4"],
+        ["finetune.batch=3", "cluster.workers=2", *TAUGHT], ["finetune.batch=3", "cluster.workers=2", "finetune.accumulate=2", *TAUGHT],
+        ["finetune.method=lora", "prior.method=base-prediction"],
+    ],
+    ids=["fewer rows than passes", "passes of two sizes", "workers with other rows", "workers and passes", "a teacher with encoders"],
+)  # fmt: skip
+def test_only_rows_that_are_dealt_have_flops(toy: Path, how: list[str]):
+    counted, real = counted_and_real(toy, *how)
+    assert counted == pytest.approx(real, rel=0.001)
 
 
 @pytest.mark.parametrize("how", [BOTH, LORA], ids=["both", "lora"])

@@ -19,7 +19,7 @@ from raybooth.base_model import check_fits
 from raybooth.config import Config, Finetune
 from raybooth.families import Family, Loaded, family_of
 from raybooth.families.parts import unloaded
-from raybooth.flops import loss_without_data, rows_of_pass, step_flops, without_weights
+from raybooth.flops import loss_without_data, passes_of_step, step_flops, without_weights
 from raybooth.method import autocast_dtype
 from raybooth.optim import Average, Outline, make_optimizer
 
@@ -112,7 +112,7 @@ class _Tracker(MemTracker):
 def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ...], side: int, device: str) -> tuple[dict[str, int], int]:
     """Memory at the peak, by part, of the second step of one worker: the optimizer has its state then. And the bytes of a checkpoint."""
     finetune, tracker = config.finetune, _Tracker()
-    rows = rows_of_pass(config.prior, finetune, config.cluster.worker_range[0])
+    passes = passes_of_step(config.prior, finetune, config.cluster.worker_range[0])[0]  # of the first worker: no other has more rows
     parameters = {f"{part}.{k}": p for part in trained for k, p in loaded.modules[part].named_parameters() if p.requires_grad}
     optimizer = _optimizer(finetune, list(parameters.values()))
     average = Average(parameters, finetune.ema) if finetune.ema else None
@@ -124,7 +124,7 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
     dtype = autocast_dtype(family, finetune.precision, device)
     with tracker:
         for step in range(2):
-            for _ in range(finetune.accumulate):
+            for rows, _ in passes:
                 tracker.reset_mod_stats()
                 with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                     loss = loss_without_data(family, loaded, trained, rows, side)

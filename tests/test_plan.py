@@ -1,12 +1,15 @@
 """What `raybooth plan` says, against what a real step of the same models takes."""
 
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 from test_families import rows, settings, whole
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,6 +17,7 @@ from toys import MAKERS
 
 from raybooth import config
 from raybooth.cli import main
+from raybooth.cluster.fit import DDP
 from raybooth.config import Finetune
 from raybooth.families import family_of
 from raybooth.families.parts import load
@@ -26,18 +30,29 @@ BATCH = 8
 OPTIMIZERS = get_args(Finetune.model_fields["optimizer"].annotation)
 
 
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    """Of one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def measured_peak(folder: Path, made: config.Config) -> int:
-    """Bytes at the peak of fit(), from the allocator's own record, with the weights that were there before."""
+    """Bytes at the peak of fit() in the first worker, from the allocator's own record, with the weights that were there before."""
     how, family = made.finetune, family_of(folder)
     data = rows(*whole(folder), how.text_encoder)
     loaded = load(family, folder, family.trainable(how.text_encoder), held_in(family, how, "cpu"))
     make_ready(family, loaded, how, made.lora, 0)
     set_up = settings(
-        family, how.text_encoder, batch=BATCH, optimizer=how.optimizer, ema=how.ema, autocast=autocast_dtype(family, how.precision, "cpu")
+        family, how.text_encoder, batch=how.batch, accumulate=how.accumulate, optimizer=how.optimizer, ema=how.ema,
+        autocast=autocast_dtype(family, how.precision, "cpu"),
     )  # fmt: skip
+    workers = made.cluster.worker_range[0]
+    parallel = Parallel(0, workers, partial(nn.parallel.DistributedDataParallel, **DDP)) if workers > 1 else Parallel()
     held = sum(t.numel() * t.element_size() for m in loaded.modules.values() for t in (*m.parameters(), *m.buffers()))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        list(fit(family, loaded, data, set_up))
+        list(fit(family, loaded, data, set_up, parallel))
     now = peak = 0
     for event in sorted((e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
         now += event.nbytes()
@@ -54,8 +69,10 @@ DENOISER, LORA = ["finetune.text_encoder=false"], ["finetune.method=lora", "fine
     [
         ("sd1", BOTH), ("sdxl", DENOISER), ("sd3", LORA), ("sd3", [*LORA, "finetune.precision=bf16"]), ("sd3", BOTH),
         ("sd1", ["finetune.ema=0.9"]), ("sd1", ["finetune.optimizer=adafactor"]), ("sd1", ["finetune.precision=bf16-weights"]),
+        ("sd1", ["finetune.gradient_checkpointing=true"]), ("sd1", ["finetune.accumulate=2"]),
     ],
-    ids=["sd1", "sdxl, denoiser alone", "sd3, lora", "sd3, lora in bf16", "sd3", "sd1, average", "sd1, adafactor", "sd1, bf16 weights"],
+    ids=["sd1", "sdxl, denoiser alone", "sd3, lora", "sd3, lora in bf16", "sd3", "sd1, average", "sd1, adafactor", "sd1, bf16 weights",
+         "sd1, gradient checkpointing", "sd1, accumulation"],
 )  # fmt: skip
 def test_the_peak_is_within_15_percent_of_a_real_step(tmp_path: Path, name: str, how: list[str]):
     folder = MAKERS[name](tmp_path / name)
@@ -63,6 +80,17 @@ def test_the_peak_is_within_15_percent_of_a_real_step(tmp_path: Path, name: str,
     planned, measured = plan(folder, made), measured_peak(folder, made)
     print(name, how, planned.memory, planned.peak, measured)
     assert planned.peak == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("passes", "copies"), [(1, 1), (2, 2)])
+@pytest.mark.usefixtures("group")
+def test_workers_hold_gradients_between_their_steps(toy: Path, passes: int, copies: int):
+    """In the buckets of DistributedDataParallel; those of passes before the last lie beside them."""
+    how = ["finetune.batch=4", "finetune.precision=fp32", f"finetune.accumulate={passes}", "cluster.workers=2"]
+    made = config.load(None, how, subject={"class": "dog"}, base={"model": str(toy)})
+    planned = plan(toy, made)
+    assert planned.memory["gradients"] == pytest.approx(copies * 4 * planned.trained, rel=0.01)
+    assert planned.peak == pytest.approx(measured_peak(toy, made), rel=0.04)
 
 
 def planned(folder: Path, *how: str) -> Plan:

@@ -4,10 +4,10 @@ The step is run on tensors without data (torch's FakeTensorMode) under torch's m
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,8 +111,8 @@ class _Tracker(MemTracker):
 
 def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ...], side: int, device: str) -> tuple[dict[str, int], int]:
     """Memory at the peak, by part, of the second step of one worker: the optimizer has its state then. And the bytes of a checkpoint."""
-    finetune, tracker = config.finetune, _Tracker()
-    passes = passes_of_step(config.prior, finetune, config.cluster.worker_range[0])[0]  # of the first worker: no other has more rows
+    finetune, tracker, workers = config.finetune, _Tracker(), config.cluster.worker_range[0]
+    passes = passes_of_step(config.prior, finetune, workers)[0]  # of the first worker: no other has more rows
     parameters = {f"{part}.{k}": p for part in trained for k, p in loaded.modules[part].named_parameters() if p.requires_grad}
     optimizer = _optimizer(finetune, list(parameters.values()))
     average = Average(parameters, finetune.ema) if finetune.ema else None
@@ -120,12 +120,14 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
     for frozen in (p for m in loaded.modules.values() for p in m.parameters() if not p.requires_grad):
         # The tracker would put hooks on their gradients, which they do not have: it finds them there already.
         tracker._param_to_grad_hook_handles[frozen] = (RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict()))
-    tracker.track_external(*loaded.modules.values(), optimizer, *averages)
+    buckets = _Buckets(parameters.values() if workers > 1 else ())
+    tracker.track_external(*loaded.modules.values(), optimizer, *averages, *buckets.held.values())
     dtype = autocast_dtype(family, finetune.precision, device)
     with tracker:
         for step in range(2):
-            for rows, _ in passes:
+            for i, (rows, _) in enumerate(passes, 1):
                 tracker.reset_mod_stats()
+                buckets.open = i == len(passes)
                 with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                     loss = loss_without_data(family, loaded, trained, rows, side)
                 loss.backward()
@@ -135,6 +137,19 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
                 average.update(step + 1)
     kept = [*parameters.values(), *averages, *(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))]
     return _by_part(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]), sum(t.numel() * t.element_size() for t in kept)
+
+
+class _Buckets:
+    """What DistributedDataParallel holds of gradients, between the steps too. In a step's last pass, while they are `open`, gradients move in."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.held, self.open = {p: torch.empty_like(p) for p in parameters}, False
+        for p in self.held:
+            p.register_post_accumulate_grad_hook(self._take)
+
+    def _take(self, p: Tensor) -> None:
+        if self.open and p.grad is not None:
+            p.grad = self.held[cast(nn.Parameter, p)].copy_(p.grad)
 
 
 def _optimizer(finetune: Finetune, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

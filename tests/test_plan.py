@@ -127,6 +127,29 @@ def test_it_counts_what_is_there(tmp_path: Path):
     assert (planned.steps, planned.class_pictures, planned.pictures) == (400, 200, 6)
 
 
+def test_what_is_not_written_needs_no_disk(toy: Path):
+    """The last step is a checkpoint only if it is one among others to choose from. Class pictures lie there with their latents."""
+    no_class, select = "prior.images=0", "evaluate.select=balance"
+    none, one, two = (planned(toy, no_class, *how).stored for how in (["finetune.steps=100"], ["finetune.steps=100", select], ["finetune.steps=101", select]))
+    checkpoint = 3 * 4 * planned(toy).trained  # weights and AdamW's two moments
+    assert (one - none, two - one) == (pytest.approx(checkpoint, rel=0.01), pytest.approx(checkpoint, rel=0.01))
+    assert planned(toy, "finetune.steps=100", "prior.images=10").stored - none == 10 * (32 * 32 * 3 + 2 * 4 * 4 * 16 * 16)
+
+
+def test_weights_that_are_not_there_are_as_large_as_their_list_says(tmp_path: Path):
+    """Else as in float32. The result has a copy of those that are not trained."""
+    folder, once = MAKERS["sd3"](tmp_path / "sd3"), "finetune.checkpoint_every=400"
+    with_weights = planned(folder, once).stored
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    without = planned(folder, once)
+    assert without.stored == pytest.approx(with_weights, rel=0.03)
+    t5 = without.parameters["text_encoder_3"]
+    listed = {"metadata": {"total_size": 2 * t5}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "text_encoder_3" / "model.safetensors.index.json").write_text(json.dumps(listed))
+    assert without.stored - planned(folder, once).stored == 2 * 2 * t5
+
+
 def test_the_command_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = MAKERS["sd1"](tmp_path / "sd1")
     for weights in folder.rglob("*.safetensors"):

@@ -3,6 +3,7 @@
 The step is run on tensors without data (torch's FakeTensorMode) under torch's memory tracker.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from raybooth.base_model import check_fits
 from raybooth.config import Config, Finetune
+from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded, family_of
+from raybooth.families.folder import names_in, needed_files, read_object
 from raybooth.families.parts import unloaded
 from raybooth.flops import loss_without_data, passes_of_step, step_flops, without_weights
 from raybooth.method import autocast_dtype
@@ -28,7 +31,11 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes at the peak of a step of one worker, by part; FLOPs of a step of all workers; counts."""
+    """Bytes at the peak of a step of one worker, by part; FLOPs of a step of all workers; counts.
+
+    Attributes:
+        stored: bytes in the storage when it holds most, but for the photographs.
+    """
 
     parameters: Mapping[str, int]
     trained: int
@@ -72,17 +79,39 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
     workers = config.cluster.worker_range[0]
     side = config.base.resolution or loaded.facts.resolution
     flops = step_flops(family, used, config.prior, finetune, side, workers)
+    saved = {part: sum(t.numel() * t.element_size() for t in _saved(used.modules[part])) for part in trained}
     with FakeTensorMode():
         for module in used.modules.values():
             _without_data(module)
         memory, checkpoint = _step(family, used, config, trained, side, device)
     moving = sum(p.numel() for part in trained for p in used.modules[part].parameters() if p.requires_grad)
     drawn, pictures = config.prior.drawn, len(config.generate.prompts) * config.generate.images_per_prompt
-    base = 4 * sum(parameters.values())
-    result = 4 * moving if finetune.method == "lora" else base
+    base = {part: _weights(folder, part, loaded.modules[part]) for part in family.weights}
+    result = 4 * moving if finetune.method == "lora" else sum(saved[part] if part in trained else size for part, size in base.items())
     picture = side * side * 3  # a PNG of a photograph is about as large as its pixels
-    stored = base + result + finetune.checkpoints * checkpoint + (drawn + pictures) * picture
+    latent = 2 * 4 * math.prod(loaded.facts.latent_shape(side))
+    written = (finetune.steps - 1) // finetune.checkpoint_every + (config.evaluate.select != "last")
+    # A checkpoint is written before the oldest goes; when the result is written, that is over.
+    most = max(min(written, finetune.checkpoints + 1) * checkpoint, min(written, finetune.checkpoints) * checkpoint + result + pictures * picture)
+    stored = sum(base.values()) + drawn * (picture + latent) + most
     return Plan(parameters, moving, memory, flops, finetune.steps, drawn, pictures, stored)
+
+
+def _weights(folder: Path, part: str, module: nn.Module) -> int:
+    """Bytes of a part's weights as they are copied: by their files, or a list of these; of float32 where neither is there to tell."""
+    try:
+        names = needed_files(names_in(folder), [part], (), str(folder))
+    except RayboothError:  # a plan can do without
+        names = []
+    found = sum((folder / name).stat().st_size for name in names if name.endswith(".safetensors"))
+    metadata = [read_object(folder / name).get("metadata") for name in names if ".safetensors.index." in name]
+    listed = [m["total_size"] for m in metadata if isinstance(m, dict) and isinstance(m.get("total_size"), int)]
+    return max(found, *listed, 0) or 4 * sum(t.numel() for t in _saved(module))
+
+
+def _saved(module: nn.Module) -> Iterable[Tensor]:
+    """What a file of it holds, each once."""
+    return {id(t): t for t in module.state_dict(keep_vars=True).values()}.values()
 
 
 def _without_data(module: nn.Module) -> None:

@@ -218,11 +218,17 @@ def test_adapters_go_where_they_are_asked_to_and_nowhere_is_refused(tmp_path: Pa
     adapted = {part: {n.partition(".lora_A")[0].rpartition(".")[2] for n in names} for part, names in trained.items()}
     assert adapted["unet"] == {"to_q"}
     assert adapted["text_encoder"] == {n.rpartition(".")[2] for n in family.encoder_lora_targets}
+    add_adapters(*whole(folder), family.trainable(True), Lora(rank=2, targets=["to_out.0", "conv1"]), seed=0)
     for targets, told in (
         (["nonsense"], "no layer 'nonsense' in what is trained"),
         (["to_k", "to_qq"], "no layer 'to_qq' in what is trained .unet, text_encoder.; did you mean 'to_q'"),
         (["to_k", "conv_shorcut"], "did you mean 'conv_shortcut'"),
         (["fc1"], "has no such layers"),  # but its encoder has
+        (["to_q", "to_out"], r"no adapter goes on 'to_out' of .* \(ModuleList\); name what is in it, such as to_out.0.$"),
+        (["attn1"], r"'attn1' of .* \(Attention\); name what is in it, such as attn1.to_q, attn1.to_k, attn1.to_v.$"),
+        (["norm1"], r"'norm1' of .* \(GroupNorm\); leave it out, or name some such as to_q, to_k, to_v.$"),
+        (["to_q", "token_embedding"], r"'token_embedding' of .* \(Embedding\)"),  # diffusers' file has no name for it
+        (["to_q", ""], "no layer ''"),
     ):
         with pytest.raises(RayboothError, match=told):
             add_adapters(*whole(folder), family.trainable(True), Lora(rank=2, targets=targets), seed=0)

@@ -116,7 +116,11 @@ class Finetune(Section):
     max_grad_norm: Positive = Field(1.0, description="bound on the norm of all gradients together")
     text_encoder: bool = Field(True, description="train the text encoder with the UNet")
     text_encoder_lr: Positive | None = Field(None, description="learning rate of the text encoder; default: lr")
-    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = Field("adamw", description="adamw8bit and prodigy are extras; for prodigy lr = 1")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = Field(
+        "adamw",
+        description="adamw8bit and prodigy are extras; prodigy finds the rate itself, its lr is a factor on it, by default 1; adafactor's lr is relative "
+        "to the size of the weights",
+    )
     schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of the learning rate after the warm-up")
     warmup: int = Field(0, ge=0, description="steps in which the learning rate rises")
     accumulate: Count = Field(1, description="passes a step: a batch in that many pieces, for less memory")
@@ -134,6 +138,11 @@ class Finetune(Section):
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=["tensorboard"], description="where readings go beside metrics.jsonl")
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     checkpoints: Count = Field(2, description="newest checkpoints that are kept")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prodigy_finds_the_rate(cls, values: Any) -> Any:
+        return {"lr": 1.0, **values} if isinstance(values, dict) and values.get("optimizer") == "prodigy" else values
 
 
 class Lora(Section):
@@ -242,7 +251,12 @@ class Config(Section):
     def _mini_brings_its_own(cls, values: Any) -> Any:
         base = values.get("base") if isinstance(values, dict) else None
         model = base.get("model") if isinstance(base, dict) else getattr(base, "model", None)
-        return merged(MINI_DEFAULTS, values) if model == "mini" else values
+        if model != "mini":
+            return values
+        given, own = values.get("finetune"), MINI_DEFAULTS
+        if (given.get("optimizer") if isinstance(given, dict) else getattr(given, "optimizer", None)) == "prodigy":  # its factor is no rate of mini's
+            own = {**own, "finetune": {k: v for k, v in own["finetune"].items() if not k.endswith("lr")}}
+        return merged(own, values)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":

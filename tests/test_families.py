@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors import safe_open
-from toys import MAKERS, make_flux
+from toys import LAYOUTS, MAKERS, make_schnell
 from transformers import T5EncoderModel
 
 from raybooth.config import Lora, Prior, Sampling
@@ -34,9 +34,9 @@ PROMPTS = ["photo of unqtkn dog", "photo of a dog"]
 SAMPLING = Sampling(4, 3.0, "euler", 32)
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=MAKERS | LAYOUTS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return MAKERS[request.param](tmp_path_factory.mktemp("models") / request.param)
+    return (MAKERS | LAYOUTS)[request.param](tmp_path_factory.mktemp("models") / request.param)
 
 
 def whole(folder: Path) -> tuple[Family, Loaded]:
@@ -202,7 +202,7 @@ def test_an_encoder_that_is_never_trained_runs_once_a_prompt(tmp_path: Path, mon
 
 
 def test_schnell_takes_no_guidance_and_no_second_pass(tmp_path: Path):
-    folder = make_flux(tmp_path / "schnell", guidance=False)
+    folder = make_schnell(tmp_path / "schnell")
     family, loaded = whole(folder)
     assert family.facts(folder).embeds_guidance
     low, high = (next(Sampler(family, loaded, Sampling(2, g, "euler", 32), 1).draw(["photo of a dog"], [1])) for g in (0.0, 7.5))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from toys import MAKERS
+from toys import LAYOUTS, MAKERS
 
 from raybooth import config
 from raybooth.cli import main
@@ -69,13 +69,13 @@ DENOISER, LORA = ["finetune.text_encoder=false"], ["finetune.method=lora", "fine
     [
         ("sd1", BOTH), ("sdxl", DENOISER), ("sd3", LORA), ("sd3", [*LORA, "finetune.precision=bf16"]), ("sd3", BOTH),
         ("sd1", ["finetune.ema=0.9"]), ("sd1", ["finetune.optimizer=adafactor"]), ("sd1", ["finetune.precision=bf16-weights"]),
-        ("sd1", ["finetune.gradient_checkpointing=true"]), ("sd1", ["finetune.accumulate=2"]),
+        ("sd1", ["finetune.gradient_checkpointing=true"]), ("sd1", ["finetune.accumulate=2"]), ("sd3.5", DENOISER), ("schnell", DENOISER),
     ],
     ids=["sd1", "sdxl, denoiser alone", "sd3, lora", "sd3, lora in bf16", "sd3", "sd1, average", "sd1, adafactor", "sd1, bf16 weights",
-         "sd1, gradient checkpointing", "sd1, accumulation"],
+         "sd1, gradient checkpointing", "sd1, accumulation", "sd3.5, denoiser alone", "schnell, denoiser alone"],
 )  # fmt: skip
 def test_the_peak_is_within_15_percent_of_a_real_step(tmp_path: Path, name: str, how: list[str]):
-    folder = MAKERS[name](tmp_path / name)
+    folder = (MAKERS | LAYOUTS)[name](tmp_path / name)
     made = config.load(None, [f"finetune.batch={BATCH}", "finetune.precision=fp32", *how], subject={"class": "dog"}, base={"model": str(folder)})
     planned, measured = plan(folder, made), measured_peak(folder, made)
     print(name, how, planned.memory, planned.peak, measured)
@@ -186,9 +186,9 @@ TAUGHT = [*LORA, "prior.method=base-prediction"]
 
 
 @pytest.mark.parametrize("how", [BOTH, DENOISER, LORA, TAUGHT], ids=["both", "denoiser", "lora", "taught by the base"])
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [*MAKERS, "sd3.5"])
 def test_the_flops_are_those_of_a_real_step(tmp_path: Path, name: str, how: list[str]):
-    counted, real = counted_and_real(MAKERS[name](tmp_path / name), "finetune.batch=2", *how)
+    counted, real = counted_and_real((MAKERS | LAYOUTS)[name](tmp_path / name), "finetune.batch=2", *how)
     assert counted == pytest.approx(real, rel=0.02)
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from raybooth import config
-from raybooth.config import Base, Config
+from raybooth.config import Base, Config, Finetune
 from raybooth.errors import RayboothError
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +62,19 @@ def test_defaults_of_mini_stay_with_mini(tmp_path: Path):
 def test_paths_of_python_are_paths():
     made = Config(subject={"class": "dog", "photos": [Path("a"), "b"]}, base={"model": Path("/models/a")}, storage=Path("/runs/a"))
     assert (made.subject.photos, made.base.model, made.storage) == (["a", "b"], "/models/a", "/runs/a")
+
+
+@pytest.mark.parametrize("base", ["CompVis/stable-diffusion-v1-4", "mini"])
+def test_prodigys_rate_is_a_factor_near_one_unless_the_user_sets_it(base: str):
+    plain = config.load(None, ["subject.class=dog", "finetune.optimizer=prodigy"], base={"model": base})
+    assert (plain.finetune.lr, plain.finetune.text_encoder_lr, plain.finetune.steps) == (1.0, None, 400)
+    assert plain == Config(subject={"class": "dog"}, base={"model": base}, finetune=Finetune(optimizer="prodigy"))
+    assert Config(**plain.model_dump(by_alias=True, mode="json")) == plain
+    set_by_user = config.load(None, ["subject.class=dog", "finetune.optimizer=prodigy", "finetune.lr=0.5"], base={"model": base})
+    assert set_by_user.finetune.lr == 0.5
+    assert Config(**set_by_user.model_dump(by_alias=True, mode="json")) == set_by_user
+    other = config.load(None, ["subject.class=dog", "finetune.optimizer=adafactor"], base={"model": base})
+    assert other.finetune.lr == config.load(None, ["subject.class=dog"], base={"model": base}).finetune.lr
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors import safe_open
-from toys import MAKERS, make_flux
+from toys import LAYOUTS, MAKERS, make_schnell
 from transformers import T5EncoderModel
 
 from raybooth.config import Lora, Prior, Sampling
@@ -34,9 +34,9 @@ PROMPTS = ["photo of unqtkn dog", "photo of a dog"]
 SAMPLING = Sampling(4, 3.0, "euler", 32)
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=MAKERS | LAYOUTS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return MAKERS[request.param](tmp_path_factory.mktemp("models") / request.param)
+    return (MAKERS | LAYOUTS)[request.param](tmp_path_factory.mktemp("models") / request.param)
 
 
 def whole(folder: Path) -> tuple[Family, Loaded]:
@@ -49,13 +49,15 @@ def settings(family: Family, text_encoder: bool, **more: Any) -> Settings:
     return Settings(**{**dict(steps=3, batch=2, lr=lr, weight_decay=0.0, max_grad_norm=1.0, text_encoder=text_encoder, log_every=1, seed=0), **more})
 
 
-def rows(family: Family, loaded: Loaded, text_encoder: bool, teacher: bool = False) -> TrainingSet:
+def rows(family: Family, loaded: Loaded, text_encoder: bool, teacher: bool = False, with_class: bool = True) -> TrainingSet:
+    """Three of the subject, three of the class."""
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         mean, std = encode_image(loaded, torch.rand(6, 3, 32, 32, generator=g) * 2 - 1)
         conditioning = family.encode_text(loaded, PROMPTS) if family.has_frozen_encoders(text_encoder) else None
-    of_class = torch.arange(6) >= 3
-    return TrainingSet(mean, std, of_class.int().tolist(), torch.ones(6), PROMPTS, 3, conditioning, teacher)
+    n = 6 if with_class else 3
+    of_class = torch.arange(n) >= 3
+    return TrainingSet(mean[:n], std[:n], of_class.int().tolist(), torch.ones(n), PROMPTS, 3, conditioning, teacher)
 
 
 def draw(family: Family, loaded: Loaded) -> list[np.ndarray]:
@@ -200,7 +202,7 @@ def test_an_encoder_that_is_never_trained_runs_once_a_prompt(tmp_path: Path, mon
 
 
 def test_schnell_takes_no_guidance_and_no_second_pass(tmp_path: Path):
-    folder = make_flux(tmp_path / "schnell", guidance=False)
+    folder = make_schnell(tmp_path / "schnell")
     family, loaded = whole(folder)
     assert family.facts(folder).embeds_guidance
     low, high = (next(Sampler(family, loaded, Sampling(2, g, "euler", 32), 1).draw(["photo of a dog"], [1])) for g in (0.0, 7.5))
@@ -216,11 +218,17 @@ def test_adapters_go_where_they_are_asked_to_and_nowhere_is_refused(tmp_path: Pa
     adapted = {part: {n.partition(".lora_A")[0].rpartition(".")[2] for n in names} for part, names in trained.items()}
     assert adapted["unet"] == {"to_q"}
     assert adapted["text_encoder"] == {n.rpartition(".")[2] for n in family.encoder_lora_targets}
+    add_adapters(*whole(folder), family.trainable(True), Lora(rank=2, targets=["to_out.0", "conv1"]), seed=0)
     for targets, told in (
         (["nonsense"], "no layer 'nonsense' in what is trained"),
         (["to_k", "to_qq"], "no layer 'to_qq' in what is trained .unet, text_encoder.; did you mean 'to_q'"),
         (["to_k", "conv_shorcut"], "did you mean 'conv_shortcut'"),
         (["fc1"], "has no such layers"),  # but its encoder has
+        (["to_q", "to_out"], r"no adapter goes on 'to_out' of .* \(ModuleList\); name what is in it, such as to_out.0.$"),
+        (["attn1"], r"'attn1' of .* \(Attention\); name what is in it, such as attn1.to_q, attn1.to_k, attn1.to_v.$"),
+        (["norm1"], r"'norm1' of .* \(GroupNorm\); leave it out, or name some such as to_q, to_k, to_v.$"),
+        (["to_q", "token_embedding"], r"'token_embedding' of .* \(Embedding\)"),  # diffusers' file has no name for it
+        (["to_q", ""], "no layer ''"),
     ):
         with pytest.raises(RayboothError, match=told):
             add_adapters(*whole(folder), family.trainable(True), Lora(rank=2, targets=targets), seed=0)

@@ -41,6 +41,15 @@ def test_what_a_flow_cannot_do_is_refused_before_any_work(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_targets_that_take_no_adapter_are_refused_before_any_work(toy: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """And by a run that has its base model already; without LoRA nobody asks."""
+    arguments = ["--class=dog", f"--base={toy}", f"--storage={tmp_path}", "--set=lora.targets=['to_out']"]
+    assert main(["prepare", f"--photos={photos}", *arguments]) == 0
+    for verb, more in (("prepare", [f"--photos={photos}"]), ("plan", [])):
+        assert main([verb, *more, *arguments, "--set=finetune.method=lora"]) == 2
+        assert "name what is in it, such as to_out.0." in capsys.readouterr().err
+
+
 def test_class_pictures_that_nobody_draws_need_no_sampler(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     arguments = ["prepare", f"--photos={photos}", "--class=dog", f"--base={make_flux(tmp_path / 'flux')}", f"--storage={tmp_path / 'run'}"]
     assert main([*arguments, "--set=prior.scheduler=ddim", "--set=prior.images=0"]) == 0

@@ -3,7 +3,12 @@
 import shutil
 from pathlib import Path
 
+import pytest
+from diffusers import DiffusionPipeline
+from toys import MAKERS
+
 from raybooth.base_model import needed_of_folder
+from raybooth.cli import main
 
 
 def test_a_part_may_be_a_link(toy: Path, tmp_path: Path):
@@ -19,3 +24,16 @@ def test_a_tokenizer_may_have_its_words_in_two_files(toy: Path, tmp_path: Path):
     (folder / "tokenizer" / "vocab.json").write_text("{}")
     (folder / "tokenizer" / "merges.txt").write_text("")
     assert {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(needed_of_folder(folder))
+
+
+@pytest.mark.parametrize(("name", "part"), [("sd3", "text_encoder_3"), ("sdxl", "text_encoder")])
+def test_a_model_that_was_saved_without_a_part_is_told_so(name: str, part: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Diffusers allows it: SD 3 without T5, SDXL with its second encoder alone."""
+    whole, folder = MAKERS[name](tmp_path / "whole"), tmp_path / "model"
+    without = {part: None, part.replace("text_encoder", "tokenizer"): None}
+    DiffusionPipeline.from_pretrained(whole, **without).save_pretrained(folder)
+    for verb, more in (("prepare", [f"--photos={photos}", f"--storage={tmp_path / 'run'}"]), ("plan", [])):
+        assert main([verb, *more, "--class=dog", f"--base={folder}"]) == 2
+        said = capsys.readouterr().err
+        assert f"has no {part}/" in said
+        assert "was saved without that part, which raybooth needs: give the whole model." in said

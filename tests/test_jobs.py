@@ -1,7 +1,9 @@
 """What goes wrong in the workers that draw, encode and score, in a sentence."""
 
 import gc
+import os
 import pickle
+import signal
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -11,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from ray.exceptions import OutOfMemoryError
 from stored import make_run
 
+from raybooth.cluster.fit import LESS_MEMORY, _lost_a_worker, run_group
 from raybooth.cluster.rows import _held, _made, map_rows
 from raybooth.cluster.session import Resources
 from raybooth.config import Sampling
@@ -63,6 +67,18 @@ def test_a_sentence_from_a_worker_arrives_as_itself(storage: str, ray: None, cap
     assert str(said.value).startswith("There is no model folder")
     assert "\n" not in str(said.value)
     assert "ERROR" not in capfd.readouterr().err
+
+
+def test_a_killed_worker_of_a_fine_tuning_names_what_needs_less_memory(ray: None):
+    """By the system, which says nothing of why; Ray's own memory monitor says it by an error of its own."""
+
+    def killed(group: Any, say: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RayboothError, match=r"lost a worker 1 time, .* What needs less memory, in this order: ") as said:
+        run_group(lambda: killed, workers=(1, 1), gpus_per_worker=0, retries=0, have=Resources(1, 0, 1), heard=print)
+    assert str(said.value).endswith(LESS_MEMORY)
+    assert _lost_a_worker(OutOfMemoryError("Task was killed due to the node running low on memory."))
 
 
 def test_a_process_forgets_its_model_before_it_loads_another(storage: str, monkeypatch: pytest.MonkeyPatch):

@@ -1,43 +1,58 @@
 """What `raybooth plan` says, against what a real step of the same models takes."""
 
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 from test_families import rows, settings, whole
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from toys import MAKERS
+from toys import LAYOUTS, MAKERS
 
 from raybooth import config
 from raybooth.cli import main
+from raybooth.cluster.fit import DDP
 from raybooth.config import Finetune
 from raybooth.families import family_of
 from raybooth.families.parts import load
 from raybooth.flops import step_flops, without_weights
 from raybooth.method import autocast_dtype, held_in, make_ready
 from raybooth.plan import Plan, plan
-from raybooth.train import fit
+from raybooth.train import Parallel, fit
 
 BATCH = 8
 OPTIMIZERS = get_args(Finetune.model_fields["optimizer"].annotation)
 
 
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    """Of one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def measured_peak(folder: Path, made: config.Config) -> int:
-    """Bytes at the peak of fit(), from the allocator's own record, with the weights that were there before."""
+    """Bytes at the peak of fit() in the first worker, from the allocator's own record, with the weights that were there before."""
     how, family = made.finetune, family_of(folder)
     data = rows(*whole(folder), how.text_encoder)
     loaded = load(family, folder, family.trainable(how.text_encoder), held_in(family, how, "cpu"))
     make_ready(family, loaded, how, made.lora, 0)
     set_up = settings(
-        family, how.text_encoder, batch=BATCH, optimizer=how.optimizer, ema=how.ema, autocast=autocast_dtype(family, how.precision, "cpu")
+        family, how.text_encoder, batch=how.batch, accumulate=how.accumulate, optimizer=how.optimizer, ema=how.ema,
+        autocast=autocast_dtype(family, how.precision, "cpu"),
     )  # fmt: skip
+    workers = made.cluster.worker_range[0]
+    parallel = Parallel(0, workers, partial(nn.parallel.DistributedDataParallel, **DDP)) if workers > 1 else Parallel()
     held = sum(t.numel() * t.element_size() for m in loaded.modules.values() for t in (*m.parameters(), *m.buffers()))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        list(fit(family, loaded, data, set_up))
+        list(fit(family, loaded, data, set_up, parallel))
     now = peak = 0
     for event in sorted((e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
         now += event.nbytes()
@@ -54,15 +69,28 @@ DENOISER, LORA = ["finetune.text_encoder=false"], ["finetune.method=lora", "fine
     [
         ("sd1", BOTH), ("sdxl", DENOISER), ("sd3", LORA), ("sd3", [*LORA, "finetune.precision=bf16"]), ("sd3", BOTH),
         ("sd1", ["finetune.ema=0.9"]), ("sd1", ["finetune.optimizer=adafactor"]), ("sd1", ["finetune.precision=bf16-weights"]),
+        ("sd1", ["finetune.gradient_checkpointing=true"]), ("sd1", ["finetune.accumulate=2"]), ("sd3.5", DENOISER), ("schnell", DENOISER),
     ],
-    ids=["sd1", "sdxl, denoiser alone", "sd3, lora", "sd3, lora in bf16", "sd3", "sd1, average", "sd1, adafactor", "sd1, bf16 weights"],
+    ids=["sd1", "sdxl, denoiser alone", "sd3, lora", "sd3, lora in bf16", "sd3", "sd1, average", "sd1, adafactor", "sd1, bf16 weights",
+         "sd1, gradient checkpointing", "sd1, accumulation", "sd3.5, denoiser alone", "schnell, denoiser alone"],
 )  # fmt: skip
 def test_the_peak_is_within_15_percent_of_a_real_step(tmp_path: Path, name: str, how: list[str]):
-    folder = MAKERS[name](tmp_path / name)
+    folder = (MAKERS | LAYOUTS)[name](tmp_path / name)
     made = config.load(None, [f"finetune.batch={BATCH}", "finetune.precision=fp32", *how], subject={"class": "dog"}, base={"model": str(folder)})
     planned, measured = plan(folder, made), measured_peak(folder, made)
     print(name, how, planned.memory, planned.peak, measured)
     assert planned.peak == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("passes", "copies"), [(1, 1), (2, 2)])
+@pytest.mark.usefixtures("group")
+def test_workers_hold_gradients_between_their_steps(toy: Path, passes: int, copies: int):
+    """In the buckets of DistributedDataParallel; those of passes before the last lie beside them."""
+    how = ["finetune.batch=4", "finetune.precision=fp32", f"finetune.accumulate={passes}", "cluster.workers=2"]
+    made = config.load(None, how, subject={"class": "dog"}, base={"model": str(toy)})
+    planned = plan(toy, made)
+    assert planned.memory["gradients"] == pytest.approx(copies * 4 * planned.trained, rel=0.01)
+    assert planned.peak == pytest.approx(measured_peak(toy, made), rel=0.04)
 
 
 def planned(folder: Path, *how: str) -> Plan:
@@ -99,6 +127,29 @@ def test_it_counts_what_is_there(tmp_path: Path):
     assert (planned.steps, planned.class_pictures, planned.pictures) == (400, 200, 6)
 
 
+def test_what_is_not_written_needs_no_disk(toy: Path):
+    """The last step is a checkpoint only if it is one among others to choose from. Class pictures lie there with their latents."""
+    no_class, select = "prior.images=0", "evaluate.select=balance"
+    none, one, two = (planned(toy, no_class, *how).stored for how in (["finetune.steps=100"], ["finetune.steps=100", select], ["finetune.steps=101", select]))
+    checkpoint = 3 * 4 * planned(toy).trained  # weights and AdamW's two moments
+    assert (one - none, two - one) == (pytest.approx(checkpoint, rel=0.01), pytest.approx(checkpoint, rel=0.01))
+    assert planned(toy, "finetune.steps=100", "prior.images=10").stored - none == 10 * (32 * 32 * 3 + 2 * 4 * 4 * 16 * 16)
+
+
+def test_weights_that_are_not_there_are_as_large_as_their_list_says(tmp_path: Path):
+    """Else as in float32. The result has a copy of those that are not trained."""
+    folder, once = MAKERS["sd3"](tmp_path / "sd3"), "finetune.checkpoint_every=400"
+    with_weights = planned(folder, once).stored
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    without = planned(folder, once)
+    assert without.stored == pytest.approx(with_weights, rel=0.03)
+    t5 = without.parameters["text_encoder_3"]
+    listed = {"metadata": {"total_size": 2 * t5}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "text_encoder_3" / "model.safetensors.index.json").write_text(json.dumps(listed))
+    assert without.stored - planned(folder, once).stored == 2 * 2 * t5
+
+
 def test_the_command_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = MAKERS["sd1"](tmp_path / "sd1")
     for weights in folder.rglob("*.safetensors"):
@@ -113,22 +164,46 @@ def test_the_command_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixt
     assert torch.get_default_dtype() is torch.float32
 
 
-@pytest.mark.parametrize("how", [BOTH, DENOISER, LORA, [*LORA, "prior.method=base-prediction"]], ids=["both", "denoiser", "lora", "taught by the base"])
-@pytest.mark.parametrize("name", MAKERS)
+def counted_and_real(folder: Path, *how: str) -> tuple[int, int]:
+    """The FLOPs of a step, as they are counted without data and as the workers' steps have them."""
+    made = config.load(None, list(how), subject={"class": "dog"}, base={"model": str(folder), "resolution": 32})
+    family, workers = family_of(folder), made.cluster.worker_range[0]
+    set_up = settings(family, made.finetune.text_encoder, steps=1, batch=made.finetune.batch, accumulate=made.finetune.accumulate)
+    real = 0
+    for rank in range(workers):
+        _, loaded = whole(folder)
+        data = rows(family, loaded, set_up.text_encoder, made.prior.method == "base-prediction", with_class=made.prior.method != "none")
+        loaded.modules = {part: loaded.modules[part] for part in family.trainable(set_up.text_encoder)}
+        make_ready(family, loaded, made.finetune, made.lora, 0)
+        # The CPU's own attention is an operation that the counter does not know; by matrix products it is counted.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            next(fit(family, loaded, data, set_up, Parallel(rank, workers)))
+        real += counter.get_total_flops()
+    return step_flops(family, without_weights(family, folder, made.finetune, made.lora), made.prior, made.finetune, 32, workers), real
+
+
+TAUGHT = [*LORA, "prior.method=base-prediction"]
+
+
+@pytest.mark.parametrize("how", [BOTH, DENOISER, LORA, TAUGHT], ids=["both", "denoiser", "lora", "taught by the base"])
+@pytest.mark.parametrize("name", [*MAKERS, "sd3.5"])
 def test_the_flops_are_those_of_a_real_step(tmp_path: Path, name: str, how: list[str]):
-    folder = MAKERS[name](tmp_path / name)
-    made = config.load(None, ["finetune.batch=2", *how], subject={"class": "dog"}, base={"model": str(folder), "resolution": 32})
-    family, loaded = whole(folder)
-    text_encoder, teacher = made.finetune.text_encoder, made.prior.method == "base-prediction"
-    data = rows(family, loaded, text_encoder, teacher)
-    loaded.modules = {part: loaded.modules[part] for part in family.trainable(text_encoder)}
-    make_ready(family, loaded, made.finetune, made.lora, 0)
-    steps = fit(family, loaded, data, settings(family, text_encoder, steps=1))
-    # The CPU's own attention is an operation that the counter does not know; by matrix products it is counted.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        next(steps)
-    counted = step_flops(family, without_weights(family, folder, made.finetune, made.lora), made.prior, made.finetune, 32, workers=1)
-    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+    counted, real = counted_and_real((MAKERS | LAYOUTS)[name](tmp_path / name), "finetune.batch=2", *how)
+    assert counted == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["finetune.batch=1", "finetune.accumulate=8", "prior.method=none"], ["finetune.batch=3", "finetune.accumulate=4"],
+        ["finetune.batch=3", "cluster.workers=2", *TAUGHT], ["finetune.batch=3", "cluster.workers=2", "finetune.accumulate=2", *TAUGHT],
+        ["finetune.method=lora", "prior.method=base-prediction"],
+    ],
+    ids=["fewer rows than passes", "passes of two sizes", "workers with other rows", "workers and passes", "a teacher with encoders"],
+)  # fmt: skip
+def test_only_rows_that_are_dealt_have_flops(toy: Path, how: list[str]):
+    counted, real = counted_and_real(toy, *how)
+    assert counted == pytest.approx(real, rel=0.001)
 
 
 @pytest.mark.parametrize("how", [BOTH, LORA], ids=["both", "lora"])

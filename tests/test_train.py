@@ -264,9 +264,10 @@ def test_every_row_is_dealt_once_an_epoch():
     assert sorted(classes) == list(range(5, 13))
 
 
-def test_out_of_memory_names_what_needs_less_in_order():
+@pytest.mark.parametrize("text", ["", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when", "CUDA error: out of memory\nCompile", "can't allocate memory: you"])
+def test_out_of_memory_names_what_needs_less_in_order(text: str):
     with pytest.raises(RayboothError) as said, out_of_memory_explained():
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise RuntimeError(text) if text else torch.OutOfMemoryError("CUDA out of memory")
     places = [str(said.value).index(name) for name in ("finetune.batch", "lora", "gradient_checkpointing", "adamw8bit")]
     assert places == sorted(places)
     assert "With any of these the fine-tuning begins anew" in str(said.value)

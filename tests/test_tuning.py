@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from raybooth import config
 from raybooth.checkpoint import Checkpoints
 from raybooth.config import Finetune, Lora, Prior
 from raybooth.manifest import files_under
+from raybooth.plan import plan
 from raybooth.train import Parallel, State
 from raybooth.tuning import finetuner
 from raybooth.workspace import Workspace
@@ -120,6 +122,33 @@ def test_a_worker_of_another_machine_goes_on_with_the_readings(storage: Path, mo
     assert third.remote
     (third.root / "metrics.jsonl").write_bytes(third.remote.read("metrics.jsonl"))
     assert written(third.root) == whole
+
+
+@pytest.mark.parametrize(
+    ("how", "held_in"),
+    [
+        ({"checkpoint_every": 1}, torch.float32), ({"checkpoint_every": 1, "checkpoints": 9}, torch.float32), ({"checkpoint_every": 6}, torch.float32),
+        ({}, torch.float16), ({"precision": "bf16-weights"}, torch.bfloat16), ({"method": "lora"}, torch.float32),
+    ],
+    ids=["one more than are kept", "fewer than are kept", "one", "fp16", "bf16 weights", "lora"],
+)  # fmt: skip
+def test_a_plan_knows_what_is_stored(storage: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], held_in: torch.dtype):
+    """But for the headers of files, which are no small part of a toy's."""
+    base, sizes = storage / "base-model", list[int]()
+    for weights in base.rglob("*.safetensors"):
+        save_file({k: v.to(held_in) for k, v in load_file(weights).items()}, weights)
+
+    def noted(path: Path) -> None:
+        files = [f for part in ("base-model", "checkpoints", "fine-tuned-model") for f in (storage / part).rglob("*.safetensors")]
+        sizes.append(sum(f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little") for f in files))
+
+    monkeypatch.setattr("raybooth.checkpoint._sync", noted)  # called when a checkpoint is there, and none has gone for it
+    tuned(storage, **how)
+    noted(storage)
+    settings = [f"finetune.{k}={v}" for k, v in {"steps": 6, "checkpoint_every": 2, **how}.items()]
+    few = ["prior.images=0", "generate.images_per_prompt=1", "generate.prompts=a", "evaluate.select=balance"]
+    made = config.load(None, [*settings, *few], subject={"class": "dog"}, base={"model": str(base)})
+    assert plan(base, made).stored == pytest.approx(max(sizes), rel=0.03)
 
 
 class Services:

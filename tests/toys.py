@@ -87,19 +87,24 @@ def make_sdxl(folder: Path) -> Path:
     return folder
 
 
-def make_sd3(folder: Path) -> Path:
+def make_sd3(folder: Path, **more: Any) -> Path:
     torch.manual_seed(0)
     words, (long, long_words) = tokenizer(), t5(64)
     StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-            caption_projection_dim=32, joint_attention_dim=64, pooled_projection_dim=64, pos_embed_max_size=32, qk_norm="rms_norm",
+            caption_projection_dim=32, joint_attention_dim=64, pooled_projection_dim=64, pos_embed_max_size=32, qk_norm="rms_norm", **more,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
         text_encoder=clip_text(len(words), projected=True), tokenizer=words, text_encoder_2=clip_text(len(words), projected=True), tokenizer_2=words,
         text_encoder_3=long, tokenizer_3=long_words,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def make_sd35(folder: Path) -> Path:
+    """As 3.5 medium is laid out: its first blocks have a second attention, to the picture alone."""
+    return make_sd3(folder, dual_attention_layers=(0,))
 
 
 def make_flux(folder: Path, guidance: bool = True) -> Path:
@@ -117,4 +122,11 @@ def make_flux(folder: Path, guidance: bool = True) -> Path:
     return folder
 
 
+def make_schnell(folder: Path) -> Path:
+    """Without guidance as an input."""
+    return make_flux(folder, guidance=False)
+
+
 MAKERS = {"sd1": make_sd, "sd2": make_sd2, "sdxl": make_sdxl, "sd3": make_sd3, "flux": make_flux}
+LAYOUTS = {"sd3.5": make_sd35, "schnell": make_schnell}
+"""Of the same families, where tests of a family's own code differ."""

@@ -120,6 +120,10 @@ def check_fits(config: Config, folder: Path) -> None:
             raise RayboothError(f"{key} = '{name}' is not possible with {family.name}: choose {' or '.join(family.samplers)}.")
     if config.finetune.min_snr_gamma and not family.min_snr:
         raise RayboothError(f"finetune.min_snr_gamma is for models of epsilon or velocity, and {family.name} is a flow: leave it out.")
+    if config.finetune.method == "lora" and config.lora.targets:
+        from raybooth.families.lora import check_targets
+
+        check_targets(family, folder, config.lora, config.finetune.text_encoder)
     if side:
         _check_side(side, family.name, facts)
 

@@ -123,7 +123,11 @@ class Finetune(Section):
     max_grad_norm: Positive = Field(1.0, description="bound on the norm of all gradients together")
     text_encoder: bool = Field(True, description="train the text encoder with the UNet")
     text_encoder_lr: Positive | None = Field(None, description="learning rate of the text encoder; default: lr")
-    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = Field("adamw", description="adamw8bit and prodigy are extras; for prodigy lr = 1")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = Field(
+        "adamw",
+        description="adamw8bit and prodigy are extras; prodigy finds the rate itself, its lr is a factor on it, by default 1; adafactor's lr is relative "
+        "to the size of the weights",
+    )
     schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of the learning rate after the warm-up")
     warmup: int = Field(0, ge=0, description="steps in which the learning rate rises")
     accumulate: Count = Field(1, description="passes a step: a batch in that many pieces, for less memory")
@@ -141,6 +145,11 @@ class Finetune(Section):
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=["tensorboard"], description="where readings go beside metrics.jsonl")
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     checkpoints: Count = Field(2, description="newest checkpoints that are kept")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prodigy_finds_the_rate(cls, values: Any) -> Any:
+        return {"lr": 1.0, **values} if isinstance(values, dict) and values.get("optimizer") == "prodigy" else values
 
 
 class Lora(Section):
@@ -252,7 +261,12 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _mini_brings_its_own(cls, values: Any) -> Any:
-        return merged(MINI_DEFAULTS, values) if isinstance(values, dict) and _model_of(values) == "mini" else values
+        if not isinstance(values, dict) or _said(values, "base", "model") != "mini":
+            return values
+        own = MINI_DEFAULTS
+        if _said(values, "finetune", "optimizer") == "prodigy":  # its factor is no rate of mini's
+            own = {**own, "finetune": {k: v for k, v in own["finetune"].items() if not k.endswith("lr")}}
+        return merged(own, values)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
@@ -316,7 +330,7 @@ def load(path: Path | None = None, overrides: Iterable[str] = (), **values: Any)
 
 def _for_base(kept: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, Any]:
     """What a storage keeps names every setting, defaults too: those of its base are left out where `layers` go from mini to another base, or to mini."""
-    before, *named = [model for layer in (kept, *layers) if (model := _model_of(layer))] or [""]
+    before, *named = [model for layer in (kept, *layers) if (model := _said(layer, "base", "model"))] or [""]
     if not named or (named[-1] == "mini") == (before == "mini"):
         return kept
     usual = Config(subject={"class": "thing"}, base={"model": before}).model_dump(by_alias=True, mode="json")
@@ -325,9 +339,10 @@ def _for_base(kept: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, A
     }
 
 
-def _model_of(layer: dict[str, Any]) -> Any:
-    base = layer.get("base")
-    return base.get("model") if isinstance(base, dict) else getattr(base, "model", None)
+def _said(layer: dict[str, Any], section: str, key: str) -> Any:
+    """What a layer sets, whether its sections are dictionaries or models."""
+    held = layer.get(section)
+    return held.get(key) if isinstance(held, dict) else getattr(held, key, None)
 
 
 def _check_sections(layer: dict[str, Any]) -> None:

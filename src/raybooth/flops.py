@@ -3,6 +3,7 @@
 Not in a real step: torch's counter makes it take other kernels, whose results differ in the last bits.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,15 @@ def without_weights(family: Family, folder: Path, finetune: Finetune, lora: Lora
     return loaded
 
 
-def rows_of_pass(prior: Prior, finetune: Finetune, workers: int) -> int:
-    """Rows in one forward pass of one of `workers`, at most."""
+def passes_of_step(prior: Prior, finetune: Finetune, workers: int) -> list[list[tuple[int, int]]]:
+    """Of each of `workers`, its forward passes in a step as the training deals them: how many rows, and how many of these are of the class."""
     with_class_rows = prior.drawn or prior.method == "base-prediction"
-    return -(-finetune.batch * (2 if with_class_rows else 1) // workers // finetune.accumulate)
+    places, worker = range(finetune.batch * (2 if with_class_rows else 1)), []
+    for rank in range(workers):
+        mine = places[rank::workers]
+        passes = min(finetune.accumulate, len(mine))
+        worker.append([(len(mine[i::passes]), sum(place >= finetune.batch for place in mine[i::passes])) for i in range(passes)])
+    return worker
 
 
 def step_flops(family: Family, loaded: Loaded, prior: Prior, finetune: Finetune, side: int, workers: int) -> int:
@@ -36,17 +42,23 @@ def step_flops(family: Family, loaded: Loaded, prior: Prior, finetune: Finetune,
 
     `loaded` is as without_weights() makes it, `side` a picture's in pixels.
     """
-    rows, trained = rows_of_pass(prior, finetune, workers), family.trainable(finetune.text_encoder)
+    passes = Counter(share for worker in passes_of_step(prior, finetune, workers) for share in worker)
+    prompts = 2 if any(of_class for _, of_class in passes) else 1
+    return sum(n * _pass_flops(family, loaded, prior, finetune, side, *share, prompts) for share, n in passes.items())
+
+
+def _pass_flops(family: Family, loaded: Loaded, prior: Prior, finetune: Finetune, side: int, rows: int, of_class: int, prompts: int) -> int:
+    trained = family.trainable(finetune.text_encoder)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        if prior.method == "base-prediction":
+        if prior.method == "base-prediction" and of_class:
             with torch.no_grad(), adapters_off(loaded.modules[part] for part in trained):
-                loss_without_data(family, loaded, trained, -(-rows // 2), side)  # of the class
-        loss_without_data(family, loaded, trained, rows, side).backward()
-    return counter.get_total_flops() * finetune.accumulate * workers
+                loss_without_data(family, loaded, trained, of_class, side, prompts=1)
+        loss_without_data(family, loaded, trained, rows, side, prompts).backward()
+    return counter.get_total_flops()
 
 
-def loss_without_data(family: Family, loaded: Loaded, trained: tuple[str, ...], rows: int, side: int) -> Tensor:
-    """A scalar that follows from all the trained parts, as the loss of `rows` rows does, on the default device."""
+def loss_without_data(family: Family, loaded: Loaded, trained: tuple[str, ...], rows: int, side: int, prompts: int = 2) -> Tensor:
+    """A scalar that follows from all the trained parts, as the loss of `rows` rows with `prompts` distinct ones does, on the default device."""
     shape, conditioning = loaded.facts.latent_shape(side), family.conditioning(loaded.folder)
     dtype = next(loaded.modules[family.denoiser].parameters()).dtype
     text = {k: torch.zeros(rows, *s, dtype=dtype, requires_grad=len(trained) > 1) for k, s in conditioning.items()}
@@ -54,5 +66,5 @@ def loss_without_data(family: Family, loaded: Loaded, trained: tuple[str, ...], 
     loss = out.float().square().mean()
     for part in trained[1:]:  # what the encoders give is taken as given above; here they give, and are trained
         encoder: Any = loaded.modules[part]
-        loss = loss + encoder(torch.zeros(2, encoder.config.max_position_embeddings, dtype=torch.long))[0].float().mean()
+        loss = loss + encoder(torch.zeros(prompts, encoder.config.max_position_embeddings, dtype=torch.long))[0].float().mean()
     return loss

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 Row = dict[str, Any]
 Work = Callable[[list[Row]], list[bytes]]
+NO_MEMORY = ("allocate memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+"""How it reads where it is no error of its own kind: of the machine's memory, in cuBLAS and cuDNN, in a kernel's launch."""
 
 
 @contextlib.contextmanager
@@ -34,7 +36,7 @@ def explained_if_out_of_memory(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(mark in str(error) for mark in NO_MEMORY):
             raise
         raise RayboothError(f"{what} ran out of memory. What needs less, in this order: {advice}") from error
 

@@ -3,11 +3,12 @@
 The step is run on tensors without data (torch's FakeTensorMode) under torch's memory tracker.
 """
 
+import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,11 @@ from torch.utils.hooks import RemovableHandle
 
 from raybooth.base_model import check_fits
 from raybooth.config import Config, Finetune
+from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded, family_of
+from raybooth.families.folder import names_in, needed_files, read_object
 from raybooth.families.parts import unloaded
-from raybooth.flops import loss_without_data, rows_of_pass, step_flops, without_weights
+from raybooth.flops import loss_without_data, passes_of_step, step_flops, without_weights
 from raybooth.method import autocast_dtype
 from raybooth.optim import Average, Outline, make_optimizer
 
@@ -28,7 +31,11 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes at the peak of a step of one worker, by part; FLOPs of a step of all workers; counts."""
+    """Bytes at the peak of a step of one worker, by part; FLOPs of a step of all workers; counts.
+
+    Attributes:
+        stored: bytes in the storage when it holds most, but for the photographs.
+    """
 
     parameters: Mapping[str, int]
     trained: int
@@ -72,17 +79,39 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
     workers = config.cluster.worker_range[0]
     side = config.base.resolution or loaded.facts.resolution
     flops = step_flops(family, used, config.prior, finetune, side, workers)
+    saved = {part: sum(t.numel() * t.element_size() for t in _saved(used.modules[part])) for part in trained}
     with FakeTensorMode():
         for module in used.modules.values():
             _without_data(module)
         memory, checkpoint = _step(family, used, config, trained, side, device)
     moving = sum(p.numel() for part in trained for p in used.modules[part].parameters() if p.requires_grad)
     drawn, pictures = config.prior.drawn, len(config.generate.prompts) * config.generate.images_per_prompt
-    base = 4 * sum(parameters.values())
-    result = 4 * moving if finetune.method == "lora" else base
+    base = {part: _weights(folder, part, loaded.modules[part]) for part in family.weights}
+    result = 4 * moving if finetune.method == "lora" else sum(saved[part] if part in trained else size for part, size in base.items())
     picture = side * side * 3  # a PNG of a photograph is about as large as its pixels
-    stored = base + result + finetune.checkpoints * checkpoint + (drawn + pictures) * picture
+    latent = 2 * 4 * math.prod(loaded.facts.latent_shape(side))
+    written = (finetune.steps - 1) // finetune.checkpoint_every + (config.evaluate.select != "last")
+    # A checkpoint is written before the oldest goes; when the result is written, that is over.
+    most = max(min(written, finetune.checkpoints + 1) * checkpoint, min(written, finetune.checkpoints) * checkpoint + result + pictures * picture)
+    stored = sum(base.values()) + drawn * (picture + latent) + most
     return Plan(parameters, moving, memory, flops, finetune.steps, drawn, pictures, stored)
+
+
+def _weights(folder: Path, part: str, module: nn.Module) -> int:
+    """Bytes of a part's weights as they are copied: by their files, or a list of these; of float32 where neither is there to tell."""
+    try:
+        names = needed_files(names_in(folder), [part], (), str(folder))
+    except RayboothError:  # a plan can do without
+        names = []
+    found = sum((folder / name).stat().st_size for name in names if name.endswith(".safetensors"))
+    metadata = [read_object(folder / name).get("metadata") for name in names if ".safetensors.index." in name]
+    listed = [m["total_size"] for m in metadata if isinstance(m, dict) and isinstance(m.get("total_size"), int)]
+    return max(found, *listed, 0) or 4 * sum(t.numel() for t in _saved(module))
+
+
+def _saved(module: nn.Module) -> Iterable[Tensor]:
+    """What a file of it holds, each once."""
+    return {id(t): t for t in module.state_dict(keep_vars=True).values()}.values()
 
 
 def _without_data(module: nn.Module) -> None:
@@ -111,8 +140,8 @@ class _Tracker(MemTracker):
 
 def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ...], side: int, device: str) -> tuple[dict[str, int], int]:
     """Memory at the peak, by part, of the second step of one worker: the optimizer has its state then. And the bytes of a checkpoint."""
-    finetune, tracker = config.finetune, _Tracker()
-    rows = rows_of_pass(config.prior, finetune, config.cluster.worker_range[0])
+    finetune, tracker, workers = config.finetune, _Tracker(), config.cluster.worker_range[0]
+    passes = passes_of_step(config.prior, finetune, workers)[0]  # of the first worker: no other has more rows
     parameters = {f"{part}.{k}": p for part in trained for k, p in loaded.modules[part].named_parameters() if p.requires_grad}
     optimizer = _optimizer(finetune, list(parameters.values()))
     average = Average(parameters, finetune.ema) if finetune.ema else None
@@ -120,12 +149,14 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
     for frozen in (p for m in loaded.modules.values() for p in m.parameters() if not p.requires_grad):
         # The tracker would put hooks on their gradients, which they do not have: it finds them there already.
         tracker._param_to_grad_hook_handles[frozen] = (RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict()))
-    tracker.track_external(*loaded.modules.values(), optimizer, *averages)
+    buckets = _Buckets(parameters.values() if workers > 1 else ())
+    tracker.track_external(*loaded.modules.values(), optimizer, *averages, *buckets.held.values())
     dtype = autocast_dtype(family, finetune.precision, device)
     with tracker:
         for step in range(2):
-            for _ in range(finetune.accumulate):
+            for i, (rows, _) in enumerate(passes, 1):
                 tracker.reset_mod_stats()
+                buckets.open = i == len(passes)
                 with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                     loss = loss_without_data(family, loaded, trained, rows, side)
                 loss.backward()
@@ -135,6 +166,19 @@ def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ..
                 average.update(step + 1)
     kept = [*parameters.values(), *averages, *(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))]
     return _by_part(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]), sum(t.numel() * t.element_size() for t in kept)
+
+
+class _Buckets:
+    """What DistributedDataParallel holds of gradients, between the steps too. In a step's last pass, while they are `open`, gradients move in."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.held, self.open = {p: torch.empty_like(p) for p in parameters}, False
+        for p in self.held:
+            p.register_post_accumulate_grad_hook(self._take)
+
+    def _take(self, p: Tensor) -> None:
+        if self.open and p.grad is not None:
+            p.grad = self.held[cast(nn.Parameter, p)].copy_(p.grad)
 
 
 def _optimizer(finetune: Finetune, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raybooth.cluster.fit import LESS_MEMORY
 from raybooth.config import Finetune, Lora, Prior
 from raybooth.disk import explained_if_full
 from raybooth.families import Family, family_of
@@ -146,12 +147,7 @@ def settings(family: Family, finetune: Finetune, device: "torch.device", seed: i
     )
 
 
-out_of_memory_explained = partial(
-    explained_if_out_of_memory, "Fine-tuning",
-    "a smaller finetune.batch (or more finetune.accumulate), finetune.method = 'lora', finetune.gradient_checkpointing = true, "
-    "finetune.optimizer = 'adamw8bit'. With any of these the fine-tuning begins anew: checkpoints are kept, but "
-    "belong to the settings that they were made with.",
-)  # fmt: skip
+out_of_memory_explained = partial(explained_if_out_of_memory, "Fine-tuning", LESS_MEMORY)
 
 
 def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, str], prior: Prior, known: bool) -> "TrainingSet":

@@ -21,6 +21,12 @@ DDP: dict[str, Any] = {
     "broadcast_buffers": False,  # before every pass; they are all workers' own from the beginning, and none changes
 }
 """What torch's DistributedDataParallel is told."""
+LESS_MEMORY = (
+    "a smaller finetune.batch (or more finetune.accumulate), finetune.method = 'lora', finetune.gradient_checkpointing = true, "
+    "finetune.optimizer = 'adamw8bit'. With any of these the fine-tuning begins anew: checkpoints are kept, but "
+    "belong to the settings that they were made with."
+)
+"""What takes less, in this order: whether it was an allocation that failed, or the machine that killed a worker."""
 
 
 class Group:
@@ -115,8 +121,9 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
                     raise
                 if attempt == retries:
                     raise RayboothError(
-                        f"Fine-tuning lost a worker {retries + 1} times, perhaps for lack of memory: look at what 'ray logs' says, take fewer workers or "
-                        "a smaller finetune.batch, and run the same command again; it goes on from the last checkpoint."
+                        f"Fine-tuning lost a worker {retries + 1} time{'s' * (retries > 0)}, perhaps for lack of memory: look at what 'ray logs' says. "
+                        "The same command goes on from the last checkpoint, with fewer cluster.workers too where they share a machine. "
+                        f"What needs less memory, in this order: {LESS_MEMORY}"
                     ) from error
                 heard({"note": "a worker was lost, the group starts again"})
                 if fewest < most:
@@ -138,7 +145,10 @@ def _lost_a_worker(error: Exception) -> bool:
     """Rather than an exception in one: it died, its node did, or another worker found its connection closed."""
     import ray.exceptions as ray_errors
 
-    lost = (ray_errors.RayActorError, ray_errors.WorkerCrashedError, ray_errors.NodeDiedError, ray_errors.ObjectLostError)
+    lost = (
+        ray_errors.RayActorError, ray_errors.WorkerCrashedError, ray_errors.NodeDiedError, ray_errors.ObjectLostError,
+        ray_errors.OutOfMemoryError,  # of the machine: Ray ends a worker before the system does
+    )  # fmt: skip
     return any(isinstance(e, lost) or "gloo" in str(e).lower() or "NCCL" in str(e) for e in causes(error))
 
 

@@ -15,6 +15,7 @@ VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model
 """Of a tokenizer: any of these will do."""
 _AGAIN = "copy or download the model again."
 _INCOMPLETE = "it is not complete, copy or download it again."
+_WITHOUT = "it is not complete, or was saved without that part, which raybooth needs: give the whole model."
 _SHARDS = ".safetensors.index."  # of a list of shards: model.safetensors.index.json, or .fp16.json
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema|ema)\.|\.(fp16|bf16)-")
@@ -76,7 +77,7 @@ def needed_files(names: Iterable[str], weights: Iterable[str], settings: Iterabl
     for part in (*weights, *settings):
         own = [n for n in names if n.startswith(f"{part}/") and n.count("/") == 1]
         if not own:
-            raise RayboothError(f"The model {source} has no {part}/ folder: {_INCOMPLETE}")
+            raise RayboothError(f"The model {source} has no {part}/ folder: {_WITHOUT}")
         _check_described(part, own, source)
         chosen += [n for n in own if n.endswith((".json", ".txt", ".model")) and _SHARDS not in n]
         if part in weights:
@@ -130,6 +131,8 @@ def check_described(folder: Path, weights: Iterable[str], settings: Iterable[str
         match index.get(part):
             case [str(), str()]:
                 pass
+            case [None, None]:
+                raise RayboothError(f"The model {folder} has no {part}/: {_WITHOUT}")
             case _:
                 raise RayboothError(f"{folder / INDEX} does not say of which class {part}/ is: {_INCOMPLETE}")
         if not _is_tokenizer(part):

@@ -12,7 +12,7 @@ from torch import nn
 from raybooth.config import Lora
 from raybooth.errors import RayboothError
 from raybooth.families.base import Family, Loaded
-from raybooth.families.parts import load
+from raybooth.families.parts import load, unloaded
 from raybooth.noise import reseeded
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The file that diffusers' load_lora_weights looks for."""
+TAKERS = (nn.Linear, nn.Conv2d)
+"""What adapters go on. PEFT adapts embeddings too, but diffusers' file has no names for these."""
 
 
 def add_adapters(family: Family, loaded: Loaded, parts: Iterable[str], how: Lora, seed: int) -> None:
@@ -58,31 +60,42 @@ def _measure_again(module: nn.Module) -> None:
                 magnitude.update_layer(base_layer=how.get_base_layer(), lora_A=a, lora_B=b, scaling=how.scaling[name])
 
 
-def _check_targets(family: Family, modules: Mapping[str, nn.Module], how: Lora) -> None:
-    """
+def check_targets(family: Family, folder: Path, how: Lora, text_encoder: bool) -> None:
+    """As add_adapters() does it, without weights.
+
     Raises:
-        RayboothError: if a target is in none of the parts that are trained.
+        RayboothError: if a target is in none of the parts that are trained, or takes no adapter.
     """
+    with torch.device("meta"):
+        _check_targets(family, unloaded(family, folder, family.trainable(text_encoder)).modules, how)
+
+
+def _check_targets(family: Family, modules: Mapping[str, nn.Module], how: Lora) -> None:
+    usual, takers = ", ".join(family.lora_targets[:3]), {k for module in modules.values() for k, layer in module.named_modules() if isinstance(layer, TAKERS)}
     for target in how.targets or ():
-        if not any(_has(module, target) for module in modules.values()):
-            layers = {name.rpartition(".")[2] for module in modules.values() for name, layer in module.named_modules() if hasattr(layer, "weight")}
-            near = difflib.get_close_matches(target, sorted(layers | set(family.lora_targets)), 1, 0.5)
-            meant = f"did you mean '{near[0]}'?" if near else f"leave it out, or name some such as {', '.join(family.lora_targets[:3])}."
+        found = [layer for module in modules.values() for layer in _layers(module, target)]
+        if not found:
+            near = difflib.get_close_matches(target, sorted({k.rpartition(".")[2] for k in takers} | set(family.lora_targets)), 1, 0.5)
+            meant = f"did you mean '{near[0]}'?" if near else f"leave it out, or name some such as {usual}."
             raise RayboothError(f"lora.targets: {family.name} has no layer '{target}' in what is trained ({', '.join(modules)}); {meant}")
+        for layer in found:
+            if not isinstance(layer, TAKERS):
+                within = [f"{target}.{k}" for k, inner in layer.named_modules() if isinstance(inner, TAKERS)]
+                advice = f"name what is in it, such as {', '.join(within[:3])}." if within else f"leave it out, or name some such as {usual}."
+                raise RayboothError(f"lora.targets: no adapter goes on '{target}' of {family.name} ({type(layer).__name__}); {advice}")
+    if how.targets and not any(_layers(modules[family.denoiser], target) for target in how.targets):
+        raise RayboothError(f"lora.targets = {how.targets}: {family.name} has no such layers; leave it out, or name some such as {usual}.")
 
 
-def _has(module: nn.Module, target: str) -> bool:
-    """As PEFT finds layers: by the end of their names."""
-    return any(f".{name}".endswith(f".{target}") for name, _ in module.named_modules())
+def _layers(module: nn.Module, target: str) -> list[nn.Module]:
+    """As PEFT finds them: by the end of their names."""
+    return [layer for name, layer in module.named_modules() if name and f".{name}".endswith(f".{target}")]
 
 
 def _targets(family: Family, part: str, module: nn.Module, how: Lora) -> Iterable[str]:
     """Those asked for, where the part has them; an encoder that has none of them gets its own."""
-    own = [t for t in how.targets or () if _has(module, t)]
     usual = family.lora_targets if part == family.denoiser else family.encoder_lora_targets
-    if how.targets and part == family.denoiser and not own:
-        raise RayboothError(f"lora.targets = {how.targets}: {family.name} has no such layers; leave it out, or name some such as {', '.join(usual[:3])}.")
-    return own or usual
+    return [t for t in how.targets or () if _layers(module, t)] or usual
 
 
 @contextlib.contextmanager

@@ -168,16 +168,18 @@ def counted_and_real(folder: Path, *how: str) -> tuple[int, int]:
     """The FLOPs of a step, as they are counted without data and as the workers' steps have them."""
     made = config.load(None, list(how), subject={"class": "dog"}, base={"model": str(folder), "resolution": 32})
     family, workers = family_of(folder), made.cluster.worker_range[0]
-    set_up = settings(family, made.finetune.text_encoder, steps=1, batch=made.finetune.batch, accumulate=made.finetune.accumulate)
+    set_up = settings(family, made.finetune.text_encoder, steps=2, batch=made.finetune.batch, accumulate=made.finetune.accumulate)
     real = 0
     for rank in range(workers):
         _, loaded = whole(folder)
         data = rows(family, loaded, set_up.text_encoder, made.prior.method == "base-prediction", with_class=made.prior.method != "none")
         loaded.modules = {part: loaded.modules[part] for part in family.trainable(set_up.text_encoder)}
         make_ready(family, loaded, made.finetune, made.lora, 0)
+        steps = fit(family, loaded, data, set_up, Parallel(rank, workers))
+        next(steps)  # in which a teacher encodes its prompt for the rest of the run
         # The CPU's own attention is an operation that the counter does not know; by matrix products it is counted.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            next(fit(family, loaded, data, set_up, Parallel(rank, workers)))
+            next(steps)
         real += counter.get_total_flops()
     return step_flops(family, without_weights(family, folder, made.finetune, made.lora), made.prior, made.finetune, 32, workers), real
 

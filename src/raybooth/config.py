@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from raybooth.complaints import sentence
 from raybooth.errors import RayboothError
-from raybooth.layers import merged, parsed_override, read_file
+from raybooth.layers import merged, parsed_override, read_file, said
 from raybooth.prompts import filled, unknown_words
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -261,10 +261,10 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _mini_brings_its_own(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or _said(values, "base", "model") != "mini":
+        if not isinstance(values, dict) or said(values, "base", "model") != "mini":
             return values
         own = MINI_DEFAULTS
-        if _said(values, "finetune", "optimizer") == "prodigy":  # its factor is no rate of mini's
+        if said(values, "finetune", "optimizer") == "prodigy":  # its factor is no rate of mini's
             own = {**own, "finetune": {k: v for k, v in own["finetune"].items() if not k.endswith("lr")}}
         return merged(own, values)
 
@@ -330,19 +330,13 @@ def load(path: Path | None = None, overrides: Iterable[str] = (), **values: Any)
 
 def _for_base(kept: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, Any]:
     """What a storage keeps names every setting, defaults too: those of its base are left out where `layers` go from mini to another base, or to mini."""
-    before, *named = [model for layer in (kept, *layers) if (model := _said(layer, "base", "model"))] or [""]
+    before, *named = [model for layer in (kept, *layers) if (model := said(layer, "base", "model"))] or [""]
     if not named or (named[-1] == "mini") == (before == "mini"):
         return kept
     usual = Config(subject={"class": "thing"}, base={"model": before}).model_dump(by_alias=True, mode="json")
     return {k: {n: v for n, v in held.items() if v != usual[k].get(n)} for k, held in kept.items() if isinstance(held, dict) and k in usual} | {
         k: v for k, v in kept.items() if not isinstance(v, dict)
     }
-
-
-def _said(layer: dict[str, Any], section: str, key: str) -> Any:
-    """What a layer sets, whether its sections are dictionaries or models."""
-    held = layer.get(section)
-    return held.get(key) if isinstance(held, dict) else getattr(held, key, None)
 
 
 def _check_sections(layer: dict[str, Any]) -> None:

@@ -42,9 +42,11 @@ def step_flops(family: Family, loaded: Loaded, prior: Prior, finetune: Finetune,
 
     `loaded` is as without_weights() makes it, `side` a picture's in pixels.
     """
-    passes = Counter(share for worker in passes_of_step(prior, finetune, workers) for share in worker)
-    prompts = 2 if any(of_class for _, of_class in passes) else 1
-    return sum(n * _pass_flops(family, loaded, prior, finetune, side, *share, prompts) for share, n in passes.items())
+    dealt = passes_of_step(prior, finetune, workers)
+    prompts = 2 if any(of_class for worker in dealt for _, of_class in worker) else 1
+    # Every worker encodes the step's prompts, once for all its passes.
+    passes = Counter((*share, 0 if i else prompts) for worker in dealt for i, share in enumerate(worker))
+    return sum(n * _pass_flops(family, loaded, prior, finetune, side, *share) for share, n in passes.items())
 
 
 def _pass_flops(family: Family, loaded: Loaded, prior: Prior, finetune: Finetune, side: int, rows: int, of_class: int, prompts: int) -> int:
@@ -52,19 +54,19 @@ def _pass_flops(family: Family, loaded: Loaded, prior: Prior, finetune: Finetune
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         if prior.method == "base-prediction" and of_class:
             with torch.no_grad(), adapters_off(loaded.modules[part] for part in trained):
-                loss_without_data(family, loaded, trained, of_class, side, prompts=1)
+                loss_without_data(family, loaded, trained, of_class, side, prompts=0)  # it has encoded them once for the run
         loss_without_data(family, loaded, trained, rows, side, prompts).backward()
     return counter.get_total_flops()
 
 
 def loss_without_data(family: Family, loaded: Loaded, trained: tuple[str, ...], rows: int, side: int, prompts: int = 2) -> Tensor:
-    """A scalar that follows from all the trained parts, as the loss of `rows` rows with `prompts` distinct ones does, on the default device."""
+    """A scalar that follows from all the trained parts, as the loss of `rows` rows does that encodes so many `prompts`, on the default device."""
     shape, conditioning = loaded.facts.latent_shape(side), family.conditioning(loaded.folder)
     dtype = next(loaded.modules[family.denoiser].parameters()).dtype
     text = {k: torch.zeros(rows, *s, dtype=dtype, requires_grad=len(trained) > 1) for k, s in conditioning.items()}
     out = family.predict(loaded, torch.zeros(rows, *shape, dtype=dtype), torch.zeros(rows), text)
     loss = out.float().square().mean()
-    for part in trained[1:]:  # what the encoders give is taken as given above; here they give, and are trained
+    for part in trained[1:] if prompts else ():  # what the encoders give is taken as given above; here they give, and are trained
         encoder: Any = loaded.modules[part]
         loss = loss + encoder(torch.zeros(prompts, encoder.config.max_position_embeddings, dtype=torch.long))[0].float().mean()
     return loss

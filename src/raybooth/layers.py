@@ -21,6 +21,12 @@ def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def said(layer: dict[str, Any], section: str, key: str) -> Any:
+    """What a layer sets, whether its sections are dictionaries or models."""
+    held = layer.get(section)
+    return held.get(key) if isinstance(held, dict) else getattr(held, key, None)
+
+
 def read_file(path: Path) -> dict[str, Any]:
     """What a TOML file, or a JSON file as a storage keeps it, holds.
 

@@ -14,7 +14,7 @@ LAYERS = [
     {"evaluation", "plots"}, {"stages", "plan"}, {"selection"}, {"features", "encoder_files"}, {"drawing", "base_model", "naming"}, {"loading"},
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "checkpoint"}, {"families", "dataset", "loss", "noise", "optim", "dreambench", "photos", "sources", "hub"},
-    {"config", "workspace", "mirror"}, {"disk", "remote", "layers", "manifest"}, {"errors", "prompts"},
+    {"config", "workspace", "mirror"}, {"disk", "remote", "layers", "manifest", "background"}, {"errors", "prompts"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers"}
 LIGHT = {"config", "layers", "workspace", "mirror", "manifest", "reporting", "cli", "options", "errors", "__init__", "__main__"}

@@ -4,7 +4,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event
 from unittest.mock import Mock
 
 import pytest
@@ -121,6 +121,63 @@ def test_they_live_in_a_remote_storage_too(tmp_path: Path, monkeypatch: pytest.M
     found, _ = Checkpoints(Workspace("memory://checkpoints-test"), KEY, 2).newest()
     assert found is not None
     assert found.step == 30
+
+
+class SlowRemote:
+    """Uploads of the first checkpoint wait for `go`. What was done there, in order: the steps that were put and removed, of one by its manifest."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.go, self.done = Event(), list[str]()
+        put, remove = Remote.put, Remote.remove
+
+        def slow(remote: Remote, name: str, file: Path) -> None:
+            if "0000010" in name:
+                self.go.wait(20)
+            put(remote, name, file)
+            self.done += [f"put {name.split('/')[1][-2:]}"] if name.endswith("manifest.json") else []
+
+        def noted(remote: Remote, name: str) -> None:
+            remove(remote, name)
+            self.done.append(f"remove {name[-2:]}")
+
+        monkeypatch.setattr(Remote, "put", slow)
+        monkeypatch.setattr(Remote, "remove", noted)
+
+
+def test_a_slow_remote_storage_stops_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Those that are kept wait, the newest goes first, and at the end all are there that are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    remote, uri = SlowRemote(monkeypatch), f"file://{tmp_path}/bucket"
+    checkpoints = Checkpoints(Workspace(uri), KEY, 2)
+    for step in (10, 20, 30, 40):
+        checkpoints.save(state(step))
+        assert checkpoints.writing
+        checkpoints.writing.result()
+        assert not remote.done
+    here = {p.name[-2:] for p in checkpoints.folder.iterdir()}
+    assert here == {"10", "30", "40"}  # 10 is on its way
+    remote.go.set()
+    checkpoints.wait()
+    assert remote.done == ["put 10", "put 40", "put 30", "remove 10"]
+    for folder in (checkpoints.folder, tmp_path / "bucket" / "checkpoints"):
+        assert {p.name[-2:] for p in folder.iterdir()} == {"30", "40"}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    found, notes = Checkpoints(Workspace(uri), KEY, 2).newest()
+    assert found is not None
+    assert (found.step, notes) == (40, [])
+
+
+def test_an_upload_that_fails_ends_the_run_at_the_next_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    checkpoints = Checkpoints(Workspace(f"file://{tmp_path}/bucket"), KEY, 2)
+    monkeypatch.setattr(Remote, "put", Mock(side_effect=RayboothError("The storage is away.")))
+    checkpoints.save(state(10))
+    for going_on in (checkpoints.wait, lambda: checkpoints.save(state(20))):
+        with pytest.raises(RayboothError, match="is away"):
+            going_on()
+    found, _ = Checkpoints(checkpoints.workspace, KEY, 2).newest()
+    assert found is not None
+    assert found.step == 10
 
 
 def agreed(storages: list[Checkpoints]) -> list[tuple[State | None, list[str]]]:

@@ -15,7 +15,7 @@ LAYERS = [
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "checkpoint"},
     {"families", "dataset", "loss", "noise", "dropout", "optim", "dreambench", "photos", "sources", "hub"},
-    {"config", "workspace", "mirror"}, {"disk", "remote", "layers", "clock", "manifest"}, {"errors", "prompts", "complaints"},
+    {"config", "workspace", "mirror"}, {"disk", "remote", "layers", "clock", "manifest", "background"}, {"errors", "prompts", "complaints"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers"}
 LIGHT = {"config", "clock", "complaints", "layers", "workspace", "mirror", "manifest", "reporting", "cli", "options", "errors", "__init__", "__main__"}

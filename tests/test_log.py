@@ -1,19 +1,26 @@
 """The readings of a fine-tuning: rates, what a run that goes on drops, trackers that fail."""
 
 import json
+import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from raybooth import log
 from raybooth.errors import RayboothError
+from raybooth.remote import Remote
 from raybooth.workspace import Workspace
+
+
+def said_nothing(word: log.Row) -> None:
+    raise AssertionError(word)
 
 
 def test_rates_are_per_second_since_the_last_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     clock = iter([100.0, 104.0, 105.0])
     monkeypatch.setattr(log.time, "monotonic", lambda: next(clock))
-    made = log.Log(Workspace(str(tmp_path)), "key", [], 0, [], images=8, flops=1000)
+    made = log.Log(Workspace(str(tmp_path)), "key", [], 0, [], images=8, flops=1000, say=said_nothing)
     first, second, third = (made.write(step, {"loss": 1.0}) for step in (10, 20, 30))
     assert first["images_per_second"] is None
     assert (second["images_per_second"], second["flops_per_second"]) == (20.0, 2500.0)
@@ -23,10 +30,10 @@ def test_rates_are_per_second_since_the_last_reading(tmp_path: Path, monkeypatch
 
 def test_a_run_that_goes_on_drops_what_came_after_its_checkpoint(tmp_path: Path):
     workspace = Workspace(str(tmp_path))
-    first = log.Log(workspace, "key", [], 0, [], 1, 1)
+    first = log.Log(workspace, "key", [], 0, [], 1, 1, said_nothing)
     for step in (10, 20, 30):
         first.write(step, {})
-    log.Log(workspace, "key", [], 20, first.rows[:2], 1, 1).write(30, {"again": True})
+    log.Log(workspace, "key", [], 20, first.rows[:2], 1, 1, said_nothing).write(30, {"again": True})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [10, 20, 30]
     assert rows[-1]["again"]
@@ -38,7 +45,60 @@ def test_a_tracker_that_does_not_start_says_so(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setitem(log.TRACKERS, "wandb", away)
     with pytest.raises(RayboothError, match=r"'wandb', which does not start.*nobody is there"):
-        log.Log(Workspace(str(tmp_path)), "key", ["wandb"], 0, [], 1, 1)
+        log.Log(Workspace(str(tmp_path)), "key", ["wandb"], 0, [], 1, 1, said_nothing)
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    return Workspace(f"file://{tmp_path}/bucket")
+
+
+def test_readings_go_to_a_remote_storage_beside_the_steps(bucket: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All but those that newer ones have overtaken; TensorBoard's with them."""
+    slow, pushed, put = threading.Event(), list[str](), Remote.put
+
+    def held_up(self: Remote, name: str, file: Path) -> None:
+        pushed.append(name)
+        slow.wait(20)
+        put(self, name, file)
+
+    monkeypatch.setattr(Remote, "put", held_up)
+    with log.Log(bucket, "key", ["tensorboard"], 0, [], 1, 1, said_nothing) as made:
+        for step in range(1, 6):
+            made.write(step, {"loss": 1.0})
+        assert not (tmp_path / "bucket").exists()
+        slow.set()
+    assert pushed.count("metrics.jsonl") in (1, 2)
+    assert len((tmp_path / "bucket" / "metrics.jsonl").read_text().splitlines()) == 5
+    event_file = next((bucket.root / "tensorboard").rglob("events*"))
+    assert event_file.read_bytes() == (tmp_path / "bucket" / event_file.relative_to(bucket.root)).read_bytes()
+
+
+def test_readings_are_in_the_remote_storage_however_a_run_ends(bucket: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ended: list[bool] = []
+    monkeypatch.setitem(log.TRACKERS, "wandb", lambda *_: (lambda step, numbers: None, ended.append))
+    made = log.Log(bucket, "key", ["tensorboard", "wandb"], 0, [], 1, 1, said_nothing)
+    made.write(1, {"loss": 1.0})
+    with pytest.raises(ZeroDivisionError), made:
+        raise ZeroDivisionError
+    assert ended == [False]
+    assert len((tmp_path / "bucket" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert list((tmp_path / "bucket" / "tensorboard").rglob("events*"))
+
+
+def test_readings_that_do_not_arrive_are_said_once_and_tried_again(bucket: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    with log.Log(bucket, "key", [], 0, [], 1, 1, lambda word: said.append(word["note"])) as made:
+        with monkeypatch.context() as away:
+            away.setattr(Remote, "put", Mock(side_effect=RayboothError("The storage is away.")))
+            for step in (1, 2, 3):
+                made.write(step, {"loss": 1.0})
+                assert made.pusher
+                made.pusher.wait()
+        made.write(4, {"loss": 1.0})
+    assert said == ["readings do not arrive in the storage, and stay on this machine until they do: The storage is away."]
+    assert len((tmp_path / "bucket" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
 def test_the_peak_of_a_process_is_its_own():

@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from raybooth import config
 from raybooth.checkpoint import Checkpoints
 from raybooth.config import Finetune, Lora, Prior
+from raybooth.errors import RayboothError
 from raybooth.manifest import files_under
 from raybooth.plan import plan
+from raybooth.remote import Remote
 from raybooth.train import Parallel, State
 from raybooth.tuning import finetuner
 from raybooth.workspace import Workspace
@@ -50,11 +52,13 @@ class StoppedError(Exception):
     pass
 
 
-def tuned(storage: str | Path, key: str = X, stop: int | None = None, **more: Any) -> dict[str, Any]:
-    """What the worker returns; with `stop` it ends after the reading of that step."""
+def tuned(storage: str | Path, key: str = X, stop: int | None = None, heard: list[dict[str, Any]] | None = None, **more: Any) -> dict[str, Any]:
+    """What the worker returns; with `stop` it ends after the reading of that step. `heard` gets what it says."""
     finetune = Finetune(**{**dict(steps=6, log_every=1, checkpoint_every=2, trackers=[]), **more})
 
     def say(word: dict[str, Any]) -> None:
+        if heard is not None:
+            heard.append(word)
         if word.get("step") == stop is not None:
             raise StoppedError
 
@@ -105,15 +109,21 @@ def test_a_configuration_that_is_gone_back_to_has_its_own_readings(storage: Path
     assert losses(tuned(storage, X)["history"]) == whole == written(storage)
 
 
-def test_a_worker_of_another_machine_goes_on_with_the_readings(storage: Path, monkeypatch: pytest.MonkeyPatch):
-    whole, uri = losses(tuned(storage, Y)["history"]), "memory://tuning-test"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(storage / "one"))
-    first = Workspace(uri)
+def uploaded(storage: Path, uri: str) -> str:
+    """What a fine-tuning reads of a storage, in another."""
+    workspace = Workspace(uri)
     for name in ("base-model", "latents"):
-        stage = first.stage(name, {})
+        stage = workspace.stage(name, {})
         for file in files_under(storage / name):
             stage.write(file, (storage / name / file).read_bytes())
         stage.finish()
+    return uri
+
+
+def test_a_worker_of_another_machine_goes_on_with_the_readings(storage: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = losses(tuned(storage, Y)["history"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(storage / "one"))
+    uri = uploaded(storage, "memory://tuning-test")
     tuned(uri, stop=5)
     monkeypatch.setenv("XDG_CACHE_HOME", str(storage / "two"))
     assert losses(tuned(uri)["history"]) == whole
@@ -122,6 +132,23 @@ def test_a_worker_of_another_machine_goes_on_with_the_readings(storage: Path, mo
     assert third.remote
     (third.root / "metrics.jsonl").write_bytes(third.remote.read("metrics.jsonl"))
     assert written(third.root) == whole
+
+
+def test_readings_that_do_not_arrive_end_no_run(storage: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nor do they hide what does end it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(storage / "one"))
+    uri, heard, put = uploaded(storage, f"file://{storage}/bucket"), list[dict[str, Any]](), Remote.put
+
+    def refused(self: Remote, name: str, file: Path) -> None:
+        if name.startswith(("metrics", "tensorboard")):
+            raise RayboothError("The storage is away.")
+        put(self, name, file)
+
+    monkeypatch.setattr(Remote, "put", refused)
+    tuned(uri, stop=1, trackers=["tensorboard"])
+    assert [row["step"] for row in tuned(uri, heard=heard, trackers=["tensorboard"])["history"]] == [1, 2, 3, 4, 5, 6]
+    assert len([word for word in heard if "The storage is away." in word.get("note", "")]) == 1
+    assert (storage / "bucket" / "fine-tuned-model" / "new" / "model_index.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -157,10 +184,10 @@ class Services:
     def __init__(self) -> None:
         self.wandb: dict[str, list[tuple[int, float]]] = {}
         self.mlflow: list[dict[str, Any]] = []
-        self.ended = 0
+        self.ended: list[bool] = []
 
-    def end(self) -> None:
-        self.ended += 1
+    def end(self, status: str = "", exit_code: int = 9) -> None:
+        self.ended.append(status == "FINISHED" or exit_code == 0)
 
     def init(self, **how: str) -> SimpleNamespace:
         assert (how["project"], how["resume"]) == ("raybooth", "allow")
@@ -189,9 +216,9 @@ def test_trackers_go_on_with_the_run_of_their_configuration(storage: Path, monke
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     tuned(storage, X, stop=5, **how)
-    assert services.ended == 0
+    assert services.ended == [False, False]
     other = losses(tuned(storage, Y, lr=0.01, **how)["history"])
     whole = losses(tuned(storage, X, **how)["history"])
-    assert services.ended == 4
+    assert services.ended == [False, False, True, True, True, True]
     # Step 5 came after the checkpoint, and is told twice.
     assert [*services.wandb.values()] == [r["told"] for r in services.mlflow] == [whole[:5] + whole[4:], other]

@@ -1,13 +1,15 @@
-"""Checkpoints of a fine-tuning: complete or passed over, written beside the steps, the newest few kept."""
+"""Checkpoints of a fine-tuning: complete or passed over, written and uploaded beside the steps, the newest few kept."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raybooth.background import Background
 from raybooth.disk import explained_if_full
 from raybooth.manifest import MANIFEST, describe, read_manifest, write_atomically
 from raybooth.workspace import Workspace
@@ -22,7 +24,8 @@ TENSORS = "state.safetensors"
 class Checkpoints:
     """Those of one configuration in a storage. `key` is the configuration's digest; others' checkpoints are left alone.
 
-    A checkpoint is a folder `<key>-<step>` with its tensors and, written last, a manifest that names their digest.
+    A checkpoint is a folder `<key>-<step>` with its tensors and, written last, a manifest that names their digest. It is written here first; where
+    the storage is remote, those that are kept are then uploaded, the newest first: of more than the network can take, some never go.
 
     Args:
         recipe: how the weights were trained, kept in the manifest for who opens them.
@@ -33,6 +36,10 @@ class Checkpoints:
         self.folder = workspace.root / FOLDER
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
+        self.uploader = Background(self._upload, "upload") if workspace.remote else None
+        self.lock = threading.Lock()  # of the next three
+        self.written = self.uploading = ""
+        self.to_upload: list[str] = []  # oldest first
 
     def newest(self, least: Callable[[int], int] = lambda step: step) -> "tuple[State | None, list[str]]":
         """The newest complete one that all workers of the group can read, and a sentence for everything that was passed over.
@@ -77,14 +84,24 @@ class Checkpoints:
         return {m["step"]: name for name, m in manifests.items() if m and m["digest"] == self.key and "recipe" in m}
 
     def save(self, state: "State") -> None:
-        """Copy `state` and write it while the steps go on; waits for the one before first (one copy is enough), and raises what went wrong with it."""
-        self.wait()
+        """Copy `state`, write it while the steps go on, and upload it; waits until the one before is written (one copy is enough).
+
+        Raises:
+            RayboothError: if something went wrong with those before.
+        """
+        if self.writing:
+            self.writing.result()
+        if self.uploader:
+            self.uploader.check()
         tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.tensors.items()}
         self.writing = self.writer.submit(self._write, state.step, tensors, state.scalars)
 
     def wait(self) -> None:
+        """Until all that are kept are in the storage."""
         if self.writing:
             self.writing.result()
+        if self.uploader:
+            self.uploader.wait()
 
     def _write(self, step: int, tensors: dict[str, Any], scalars: dict[str, Any]) -> None:
         from safetensors.torch import save_file
@@ -102,18 +119,49 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)  # a torn one of that step
         os.replace(partial, target)
         _sync(self.folder)
-        for file in (TENSORS, MANIFEST):
-            self.workspace.push(f"{FOLDER}/{name}/{file}")
-        for old in [own for own in self._own() if own <= name][self.keep :]:  # a newer one is another's, or torn
-            shutil.rmtree(self.folder / old, ignore_errors=True)
-            self.workspace.remove(f"{FOLDER}/{old}")
+        with self.lock:
+            self.written, self.to_upload = name, [*self.to_upload, name]
+            self._forget_here()
+        if self.uploader:
+            self.uploader.ask()
+
+    def _forget_here(self) -> None:
+        """What the last one that was written makes too old; not while it is uploaded."""
+        for old in self._old((path.name for path in self.folder.iterdir()), self.written):
+            if old != self.uploading:
+                shutil.rmtree(self.folder / old, ignore_errors=True)
+        self.to_upload = [name for name in self.to_upload if (self.folder / name).exists()]
+
+    def _upload(self) -> None:
+        """All that wait, the newest first; one there goes when newer ones are complete there."""
+        newest, remote = "", self.workspace.remote
+        assert remote is not None
+        while True:
+            with self.lock:
+                self.uploading = self.to_upload.pop() if self.to_upload else ""
+                self._forget_here()
+            if not self.uploading:
+                return
+            for file in (TENSORS, MANIFEST):
+                self.workspace.push(f"{FOLDER}/{self.uploading}/{file}")
+            newest = max(newest, self.uploading)
+            for old in self._old({name.partition("/")[0] for name in remote.names(FOLDER)}, newest):
+                self.workspace.remove(f"{FOLDER}/{old}")
+
+    def _old(self, names: Iterable[str], name: str) -> list[str]:
+        """Of the folders' `names` those that go when `name` is complete: its own, but for the newest few; a newer one is another's, or torn."""
+        return [own for own in self._of_this(names) if own <= name][self.keep :]
 
     def _name(self, step: int) -> str:
         return f"{self.key[:16]}-{step:07d}"
 
     def _own(self) -> list[str]:
-        """Newest first."""
-        return sorted((name for name in self.workspace.folders(FOLDER) if name.startswith(f"{self.key[:16]}-")), reverse=True)
+        """Here and there, the newest first."""
+        return self._of_this(self.workspace.folders(FOLDER))
+
+    def _of_this(self, names: Iterable[str]) -> list[str]:
+        """Of this configuration, the newest first."""
+        return sorted((name for name in names if name.startswith(f"{self.key[:16]}-")), reverse=True)
 
 
 def _read(path: Path, key: str) -> "tuple[State | None, str]":

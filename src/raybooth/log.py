@@ -8,22 +8,23 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from raybooth.background import Background
 from raybooth.errors import RayboothError
-from raybooth.manifest import digest, write_atomically
+from raybooth.manifest import digest, files_under, write_atomically
 from raybooth.workspace import Workspace
 
 Row = dict[str, Any]
-Tracker = tuple[Callable[[int, Row], None], Callable[[], None]]
-"""What takes (step, numbers by name), and what ends it."""
+Tracker = tuple[Callable[[int, Row], None], Callable[[bool], None]]
+"""What takes (step, numbers by name), and what ends it, well or not."""
 
 
 class Log:
-    """Every worker has one, the first of them one that writes.
+    """Every worker has one, the first of them one that writes. A context manager: whatever ends the run, trackers are told, and the storage has all.
 
     A checkpoint holds the readings before it, and a run goes on with those of its checkpoint: the file may be another machine's, or
-    hold another configuration's.
+    hold another configuration's. To a remote storage they go beside the steps, and a run does not end for those that do not arrive.
 
     Args:
         key: of the configuration, as checkpoints have it: each has records of its own with the trackers.
@@ -31,14 +32,21 @@ class Log:
         start: the step that the run goes on from.
         rows: the readings up to there.
         images, flops: rows in a step, and its floating-point operations, over all workers.
+        say: takes a note for people.
     """
 
-    def __init__(self, workspace: Workspace, key: str, trackers: Sequence[str] | None, start: int, rows: Sequence[Row], images: int, flops: int):
+    def __init__(
+        self, workspace: Workspace, key: str, trackers: Sequence[str] | None, start: int, rows: Sequence[Row], images: int, flops: int,
+        say: Callable[[Row], None],
+    ):  # fmt: skip
         self.workspace, self.images, self.flops, self.path = workspace, images, flops, workspace.root / "metrics.jsonl"
         self.rows: list[Row] = [*rows]
         self.writes = trackers is not None
         self.trackers = [_started(name, workspace, digest([workspace.uri, key])[:16], start) for name in trackers or ()]
         self.times: list[tuple[int, float]] = []
+        self.say, self.trouble, self.told = say, "", False
+        self.pushed: dict[str, int] = {}
+        self.pusher = Background(self._push, "readings") if self.writes and workspace.remote else None
 
     def write(self, step: int, metrics: Row) -> Row:
         """Note a reading; returns it with images and FLOPs a second (since the last one) and the process's peak memory in bytes."""
@@ -49,21 +57,45 @@ class Log:
         self.rows.append(row)
         if self.writes:
             write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in self.rows).encode())
-            self.workspace.push(self.path.name)
             numbers = {k: v for k, v in row.items() if k != "step" and v is not None}
             for log, _ in self.trackers:
                 log(step, numbers)
+        if self.pusher:
+            self.pusher.ask()
+            self._tell()
         return row
+
+    def _push(self) -> None:
+        """What has grown since it was pushed."""
+        try:
+            for name in (self.path.name, *(f"tensorboard/{file}" for file in files_under(self.workspace.root / "tensorboard"))):
+                size = (self.workspace.root / name).stat().st_size
+                if self.pushed.get(name) != size:
+                    self.workspace.push(name)
+                    self.pushed[name] = size
+        except Exception as error:  # whatever the store says: the run is worth more than its readings
+            self.trouble = str(error)
+
+    def _tell(self) -> None:
+        """Once: it is tried again with every reading."""
+        if self.trouble and not self.told:
+            self.told = True
+            self.say({"note": f"readings do not arrive in the storage, and stay on this machine until they do: {self.trouble}"})
 
     def rate(self) -> float | None:
         """Steps a second, after the first reading: what comes before it is warming up."""
         return _steps_per_second(self.times)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         for _, close in self.trackers:
-            close()
-        if self.writes:
-            self.workspace.push_tree("tensorboard")
+            close(kind is None)
+        if self.pusher:
+            self.pusher.ask()
+            self.pusher.wait()
+            self._tell()
 
 
 def _steps_per_second(times: Sequence[tuple[int, float]]) -> float | None:
@@ -109,14 +141,14 @@ def _tensorboard(workspace: Workspace, run: str, start: int) -> Tracker:
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return log, writer.close
+    return log, lambda well: writer.close()
 
 
 def _wandb(workspace: Workspace, run: str, start: int) -> Tracker:
     """Steps that it has already are dropped by it: they are the same once more."""
     wandb = _installed("wandb")
     going = wandb.init(project="raybooth", name=workspace.storage, id=run, resume="allow")
-    return lambda step, numbers: going.log(numbers, step=step), going.finish
+    return lambda step, numbers: going.log(numbers, step=step), lambda well: going.finish(exit_code=0 if well else 1)
 
 
 def _mlflow(workspace: Workspace, run: str, start: int) -> Tracker:
@@ -125,7 +157,7 @@ def _mlflow(workspace: Workspace, run: str, start: int) -> Tracker:
     mlflow.set_experiment("raybooth")
     found = mlflow.search_runs(filter_string=f"tags.raybooth = '{run}'", output_format="list") if start else []  # the newest first
     mlflow.start_run(run_id=found[0].info.run_id if found else None, run_name=workspace.storage, tags={"raybooth": run})
-    return lambda step, numbers: mlflow.log_metrics(numbers, step=step), mlflow.end_run
+    return lambda step, numbers: mlflow.log_metrics(numbers, step=step), lambda well: mlflow.end_run("FINISHED" if well else "FAILED")
 
 
 def _installed(name: str) -> Any:

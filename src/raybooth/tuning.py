@@ -63,29 +63,28 @@ def finetuner(
         images = finetune.batch * (2 if data.instances < len(data.weight) else 1)
         side = data.mean.shape[-1] * loaded.facts.downscale
         flops = step_flops(family, without_weights(family, folder, finetune, lora), prior, finetune, side, group.world)
-        log = Log(workspace, key, finetune.trackers if group.rank == 0 else None, begun, readings, images, flops)
+        log = Log(workspace, key, finetune.trackers if group.rank == 0 else None, begun, readings, images, flops, say)
         parallel = Parallel(group.rank, group.world, group.wrap, group.total)
         every, steps = finetune.checkpoint_every, finetune.steps
         due = (begun // every + 1) * every if begun else 0
         training = fit(family, loaded, data, settings(family, finetune, group.device, seed), parallel, start)
         del start  # for fit() to let go of: a checkpoint is as large as what is trained
-        with out_of_memory_explained(), explained_if_full(storage):
-            for step in training:
-                if step.metrics:
-                    row = vars(step.metrics)
-                    if group.rank == 0 and (step.number >= due or step.number == steps):
-                        row, due = row | step.validate(), (step.number // every + 1) * every
-                    say(log.write(step.number, row))
-                if (step.number % every == 0 and step.number < steps) or (keep_last and step.number == steps):
-                    state = step.state()
-                    if group.rank == 0:
-                        checkpoints.save(replace(state, scalars=state.scalars | {"readings": [*log.rows]}))
-        if group.rank == 0:
-            checkpoints.wait()
-            with explained_if_full(storage):
+        with log, explained_if_full(storage):
+            with out_of_memory_explained():
+                for step in training:
+                    if step.metrics:
+                        row = vars(step.metrics)
+                        if group.rank == 0 and (step.number >= due or step.number == steps):
+                            row, due = row | step.validate(), (step.number // every + 1) * every
+                        say(log.write(step.number, row))
+                    if (step.number % every == 0 and step.number < steps) or (keep_last and step.number == steps):
+                        state = step.state()
+                        if group.rank == 0:
+                            checkpoints.save(replace(state, scalars=state.scalars | {"readings": [*log.rows]}))
+            if group.rank == 0:
+                checkpoints.wait()
                 save_trained(family, folder, {part: loaded.modules[part] for part in trained}, finetune.method, workspace.root / target)
-            workspace.push_tree(target)
-        log.close()
+                workspace.push_tree(target)
         return {"history": log.rows, "steps_per_second": log.rate(), "where": group.where}
 
     return loop

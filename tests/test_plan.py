@@ -49,7 +49,9 @@ def measured_peak(folder: Path, made: config.Config) -> int:
         autocast=autocast_dtype(family, how.precision, "cpu"),
     )  # fmt: skip
     workers = made.cluster.worker_range[0]
-    parallel = Parallel(0, workers, partial(nn.parallel.DistributedDataParallel, **DDP)) if workers > 1 else Parallel()
+    # Not sent to others at first: gloo's own threads may let go of that copy, which the record does not see.
+    wrap = partial(nn.parallel.DistributedDataParallel, init_sync=False, **DDP)
+    parallel = Parallel(0, workers, wrap) if workers > 1 else Parallel()
     held = sum(t.numel() * t.element_size() for m in loaded.modules.values() for t in (*m.parameters(), *m.buffers()))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         list(fit(family, loaded, data, set_up, parallel))

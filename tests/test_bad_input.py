@@ -226,7 +226,7 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a list as configuration", put("model/unet/config.json", "[]"), [], "unet/config.json is damaged (not a JSON object)"),
     ("an empty configuration of the VAE", put("model/vae/config.json", "{}"), [], "lack something or hold nonsense ('block_out_channels')"),
     ("sizes that are words", put("model/unet/config.json", '{"sample_size": "large", "cross_attention_dim": 32}'), [], "lack something or hold nonsense"),
-    ("an empty configuration of the encoder", put("model/text_encoder/config.json", "{}"), [], "('max_position_embeddings')"),
+    ("an empty configuration of the encoder", put("model/text_encoder/config.json", "{}"), [], "('hidden_size')"),
     ("a list as scheduler", put("model/scheduler/scheduler_config.json", "[]"), [], "scheduler_config.json is damaged (not a JSON object)"),
     ("a pickled checkpoint", put("my.ckpt", "pickle"), ["--base=FOLDER/my.ckpt"], "my.ckpt is not a .safetensors file"),
     ("a prediction that cannot be trained", odd_prediction, [], "predicts 'sample'"),

@@ -334,9 +334,8 @@ def _for_base(kept: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, A
     if not named or (named[-1] == "mini") == (before == "mini"):
         return kept
     usual = Config(subject={"class": "thing"}, base={"model": before}).model_dump(by_alias=True, mode="json")
-    return {k: {n: v for n, v in held.items() if v != usual[k].get(n)} for k, held in kept.items() if isinstance(held, dict) and k in usual} | {
-        k: v for k, v in kept.items() if not isinstance(v, dict)
-    }
+    sections = {k: own for k, own in usual.items() if isinstance(own, dict) and isinstance(kept.get(k), dict)}
+    return kept | {k: {n: v for n, v in kept[k].items() if v != own.get(n)} for k, own in sections.items()}
 
 
 def _check_sections(layer: dict[str, Any]) -> None:

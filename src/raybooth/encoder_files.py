@@ -28,12 +28,13 @@ def prepare_encoders(run: Run) -> None:
     """
     models = {"dino": run.config.evaluate.dino, "clip": run.config.evaluate.clip}
     if gone := _gone(run, models):
-        return run.say(f"encoders: {' and '.join(gone)} has gone; the copy of it is kept")
+        run.say(f"encoders: {' and '.join(gone)} has gone; the copy of it is kept")
+        return
     sources = {part: _source(part, model) for part, model in models.items()}
     files = {part: _needed(part, str(source), files_under(source)) for part, source in sources.items() if source}
     stage = run.workspace.stage("encoders", {p: stats(source, files[p]) if source else models[p] for p, source in sources.items()})
     if stage.done():
-        return None
+        return
     facts: dict[str, Any] = {"sources": models}
     for part, source in sources.items():
         model, target = models[part], stage.partial / part

@@ -1,4 +1,4 @@
-"""The one error people are meant to read."""
+"""The one error people are meant to read, and how a want of memory reads."""
 
 
 class RayboothError(Exception):
@@ -6,3 +6,12 @@ class RayboothError(Exception):
 
     The command line prints it and exits with status 2; no traceback.
     """
+
+
+_NO_MEMORY = ("allocate memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+"""Where it is no error of its own kind: of the machine's memory, in cuBLAS and cuDNN, in a kernel's launch."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory has run out, of a GPU or of the machine. By the name of torch's error: nothing waits for torch here."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(mark in str(error) for mark in _NO_MEMORY)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from raybooth.config import Sampling
-from raybooth.errors import RayboothError
+from raybooth.errors import RayboothError, lacks_memory
 from raybooth.families import Family, Loaded, family_of
 from raybooth.families.folder import INDEX
 from raybooth.manifest import digest
@@ -24,19 +24,15 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 Row = dict[str, Any]
 Work = Callable[[list[Row]], list[bytes]]
-NO_MEMORY = ("allocate memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-"""How it reads where it is no error of its own kind: of the machine's memory, in cuBLAS and cuDNN, in a kernel's launch."""
 
 
 @contextlib.contextmanager
 def explained_if_out_of_memory(what: str, advice: str) -> Iterator[None]:
     """`what` ran out of memory, of a GPU or of the machine, and `advice`, as one RayboothError; other errors as they are."""
-    import torch
-
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(mark in str(error) for mark in NO_MEMORY):
+    except (MemoryError, RuntimeError) as error:  # torch's own is of the second kind
+        if not lacks_memory(error):
             raise
         raise RayboothError(f"{what} ran out of memory. What needs less, in this order: {advice}") from error
 

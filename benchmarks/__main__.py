@@ -28,6 +28,7 @@ def raybooth_run(work: Work, storage: Path, precision: str) -> dict[str, float]:
     """The whole command in a process of its own, as a user runs it, and the loop's rate from its manifest."""
     settings = {
         "prior.images": work.class_images,
+        "prior.distill": False,  # the peers have no teacher to ask
         "finetune.steps": work.steps,
         "finetune.batch": work.batch,
         "finetune.log_every": 10,

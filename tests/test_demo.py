@@ -66,6 +66,7 @@ def test_the_report_shows_how_it_learnt(scores: Scores, storage: Path):
         do(run, ["report"])
     text = (storage / "report.html").read_text()
     assert text.count('class="taken"') == 1
+    assert "The class was taught by the base model" in text
     assert [f"step {s}" in text for s in (100, 200, 300, 400)] == [True] * 4
     assert len(text) < 5_000_000
 

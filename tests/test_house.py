@@ -13,7 +13,7 @@ LAYERS = [
     {"__main__", "__init__"}, {"cli", "options", "api", "bench", "minibench", "demo", "doctor"}, {"exporting", "importing"}, {"card", "reporting", "serving"},
     {"evaluation", "plots"}, {"stages", "plan"}, {"selection"}, {"features", "encoder_files"}, {"drawing", "base_model", "naming"}, {"loading"},
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
-    {"train", "sample", "score", "encoders", "checkpoint"},
+    {"train", "sample", "score", "encoders", "checkpoint"}, {"teacher"},
     {"families", "dataset", "loss", "noise", "dropout", "optim", "dreambench", "photos", "sources", "hub"},
     {"config", "workspace", "mirror"}, {"disk", "remote", "layers", "clock", "manifest", "background"}, {"errors", "prompts", "complaints"},
 ]  # fmt: skip

@@ -41,7 +41,7 @@ def group() -> Iterator[None]:
 def measured_peak(folder: Path, made: config.Config) -> int:
     """Bytes at the peak of fit() in the first worker, from the allocator's own record, with the weights that were there before."""
     how, family = made.finetune, family_of(folder)
-    data = rows(*whole(folder), how.text_encoder)
+    data = rows(*whole(folder), how.text_encoder, made.prior.teacher)
     loaded = load(family, folder, family.trainable(how.text_encoder), held_in(family, how, "cpu"))
     make_ready(family, loaded, how, made.lora, 0)
     set_up = settings(
@@ -72,9 +72,10 @@ DENOISER, LORA = ["finetune.text_encoder=false"], ["finetune.method=lora", "fine
         ("sd1", BOTH), ("sdxl", DENOISER), ("sd3", LORA), ("sd3", [*LORA, "finetune.precision=bf16"]), ("sd3", BOTH),
         ("sd1", ["finetune.ema=0.9"]), ("sd1", ["finetune.optimizer=adafactor"]), ("sd1", ["finetune.precision=bf16-weights"]),
         ("sd1", ["finetune.gradient_checkpointing=true"]), ("sd1", ["finetune.accumulate=2"]), ("sd3.5", DENOISER), ("schnell", DENOISER),
+        ("sd1", ["prior.distill=true"]), ("sd1", [*DENOISER, "finetune.precision=bf16", "prior.distill=true"]),
     ],
     ids=["sd1", "sdxl, denoiser alone", "sd3, lora", "sd3, lora in bf16", "sd3", "sd1, average", "sd1, adafactor", "sd1, bf16 weights",
-         "sd1, gradient checkpointing", "sd1, accumulation", "sd3.5, denoiser alone", "schnell, denoiser alone"],
+         "sd1, gradient checkpointing", "sd1, accumulation", "sd3.5, denoiser alone", "schnell, denoiser alone", "sd1, distilled", "sd1, distilled in bf16"],
 )  # fmt: skip
 def test_the_peak_is_within_15_percent_of_a_real_step(tmp_path: Path, name: str, how: list[str]):
     folder = (MAKERS | LAYOUTS)[name](tmp_path / name)
@@ -174,7 +175,7 @@ def counted_and_real(folder: Path, *how: str) -> tuple[int, int]:
     real = 0
     for rank in range(workers):
         _, loaded = whole(folder)
-        data = rows(family, loaded, set_up.text_encoder, made.prior.method == "base-prediction", with_class=made.prior.method != "none")
+        data = rows(family, loaded, set_up.text_encoder, made.prior.teacher, with_class=made.prior.method != "none")
         loaded.modules = {part: loaded.modules[part] for part in family.trainable(set_up.text_encoder)}
         make_ready(family, loaded, made.finetune, made.lora, 0)
         steps = fit(family, loaded, data, set_up, Parallel(rank, workers))
@@ -201,9 +202,9 @@ def test_the_flops_are_those_of_a_real_step(tmp_path: Path, name: str, how: list
     [
         ["finetune.batch=1", "finetune.accumulate=8", "prior.method=none"], ["finetune.batch=3", "finetune.accumulate=4"],
         ["finetune.batch=3", "cluster.workers=2", *TAUGHT], ["finetune.batch=3", "cluster.workers=2", "finetune.accumulate=2", *TAUGHT],
-        ["finetune.method=lora", "prior.method=base-prediction"],
+        ["finetune.method=lora", "prior.method=base-prediction"], ["finetune.batch=3", "finetune.accumulate=2", "prior.distill=true"],
     ],
-    ids=["fewer rows than passes", "passes of two sizes", "workers with other rows", "workers and passes", "a teacher with encoders"],
+    ids=["fewer rows than passes", "passes of two sizes", "workers with other rows", "workers and passes", "a teacher with encoders", "a copy for a teacher"],
 )  # fmt: skip
 def test_only_rows_that_are_dealt_have_flops(toy: Path, how: list[str]):
     counted, real = counted_and_real(toy, *how)

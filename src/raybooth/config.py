@@ -23,7 +23,7 @@ SchedulerName = Literal["dpmsolver++", "ddim", "pndm", "euler"]
 MINI_DEFAULTS: dict[str, dict[str, Any]] = {
     # Without guidance: what is to be kept is what the model draws of itself. Taught its guided pictures and drawn with guidance again, the class narrows.
     # Half the paper's weight: at 1, four subjects were 5% less like themselves, and nothing was gained for the class (docs/dreambench.md).
-    "prior": {"images": 64, "steps": 10, "guidance": 1.0, "weight": 0.5},
+    "prior": {"images": 64, "steps": 10, "guidance": 1.0, "weight": 0.5, "distill": True},
     "finetune": {"steps": 400, "batch": 4, "lr": 2e-4, "text_encoder_lr": 1e-4, "schedule": "cosine"},
     "generate": {"steps": 20, "guidance": 2.0},  # at 3 no more of the subject, and pictures of one prompt are more alike
     "cluster": {"sample_batch": 4},
@@ -102,6 +102,7 @@ class Prior(Section):
     method: Literal["class-images", "base-prediction", "none"] = Field(
         "class-images", description="what class rows are taught by: pictures, or (LoRA only, no pictures needed) the base model's own predictions"
     )
+    distill: bool = Field(False, description="class rows learn the base's predictions, not the noise itself: keeps the class better, steps take a sixth longer")
     steps: int = Field(25, ge=1, le=999, description="denoising steps a picture")
     guidance: float = Field(7.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale; 1 or less turns it off")
     scheduler: SchedulerName = Field("dpmsolver++", description="sampler; the 2023 notebook's is pndm at 50 steps")
@@ -110,6 +111,11 @@ class Prior(Section):
     def drawn(self) -> int:
         """Class pictures that are needed."""
         return self.images if self.method == "class-images" else 0
+
+    @property
+    def teacher(self) -> bool:
+        """Whether the base model's predictions are the targets of class rows."""
+        return self.method == "base-prediction" or (self.distill and self.drawn > 0)
 
 
 class Finetune(Section):
@@ -296,9 +302,7 @@ class Config(Section):
     def _check_optimizer(self) -> None:
         how = self.finetune
         if how.optimizer == "prodigy" and how.text_encoder and how.text_encoder_lr not in (None, how.lr):
-            raise ValueError(
-                "finetune.optimizer = 'prodigy' has one learning rate for all: set finetune.text_encoder_lr to what finetune.lr is, which is best 1"
-            )
+            raise ValueError("finetune.optimizer = 'prodigy' has one learning rate for all: set finetune.text_encoder_lr to finetune.lr's, which is best 1")
         if how.precision == "bf16-weights" and how.method == "full" and how.optimizer != "adamw":
             raise ValueError(f"finetune.precision = 'bf16-weights' goes with finetune.optimizer = 'adamw', not '{how.optimizer}': change one of them")
 

@@ -20,7 +20,7 @@ class TrainingSet:
         weight: (n,) of each row in the loss.
         instances: how many of the rows, the first ones, are of the subject; the others are of the class.
         conditioning: of the prompts by the base model, each tensor (prompts, ...); None where all the text encoders are trained.
-        teacher: whether the target of a class row is the prediction of the base model, the trained one with its adapters off.
+        teacher: whether the target of a class row is the base model's prediction, and not the noise itself (or the velocity).
     """
 
     mean: Tensor

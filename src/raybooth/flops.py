@@ -52,7 +52,7 @@ def step_flops(family: Family, loaded: Loaded, prior: Prior, finetune: Finetune,
 def _pass_flops(family: Family, loaded: Loaded, prior: Prior, finetune: Finetune, side: int, rows: int, of_class: int, prompts: int) -> int:
     trained = family.trainable(finetune.text_encoder)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        if prior.method == "base-prediction" and of_class:
+        if prior.teacher and of_class:
             with torch.no_grad(), adapters_off(loaded.modules[part] for part in trained):
                 loss_without_data(family, loaded, trained, of_class, side, prompts=0)  # it has encoded them once for the run
         loss_without_data(family, loaded, trained, rows, side, prompts).backward()

@@ -25,7 +25,7 @@ RECIPES: Recipes = {
     # it draws one in the time of ten.
     "2023 notebook": [
         "evaluate.class_images=24",
-        "prior.scheduler=pndm", "prior.steps=50", "prior.guidance=7.5", "prior.weight=1",
+        "prior.scheduler=pndm", "prior.steps=50", "prior.guidance=7.5", "prior.weight=1", "prior.distill=false",
         "finetune.batch=2", "finetune.lr=2e-4", "finetune.text_encoder_lr=2e-4", "finetune.schedule=constant",
     ],
 }  # fmt: skip

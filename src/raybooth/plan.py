@@ -25,6 +25,7 @@ from raybooth.families.parts import unloaded
 from raybooth.flops import loss_without_data, passes_of_step, step_flops, without_weights
 from raybooth.method import autocast_dtype
 from raybooth.optim import Average, Outline, make_optimizer
+from raybooth.teacher import Teacher
 
 GIB = 1 << 30
 
@@ -80,10 +81,11 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
     side = config.base.resolution or loaded.facts.resolution
     flops = step_flops(family, used, config.prior, finetune, side, workers)
     saved = {part: sum(t.numel() * t.element_size() for t in _saved(used.modules[part])) for part in trained}
+    held = [*used.modules.values(), *_copy_that_teaches(family, used, config, trained, device)]
     with FakeTensorMode():
-        for module in used.modules.values():
+        for module in held:
             _without_data(module)
-        memory, checkpoint = _step(family, used, config, trained, side, device)
+        memory, checkpoint = _step(family, used, held, config, trained, side, device)
     moving = sum(p.numel() for part in trained for p in used.modules[part].parameters() if p.requires_grad)
     drawn, pictures = config.prior.drawn, len(config.generate.prompts) * config.generate.images_per_prompt
     base = {part: _weights(folder, part, loaded.modules[part]) for part in family.weights}
@@ -138,19 +140,31 @@ class _Tracker(MemTracker):
                 self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
 
 
-def _step(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ...], side: int, device: str) -> tuple[dict[str, int], int]:
-    """Memory at the peak, by part, of the second step of one worker: the optimizer has its state then. And the bytes of a checkpoint."""
+def _copy_that_teaches(family: Family, loaded: Loaded, config: Config, trained: tuple[str, ...], device: str) -> list[nn.Module]:
+    if not config.prior.teacher:
+        return []
+    modules = nn.ModuleDict({part: loaded.modules[part] for part in trained})
+    copy = Teacher(family, loaded, modules, autocast_dtype(family, config.finetune.precision, device)).copy
+    return [copy] if copy else []
+
+
+def _step(
+    family: Family, loaded: Loaded, held: list[nn.Module], config: Config, trained: tuple[str, ...], side: int, device: str
+) -> tuple[dict[str, int], int]:  # fmt: skip
+    """Memory at the peak, by part, of the second step of one worker, which has `held` modules: the optimizer has its state then.
+    And the bytes of a checkpoint.
+    """
     finetune, tracker, workers = config.finetune, _Tracker(), config.cluster.worker_range[0]
     passes = passes_of_step(config.prior, finetune, workers)[0]  # of the first worker: no other has more rows
     parameters = {f"{part}.{k}": p for part in trained for k, p in loaded.modules[part].named_parameters() if p.requires_grad}
     optimizer = _optimizer(finetune, list(parameters.values()))
     average = Average(parameters, finetune.ema) if finetune.ema else None
     averages = list(average.values.values()) if average else []
-    for frozen in (p for m in loaded.modules.values() for p in m.parameters() if not p.requires_grad):
+    for frozen in (p for m in held for p in m.parameters() if not p.requires_grad):
         # The tracker would put hooks on their gradients, which they do not have: it finds them there already.
         tracker._param_to_grad_hook_handles[frozen] = (RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict()))
     buckets = _Buckets(parameters.values() if workers > 1 else ())
-    tracker.track_external(*loaded.modules.values(), optimizer, *averages, *buckets.held.values())
+    tracker.track_external(*held, optimizer, *averages, *buckets.held.values())
     dtype = autocast_dtype(family, finetune.precision, device)
     with tracker:
         for step in range(2):

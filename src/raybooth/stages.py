@@ -167,7 +167,7 @@ def finetune(run: Run) -> None:
         "model": run.model_digest("base-model"),
         "rows": {k: [latents[n] for n in names] for k, names in rows.items()},
         "prompts": prompts,
-        "prior": {"method": config.prior.method, "weight": config.prior.weight},
+        "prior": config.prior.model_dump(include={"method", "weight", "distill"}),
         "finetune": config.finetune.model_dump(exclude={"log_every", "trackers", "checkpoint_every", "checkpoints"}),
         "lora": config.lora.model_dump() if config.finetune.method == "lora" else None,
         "seed": config.seed,

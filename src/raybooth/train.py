@@ -16,10 +16,10 @@ from raybooth.dataset import TrainingSet, noised_rows, rows_of_step
 from raybooth.dropout import key_dropout
 from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded
-from raybooth.families.lora import adapters_off
 from raybooth.loss import prior_preserving, row_errors
 from raybooth.noise import reseeded, sent
 from raybooth.optim import Average, laid_out_like, learning_rate_factor, make_optimizer
+from raybooth.teacher import Teacher
 
 VALIDATION = 8  # draws of each kind of row
 Words = dict[str, Tensor]
@@ -92,6 +92,11 @@ class Step:
     validate: Callable[[], dict[str, float]]
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """For the forward pass; the backward pass takes its types from there."""
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
 class RowLoss(nn.Module):
     """The trained modules and their loss as one module, so that data parallelism can wrap them together."""
 
@@ -100,7 +105,11 @@ class RowLoss(nn.Module):
         self.family, self.loaded, self.objective, self.data = family, loaded, loaded.objective.to(data.mean.device), data
         self.text_encoder, self.min_snr_gamma = settings.text_encoder, settings.min_snr_gamma
         self.trained = nn.ModuleDict({name: loaded.modules[name] for name in family.trainable(settings.text_encoder)})
-        self.taught: dict[tuple[int, ...], Words] = {}
+        self.teacher = Teacher(family, loaded, self.trained, settings.autocast) if data.teacher and data.instances < len(data.prompt) else None
+        if self.teacher:
+            self.taught = sorted({*data.prompt[data.instances :]})
+            with self.teacher.asked(), autocast(data.mean.device, settings.autocast):
+                self.taught_by = self.encode(self.taught)  # the base model's words do not change
 
     def forward(
         self, instances: int, prompt: Sequence[int], used: Sequence[int], x0: Tensor, noise: Tensor, t: Tensor, words: Words | None = None
@@ -110,9 +119,8 @@ class RowLoss(nn.Module):
         `prompt` is of each row; `used` are those of all workers' rows in this step, each once, and `words` theirs if they were encoded before.
         """
         z, target, taught = self.objective.noisy(x0, noise, t), self.objective.target(x0, noise, t), prompt[instances:]
-        if self.data.teacher and taught:
-            with torch.no_grad(), adapters_off(self.trained.values()):
-                said = self.family.predict(self.loaded, z[instances:], t[instances:], self._of_base(taught))
+        if self.teacher and taught:
+            said = self.teacher.predict(z[instances:], t[instances:], self._of_rows(taught, self.taught, self.taught_by))
             target = torch.cat([target[:instances], said.to(target.dtype)])
         prediction = self.family.predict(self.loaded, z, t, self._of_rows(prompt, used, words or self.encode(used)))
         return row_errors(prediction, target) * self.objective.weight(t, self.min_snr_gamma)
@@ -125,13 +133,6 @@ class RowLoss(nn.Module):
             assert known is not None
             return known
         return self.family.encode_text(self.loaded, [self.data.prompts[i] for i in used], known)
-
-    def _of_base(self, taught: Sequence[int]) -> Words:
-        """By the base model, whose words do not change: encoded once."""
-        used = tuple(sorted({*taught}))
-        if used not in self.taught:
-            self.taught[used] = self.encode(used)
-        return self._of_rows(taught, used, self.taught[used])
 
     def _of_rows(self, prompt: Sequence[int], used: Sequence[int], words: Words) -> Words:
         return {k: v[self._at(used.index(p) for p in prompt)] for k, v in words.items()}
@@ -216,6 +217,8 @@ class _Loop:
         """torch's clip_grad_norm_; returns the norm before it, in float32: gradients in bfloat16 would have it rounded, perhaps to the bound."""
         norms = torch._foreach_norm([p.grad for p in self.parameters.values() if p.grad is not None], 2, dtype=torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(norms))
+        # What is multiplied is rounded, in bfloat16 by up to half a 128th: the bound holds after that too.
+        bound *= 1 - max(torch.finfo(p.dtype).eps for p in self.parameters.values()) / 2
         # Below the bound it multiplies by one. A CPU can be asked for that without waiting; a GPU cannot.
         if self.device.type != "cpu" or norm > bound:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), bound, norm, foreach=True)
@@ -227,7 +230,7 @@ class _Loop:
         """
         passes, words, copies = min(self.settings.accumulate, len(mine)), None, None
         if passes > 1 and self.settings.text_encoder:
-            with self._autocast():
+            with autocast(self.device, self.settings.autocast):
                 words = self.module.encode(used)
             copies = {k: v.detach().requires_grad_() for k, v in words.items()}
         for i in range(passes - 1):
@@ -243,18 +246,13 @@ class _Loop:
         rows = sent(torch.tensor(mine), self.device)
         x0, noise, t = noised_rows(data, self.objective, settings.seed, settings.noise_offset, self.done, places, rows)
         self.keys[self.module.family.denoiser][:] = [(settings.seed, "dropout", self.done, place) for place in places]
-        with self._autocast():
+        with autocast(self.device, settings.autocast):
             errors = self.model(instances, [data.prompt[row] for row in mine], used, x0, noise, t, words)
             loss = prior_preserving(errors, data.weight[rows], settings.batch)
         # Wrapped modules average gradients over the workers; the loss is their sum.
         sum(owed, self.scaler.scale(loss * self.parallel.world)).backward()
         with torch.no_grad():
             self.seen[:3] += torch.stack([loss, *(kind.sum() / settings.batch for kind in (errors[:instances], errors[instances:]))])
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        """For the forward pass; the backward pass takes its types from there."""
-        dtype = self.settings.autocast
-        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
     def read(self) -> Metrics:
         """The means since the last reading, over all workers; the one place where the step waits for its numbers."""
@@ -282,7 +280,7 @@ class _Loop:
                 rows = sent(torch.tensor(chosen), self.device)
                 # No step of the training is the one before the first.
                 drawn = noised_rows(data, self.objective, settings.seed, settings.noise_offset, -1, [*places] * len(kinds), rows)
-                with self._autocast():
+                with autocast(self.device, settings.autocast):
                     prompt = [data.prompt[row] for row in chosen]
                     errors.append(self.module(len(places), prompt, sorted({*prompt}), *drawn).view(len(kinds), -1))
         finally:

@@ -152,15 +152,14 @@ out_of_memory_explained = partial(explained_if_out_of_memory, "Fine-tuning", LES
 def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, str], prior: Prior, known: bool) -> "TrainingSet":
     """The encoded rows of a storage's latents, instances first; with the prompts' conditioning if it is `known` there.
 
-    Taught by the base model's predictions, class rows are the instance pictures under the class's prompt: they need no others.
+    Without pictures of their own, taught by the base model's predictions alone, class rows are the instance pictures under the class's prompt.
     """
     import torch
     from safetensors.torch import load
 
     from raybooth.dataset import TrainingSet
 
-    teacher = prior.method == "base-prediction"
-    of = rows["instance"] if teacher else rows["class"]
+    of = rows["instance"] if prior.method == "base-prediction" else rows["class"]
     names = rows["instance"] + of
     latents = {n: load((folder / n).read_bytes()) for n in set(names)}
     of_class = torch.arange(len(names)) >= len(rows["instance"])
@@ -177,5 +176,5 @@ def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, st
         prompts=[prompts[k] for k in kinds],
         instances=len(rows["instance"]),
         conditioning=conditioning,
-        teacher=teacher,
+        teacher=prior.teacher,
     )

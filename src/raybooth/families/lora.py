@@ -98,10 +98,14 @@ def _targets(family: Family, part: str, module: nn.Module, how: Lora) -> Iterabl
     return [t for t in how.targets or () if _layers(module, t)] or usual
 
 
+def has_adapters(module: nn.Module) -> bool:
+    return any(_is_adapted(layer) for layer in module.modules())
+
+
 @contextlib.contextmanager
 def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The base model, for as long as it lasts."""
-    adapted: list[Any] = list(modules)
+    """The base model, for as long as it lasts; modules without adapters stay as they are."""
+    adapted: list[Any] = [module for module in modules if has_adapters(module)]
     for module in adapted:
         module.disable_adapters()
     try:

@@ -54,7 +54,7 @@ def _loaded(folder: Path, parts: tuple[str, ...]) -> Loaded:
     return load(family_of(folder), folder, parts)
 
 
-def ours(folder: Path, steps: int, autocast: torch.dtype | None = None) -> Iterator[Any]:
+def ours(folder: Path, steps: int, autocast: torch.dtype | None = None, teacher: bool = False) -> Iterator[Any]:
     from raybooth.dataset import TrainingSet
     from raybooth.train import Settings, fit
 
@@ -64,7 +64,7 @@ def ours(folder: Path, steps: int, autocast: torch.dtype | None = None) -> Itera
     of_class = torch.arange(rows) >= 5
     data = TrainingSet(
         mean=torch.randn(rows, *shape), std=torch.rand(rows, *shape) / 10, prompt=of_class.int().tolist(), weight=torch.ones(rows),
-        prompts=["photo of unqtkn dog", "photo of a dog"], instances=5,
+        prompts=["photo of unqtkn dog", "photo of a dog"], instances=5, teacher=teacher,
     )  # fmt: skip
     lr = dict.fromkeys(family.trainable(True), 1e-4)
     settings = Settings(steps=steps, batch=2, lr=lr, weight_decay=1e-2, max_grad_norm=1.0, text_encoder=True, log_every=10, seed=0, autocast=autocast)
@@ -130,6 +130,7 @@ Made = Callable[[Path], Iterator[Any]]
 def _training(autocast: torch.dtype | None) -> dict[str, Made]:
     return {
         "raybooth": partial(ours, steps=ENDLESS, autocast=autocast),
+        "raybooth, prior.distill": partial(ours, steps=ENDLESS, autocast=autocast, teacher=True),
         "bare": partial(bare, steps=ENDLESS, autocast=autocast),
         "bare, channels_last": partial(bare, steps=ENDLESS, channels_last=True, autocast=autocast),
         PEERS: partial(peers, steps=ENDLESS, autocast=autocast),

@@ -102,7 +102,7 @@ class Prior(Section):
     method: Literal["class-images", "base-prediction", "none"] = Field(
         "class-images", description="what class rows are taught by: pictures, or (LoRA only, no pictures needed) the base model's own predictions"
     )
-    distill: bool = Field(False, description="class rows learn the base's predictions, not the noise itself: keeps the class better, steps take a sixth longer")
+    distill: bool = Field(False, description="class rows learn the base's predictions, not the noise itself: keeps the class better by a sixth more work")
     steps: int = Field(25, ge=1, le=999, description="denoising steps a picture")
     guidance: float = Field(7.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale; 1 or less turns it off")
     scheduler: SchedulerName = Field("dpmsolver++", description="sampler; the 2023 notebook's is pndm at 50 steps")

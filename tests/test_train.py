@@ -210,7 +210,6 @@ def test_the_base_still_teaches_a_run_that_goes_on(toy: Path):
     half = replace(half, tensors={k: v.clone() for k, v in half.tensors.items()})
     _, rest = trained(toy, rows=rows, start=half)
     assert [s.metrics for s in rest] == [s.metrics for s in steps]
-    print([s.metrics.prior for s in rest])
     assert min(s.metrics.prior for s in rest) > 1e-4
 
 
@@ -261,7 +260,7 @@ def test_the_gradient_is_clipped(toy: Path, dtype: torch.dtype, kind: type[torch
     settings = changed(max_grad_norm=0.01, steps=8, autocast=None if dtype is torch.float32 else dtype)
     assert all(s.metrics.grad_norm > 0.02 for s in fit(family_of(toy), loaded, data(), settings) if s.metrics)
     assert max(norms) <= 0.01
-    assert min(norms) > 0.01 * 0.995
+    assert min(norms) > 0.01 * (0.998 if dtype is torch.float32 else 0.995)  # bfloat16's rounding is held back by 0.4%
 
 
 def test_without_the_text_encoder_only_the_unet_moves(toy: Path):

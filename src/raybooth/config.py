@@ -302,7 +302,7 @@ class Config(Section):
     def _check_optimizer(self) -> None:
         how = self.finetune
         if how.optimizer == "prodigy" and how.text_encoder and how.text_encoder_lr not in (None, how.lr):
-            raise ValueError("finetune.optimizer = 'prodigy' has one learning rate for all: set finetune.text_encoder_lr to finetune.lr's, which is best 1")
+            raise ValueError("finetune.optimizer = 'prodigy' has one learning rate for all: leave finetune.text_encoder_lr out, or set it to finetune.lr")
         if how.precision == "bf16-weights" and how.method == "full" and how.optimizer != "adamw":
             raise ValueError(f"finetune.precision = 'bf16-weights' goes with finetune.optimizer = 'adamw', not '{how.optimizer}': change one of them")
 

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from raybooth import evaluation, plots, selection
+from raybooth.config import Prior
 from raybooth.drawing import by_prompt, output_prompts
 from raybooth.errors import RayboothError
 from raybooth.manifest import write_atomically
@@ -119,18 +120,13 @@ def facts_of(run: Run) -> dict[str, Any]:
         "unshown": "" if "dino" in scores else evaluation.UNSHOWN,
         "strip": strip,
         "losses": plots.losses(trained["history"]) if trained["history"] else "",
-        "taught": _by_the_base(trained.get("configuration", {}).get("prior", {})),
+        "taught": Prior.model_construct(**trained.get("configuration", {}).get("prior", {})).teacher,
         "times": plots.bars(_seconds(manifests)),
         "imported": trained.get("imported"),
         "where": trained.get("where", "an earlier version"),
         "digests": [(stage, m["digest"]) for stage, m in manifests.items()],
         **_again(run, trained),
     }
-
-
-def _by_the_base(prior: dict[str, Any]) -> bool:
-    """Whether class rows were taught by the base model's predictions, of a configuration as a manifest keeps it."""
-    return bool(prior.get("distill")) or prior.get("method") == "base-prediction"
 
 
 def _again(run: Run, trained: dict[str, Any]) -> dict[str, Any]:

@@ -181,6 +181,8 @@ class _Loop:
             {"params": [p for k, p in self.parameters.items() if k.startswith(f"{part}.")], "lr": settings.lr[part], "peak": settings.lr[part]}
             for part in self.trained
         ]  # fmt: skip
+        # What is multiplied is rounded, in bfloat16 by up to half a 128th: the bound is to hold after that too.
+        self.bound = settings.max_grad_norm * (1 - max(torch.finfo(p.dtype).eps for p in self.parameters.values()) / 2)
         self.optimizer = make_optimizer(settings.optimizer, groups, settings.weight_decay, settings.seed)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.autocast is torch.float16)
         self.average = Average(self.parameters, settings.ema) if settings.ema else None
@@ -202,7 +204,7 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor(settings.schedule, step, settings.steps, settings.warmup)
         self.scaler.unscale_(self.optimizer)
-        norm = self._clip(settings.max_grad_norm)
+        norm = self._clip(self.bound)
         if self.scaler.is_enabled():  # an overflow is the scaler's business: it skips the step and lowers its scale
             norm = norm.nan_to_num(0, 0, 0)
         self.scaler.step(self.optimizer)
@@ -217,8 +219,6 @@ class _Loop:
         """torch's clip_grad_norm_; returns the norm before it, in float32: gradients in bfloat16 would have it rounded, perhaps to the bound."""
         norms = torch._foreach_norm([p.grad for p in self.parameters.values() if p.grad is not None], 2, dtype=torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        # What is multiplied is rounded, in bfloat16 by up to half a 128th: the bound holds after that too.
-        bound *= 1 - max(torch.finfo(p.dtype).eps for p in self.parameters.values()) / 2
         # Below the bound it multiplies by one. A CPU can be asked for that without waiting; a GPU cannot.
         if self.device.type != "cpu" or norm > bound:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), bound, norm, foreach=True)

@@ -23,11 +23,11 @@ import torch
 
 from benchmarks.peers import Work, at_random, loop
 from raybooth.cluster import allocator
-from raybooth.config import Sampling
 from raybooth.families import Loaded, family_of
 from raybooth.families.parts import load
 from raybooth.log import peak_memory
 from raybooth.mini import FOLDER
+from raybooth.sections import Sampling
 
 
 def layout(folder: Path) -> None:

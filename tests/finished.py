@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from raybooth.base_model import prepare_base
-from raybooth.config import Config, Lora, Sampling
+from raybooth.config import Config
 from raybooth.families import family_of
 from raybooth.families.lora import WEIGHTS, add_adapters, load_adapters, save_adapters
 from raybooth.families.parts import load, save
 from raybooth.noise import normal
 from raybooth.sample import Sampler
+from raybooth.sections import Lora, Sampling
 from raybooth.session import Run
 
 PROMPT = "photo of unqtkn dog"

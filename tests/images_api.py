@@ -8,9 +8,10 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI
 from PIL import Image
 
-from raybooth.config import Sampling, load
+from raybooth.config import load
 from raybooth.manifest import digest, read_manifest
 from raybooth.photos import png
+from raybooth.sections import Sampling
 from raybooth.serving.api import create_app
 from raybooth.serving.desk import Drawn, Job
 from raybooth.serving.engine import Row

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from raybooth import config
-from raybooth.config import Lora
 from raybooth.families import family_of
 from raybooth.families.lora import add_adapters, save_adapters
 from raybooth.families.parts import load
 from raybooth.manifest import files_under
 from raybooth.photos import png
+from raybooth.sections import Lora
 from raybooth.session import Run
 from raybooth.workspace import Stage, Workspace
 

@@ -171,6 +171,13 @@ HELD: list = []
 
 TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     # what is wrong, how the world is spoilt, further arguments, what the sentence must name
+    ("a folder as the configuration", None, ["FOLDER/photos"], "photos is a folder and no configuration file"),
+    ("a configuration among the photographs", toml("seed = 1"), ["NONE", "--set=subject.photos=['FOLDER/my.toml']"], "put it before --photos"),
+    ("steps beyond counting", None, [f"--set=finetune.steps={10**28}"], "finetune.steps"),
+    ("a batch beyond memory", None, [f"--set=finetune.batch={10**10}"], "finetune.batch"),
+    ("a warm-up longer than the run", None, ["--set=finetune.warmup=500"], "finetune.warmup = 500 is longer than finetune.steps"),
+    ("a key with an empty part", None, ["--set=a..b=3"], "--set a..b=3 is not of the form"),
+    ("an unclosed brace", None, ["--set=generate.prompts=a {subject"], "has a placeholder that is not known"),
     ("no photographs given", None, ["--photos=", "NONE"], "no photographs"),
     ("an empty folder", empty, [], "no photographs in"),
     ("a folder without pictures", only_text, [], "'.txt' is not a picture's file type"),

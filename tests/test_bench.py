@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from raybooth import bench
+from raybooth.cli import main
 from raybooth.dreambench import LIVE_PROMPTS, OBJECT_PROMPTS, Subject, subjects_of
 from raybooth.errors import RayboothError
 from raybooth.score import Score
@@ -57,6 +58,25 @@ def test_a_setting_for_all_runs_leaves_the_rows_what_they_are(tmp_path: Path):
     assert (config.prior.images, config.finetune.steps) == (0, 2)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--storage", "s3://bucket/x"], "--storage s3://bucket/x is not a folder"),
+        (["--storage", "{folder}/file"], "is not a folder"),
+        (["--storage", "{folder}/new", "--set", "finetune.stepz=1"], "did you mean finetune.steps?"),
+        (["--storage", "{folder}/new", "--base", "mini"], "leave --subjects and --base out"),
+    ],
+)
+def test_what_is_wrong_shows_before_anything_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
+):
+    monkeypatch.setattr("raybooth.minibench.perfect", None)
+    (tmp_path / "file").write_text("the user's")
+    assert main(["bench", "mini", *(a.format(folder=tmp_path) for a in arguments)]) == 2
+    assert told in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "the user's"
+
+
 def test_a_row_is_the_mean_over_subjects():
     def scores(value: float, floor: float, ceiling: float | None) -> dict[str, Score]:
         return {"dino": Score(value, 0, 1, floor, ceiling), "clip_t": Score(value, 0, 1, floor, None), "pres": Score(value, 0, 1, floor, ceiling)}
@@ -87,7 +107,7 @@ def test_two_subjects_share_what_does_not_depend_on_them(tmp_path: Path, ray: No
         photographs(tmp_path / f"photos{seed}", seed, "dog", 2)
         subjects.append(Subject(f"dog-{seed}", "dog", tmp_path / f"photos{seed}", ("photo of {subject} in the snow",)))
     small = ["prior.images=2", "prior.steps=2", "finetune.steps=2", "generate.steps=2"]
-    text = bench.bench(subjects, {"ours": []}, str(tmp_path / "bench"), small, "mini")
+    text = bench.bench(subjects, {"ours": []}, tmp_path / "bench", small, "mini")
     assert text.count("\n") == 3
     assert (tmp_path / "bench" / "table.md").read_text() == text
     roots = [tmp_path / "bench" / s.name / "ours" for s in subjects]

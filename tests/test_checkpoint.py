@@ -85,9 +85,11 @@ def test_a_full_disk_is_said_and_costs_no_complete_one(tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
+    (tmp_path / "checkpoints" / f".partial-{OTHER[:16]}-0000010").mkdir()  # of another configuration, left by a kill
     checkpoints.save(state(30))
     with pytest.raises(RayboothError, match="full"):
         checkpoints.wait()
+    assert not list((tmp_path / "checkpoints").glob(".partial-*"))
     found, notes = saved(str(tmp_path), []).newest()
     assert found is not None
     assert (found.step, notes) == (20, [])

@@ -15,6 +15,7 @@ from raybooth.demo import demo_config
 from raybooth.errors import RayboothError
 from raybooth.mini import FOLDER
 from raybooth.options import parser
+from raybooth.workspace import Workspace
 
 
 def begun(storage: Path, steps: int) -> None:
@@ -61,6 +62,22 @@ def test_plan_and_demo_know_the_home_too(home: Path):
     (prepared / "model_index.json").write_text("{}")
     assert model_configuration(config.load(None, ["storage=~/run"], subject={"class": "dog"})) == prepared
     assert demo_config("~/demo", []).subject.photos == [str(home / "demo" / "photographs")]
+
+
+def test_plan_knows_what_was_prepared_for_a_remote_storage(home: Path):
+    uri, model = "memory://planned/run", "owner/model"
+    made = config.load(None, [f"storage={uri}"], subject={"class": "dog"}, base={"model": model})
+    with pytest.raises(RayboothError, match="run 'raybooth prepare' first"):
+        model_configuration(made)
+    stage = Workspace(uri).stage("base-model", {"repo": model, "revision": None})
+    stage.write("model_index.json", b"{}")
+    stage.finish({"source": model})
+    assert model_configuration(made) == Workspace(uri).root / "base-model"
+
+
+def test_a_plan_needs_no_class(home: Path, toy: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "--base", str(toy), "--gpu", "24GiB"]) == 0
+    assert "24GiB: fits" in capsys.readouterr().out
 
 
 def test_export_takes_what_load_takes(home: Path):

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from raybooth import config
-from raybooth.config import Base, Config, Finetune
+from raybooth.config import Config
 from raybooth.errors import RayboothError
+from raybooth.sections import Base, Finetune
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,6 +76,20 @@ def test_prodigys_rate_is_a_factor_near_one_unless_the_user_sets_it(base: str):
     assert Config(**set_by_user.model_dump(by_alias=True, mode="json")) == set_by_user
     other = config.load(None, ["subject.class=dog", "finetune.optimizer=adafactor"], base={"model": base})
     assert other.finetune.lr == config.load(None, ["subject.class=dog"], base={"model": base}).finetune.lr
+
+
+@pytest.mark.parametrize("base", ["CompVis/stable-diffusion-v1-4", "mini"])
+def test_a_kept_configuration_takes_another_optimizers_rates(tmp_path: Path, base: str):
+    """A storage keeps every setting, the defaults too: prodigy's factor is not adamw's rate, nor the other way round."""
+    kept, plain = tmp_path / "config.json", config.load(None, ["subject.class=dog"], base={"model": base})
+    kept.write_text(plain.model_dump_json(by_alias=True))
+    prodigy = config.load(kept, ["finetune.optimizer=prodigy"])
+    assert prodigy == config.load(None, ["subject.class=dog", "finetune.optimizer=prodigy"], base={"model": base})
+    kept.write_text(prodigy.model_dump_json(by_alias=True))
+    assert config.load(kept, ["finetune.optimizer=adamw"]) == plain
+    assert config.load(kept, ["finetune.steps=7"]).finetune.lr == 1
+    kept.write_text(config.load(None, ["finetune.lr=3e-4"], base={"model": base}, subject={"class": "dog"}).model_dump_json(by_alias=True))
+    assert config.load(kept, ["finetune.optimizer=prodigy"]).finetune.lr == 3e-4  # what somebody has set stays
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ import raybooth
 from raybooth import card
 from raybooth.base_model import prepare_base
 from raybooth.cli import main
-from raybooth.config import Lora
 from raybooth.config import load as load_config
 from raybooth.drawing import output_rows
 from raybooth.errors import RayboothError
@@ -33,6 +32,7 @@ from raybooth.families.original import original_unet
 from raybooth.families.parts import load
 from raybooth.photos import png
 from raybooth.score import Score
+from raybooth.sections import Lora
 from raybooth.session import Run
 
 FILE = "unqtkn-dog.safetensors"

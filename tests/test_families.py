@@ -15,7 +15,6 @@ from safetensors import safe_open
 from toys import LAYOUTS, MAKERS, make_schnell
 from transformers import T5EncoderModel
 
-from raybooth.config import Lora, Prior, Sampling
 from raybooth.dataset import TrainingSet
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
@@ -27,6 +26,7 @@ from raybooth.jobs import encoder, prompt_name
 from raybooth.noise import normal
 from raybooth.photos import png
 from raybooth.sample import Sampler
+from raybooth.sections import Lora, Prior, Sampling
 from raybooth.train import Settings, fit
 from raybooth.tuning import training_set
 

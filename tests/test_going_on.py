@@ -8,11 +8,11 @@ import torch
 from test_train import PLAIN, changed, data, readied, trained
 
 from raybooth.checkpoint import Checkpoints
-from raybooth.config import Finetune, Lora
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.families.lora import add_adapters
 from raybooth.families.parts import load
+from raybooth.sections import Finetune, Lora
 from raybooth.train import State, fit
 from raybooth.workspace import Workspace
 

@@ -15,10 +15,12 @@ LAYERS = [
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "checkpoint"}, {"teacher"},
     {"families", "dataset", "loss", "noise", "dropout", "optim", "dreambench", "photos", "sources", "hub"},
-    {"config", "workspace", "mirror"}, {"disk", "remote", "layers", "clock", "manifest", "background"}, {"errors", "prompts", "complaints"},
+    {"config", "workspace", "mirror"}, {"sections"}, {"disk", "remote", "layers", "clock", "manifest", "background"}, {"errors", "prompts", "complaints"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers"}
-LIGHT = {"config", "clock", "complaints", "layers", "workspace", "mirror", "manifest", "reporting", "cli", "options", "errors", "__init__", "__main__"}
+LIGHT = {
+    "config", "sections", "clock", "complaints", "layers", "workspace", "mirror", "manifest", "reporting", "cli", "options", "errors", "__init__", "__main__",
+}  # fmt: skip
 
 
 def unit(path: Path) -> str:

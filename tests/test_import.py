@@ -16,13 +16,14 @@ from toys import MAKERS
 
 import raybooth
 from raybooth.cli import main
-from raybooth.config import Lora, load
+from raybooth.config import load
 from raybooth.drawing import output_rows
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.families.foreign import read
 from raybooth.families.lowrank import hollow
 from raybooth.jobs import sampler
+from raybooth.sections import Lora
 from raybooth.session import Run
 
 Tensors = dict[str, torch.Tensor]

@@ -16,14 +16,14 @@ from PIL import Image
 from ray.exceptions import OutOfMemoryError
 from stored import make_run
 
-from raybooth.cluster.fit import LESS_MEMORY, _lost_a_worker, run_group
+from raybooth.cluster.fit import LESS_MEMORY, _loss, run_group
 from raybooth.cluster.rows import _held, _made, map_rows
 from raybooth.cluster.session import Resources
-from raybooth.config import Sampling
 from raybooth.errors import RayboothError
 from raybooth.families import Loaded
 from raybooth.jobs import encoder, featurizer, for_inference, sampler
 from raybooth.photos import png
+from raybooth.sections import Sampling
 
 MAKERS: dict[str, tuple[Callable[..., Any], str, str, list[str]]] = {
     "drawing": (partial(sampler, model_stage="base-model", sampling=Sampling(2, 1.0, "ddim", 32), batch=1, model_digest=""), "opened",
@@ -63,10 +63,23 @@ def test_out_of_memory_names_what_needs_less(storage: str, what: str, monkeypatc
 def test_a_sentence_from_a_worker_arrives_as_itself(storage: str, ray: None, capfd: pytest.CaptureFixture[str]):
     make = partial(encoder, f"{storage}/fine-tuned-model", prompts=False)
     with pytest.raises(RayboothError) as said:
-        list(map_rows(make, [{"name": "a"}], batch=1, have=Resources(1, 0, 1)))
+        list(map_rows(make, [{"name": "a"}], batch=1, have=Resources(1, 0, 1), retries=0))
     assert str(said.value).startswith("There is no model folder")
     assert "\n" not in str(said.value)
     assert "ERROR" not in capfd.readouterr().err
+
+
+def killed(folder: str) -> Any:
+    with open(f"{folder}/deaths", "a") as file:
+        file.write("x")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_pictures_that_kill_their_worker_are_not_tried_for_ever(ray: None, tmp_path: Path):
+    """Ray Data itself would begin again and again, and say nothing."""
+    with pytest.raises(RayboothError, match="The same pictures lost a worker 2 times, perhaps for lack of memory"):
+        list(map_rows(partial(killed, str(tmp_path)), [{"name": "a"}], batch=1, have=Resources(1, 0, 1), retries=1))
+    assert (tmp_path / "deaths").read_text() == "xx"
 
 
 def test_a_killed_worker_of_a_fine_tuning_names_what_needs_less_memory(ray: None):
@@ -78,7 +91,8 @@ def test_a_killed_worker_of_a_fine_tuning_names_what_needs_less_memory(ray: None
     with pytest.raises(RayboothError, match=r"lost a worker 1 time, .* What needs less memory, in this order: ") as said:
         run_group(lambda: killed, workers=(1, 1), gpus_per_worker=0, retries=0, have=Resources(1, 0, 1), heard=print)
     assert str(said.value).endswith(LESS_MEMORY)
-    assert _lost_a_worker(OutOfMemoryError("Task was killed due to the node running low on memory."))
+    assert "Of the last Ray says: " in str(said.value)
+    assert _loss(OutOfMemoryError("Task was killed due to the node running low on memory."))
 
 
 def test_a_process_forgets_its_model_before_it_loads_another(storage: str, monkeypatch: pytest.MonkeyPatch):

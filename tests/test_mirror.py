@@ -153,3 +153,47 @@ def test_what_does_not_fit_on_this_machine_is_said_of_its_disk(tmp_path: Path, m
     with pytest.raises(RayboothError, match=f"{tmp_path}/two.* is full: free some space"):
         Workspace(uri).pull("s")
     assert [p.name for p in (Workspace(uri).root / "s").iterdir()] == []
+
+
+def test_a_store_that_does_not_answer_has_deleted_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """fsspec's exists() says no of everything then."""
+    from fsspec.implementations.local import LocalFileSystem
+    from fsspec.spec import AbstractFileSystem
+
+    space = Workspace(f"file://{tmp_path}/bucket")
+    stage = space.stage("s", {})
+    stage.write("x", b"1")
+    stage.finish()
+
+    def down(*_: object, **__: object) -> None:
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(LocalFileSystem, "info", down)
+    monkeypatch.setattr(LocalFileSystem, "exists", AbstractFileSystem.exists)
+    assert space.remote
+    with pytest.raises(RayboothError, match="no answer"):
+        space.pull("s")
+    with pytest.raises(RayboothError, match="no answer"):
+        space.folders("s")
+    assert (space.root / "s" / "x").read_bytes() == b"1"
+
+
+def test_what_is_there_already_is_not_uploaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    space = Workspace(f"file://{tmp_path}/bucket")
+    for name in ("x", "y"):
+        stage = space.stage("s", {})
+        stage.write(name, name.encode())
+        stage.finish()
+    put, names = Remote.put, list[str]()
+
+    def noted(self: Remote, name: str, file: Path) -> None:
+        names.append(name)
+        put(self, name, file)
+
+    monkeypatch.setattr(Remote, "put", noted)
+    (tmp_path / "bucket" / "s" / "y").unlink()  # somebody's hand
+    stage = space.stage("s", {})
+    stage.write("z", b"z")
+    stage.finish()
+    assert [n for n in names if ".partial-" not in n and ".unpushed" not in n] == ["s/y", "s/z", f"s/{MANIFEST}"]
+    assert {n: (tmp_path / "bucket" / "s" / n).read_text() for n in "xyz"} == {n: n for n in "xyz"}

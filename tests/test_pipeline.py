@@ -193,6 +193,8 @@ def test_without_prior_preservation_there_are_no_class_rows(tmp_path: Path, toy:
     assert all(row["prior"] == 0 for row in history(tmp_path))
     name = "text_encoder/model.safetensors"
     assert (tmp_path / "base-model" / name).read_bytes() == (tmp_path / "fine-tuned-model" / name).read_bytes()
+    idle = {"prior__weight": 0.3, "prior__distill": True, "prior__prompt": "a {class}", "finetune__text_encoder_lr": 1e-6}  # what nothing follows from
+    assert "fine-tuned-model: up to date" in call("run", tmp_path, toy, photos, prior__images=0, finetune__text_encoder=False, **idle)
 
 
 def test_a_run_in_python_and_in_a_remote_storage(tmp_path: Path, made: Path, toy: Path, photos: Path):

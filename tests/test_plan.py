@@ -18,12 +18,12 @@ from toys import LAYOUTS, MAKERS
 from raybooth import config
 from raybooth.cli import main
 from raybooth.cluster.fit import DDP
-from raybooth.config import Finetune
 from raybooth.families import family_of
 from raybooth.families.parts import load
 from raybooth.flops import step_flops, without_weights
 from raybooth.method import autocast_dtype, held_in, make_ready
 from raybooth.plan import Plan, plan
+from raybooth.sections import Finetune
 from raybooth.train import Parallel, fit
 
 BATCH = 8

@@ -15,13 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from toys import MAKERS
 
 from raybooth.cluster.fit import DDP
-from raybooth.config import Finetune, Lora
 from raybooth.families import FAMILIES, family_of
 from raybooth.families.base import Family, Loaded
 from raybooth.families.lora import add_adapters, load_adapters, save_adapters
 from raybooth.families.parts import load
 from raybooth.jobs import for_inference
 from raybooth.method import autocast_dtype, drawing_dtype, held_in, make_ready
+from raybooth.sections import Finetune, Lora
 from raybooth.train import Parallel, State, Step, fit
 from raybooth.tuning import settings as settings_of
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 
-from raybooth.config import Sampling
 from raybooth.errors import RayboothError
 from raybooth.families import family_of, sd
 from raybooth.families.parts import load
 from raybooth.mini import FOLDER
 from raybooth.noise import normal
 from raybooth.sample import Sampler
+from raybooth.sections import Sampling
 
 
 def sampler(toy: Path, scheduler: str = "dpmsolver++", guidance: float = 3.0, batch: int = 4) -> Sampler:

@@ -165,6 +165,9 @@ def test_servers_have_names_of_their_own():
         (["{storage}", "--base", "no/such"], "not a model folder"),
         (["{storage}", "--replicas", "4-1"], "--replicas 4-1"),
         (["{storage}", "--port", "{taken}"], "cannot be listened at"),
+        (["{storage}", "--port", "70000"], "--port 70000 is not a port"),
+        (["~nobody1/x", "--base", "mini"], "home folder that is not known"),
+        (["{storage}", "--base", "mini", "--set", "finetune.stepz=1"], "did you mean finetune.steps?"),
     ],
 )
 def test_what_it_does_not_start_with(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str):

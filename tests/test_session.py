@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from raybooth.cluster.session import connected
 from raybooth.config import Config
 from raybooth.session import Run, StepLine, settings_of
 
@@ -20,6 +21,18 @@ def test_workers_allocate_by_jemalloc_and_nothing_else_does():
 
     assert "libjemalloc" in ray.get(mapped.remote())
     assert "LD_PRELOAD" not in os.environ
+
+
+@pytest.mark.usefixtures("ray")
+def test_only_nodes_that_are_there_and_work_are_counted(monkeypatch: pytest.MonkeyPatch):
+    """Ray's list keeps those that have gone, and a head without CPUs draws nothing: threads are dealt by them."""
+    import ray
+
+    alive = [n for n in ray.nodes() if n["Alive"]]
+    gone, head = {**alive[0], "Alive": False}, {**alive[0], "Resources": {"memory": 1.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*alive, gone, gone, head])
+    with connected(None) as have:
+        assert have.nodes == len(alive)
 
 
 def test_the_time_left_counts_from_where_a_group_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from test_train import ALONE, changed, data, trained
 
-from raybooth.config import Finetune, Lora
 from raybooth.dropout import RowDropout
 from raybooth.families import Loaded, family_of
 from raybooth.families.parts import load
 from raybooth.method import make_ready
+from raybooth.sections import Finetune, Lora
 from raybooth.train import Parallel, Settings, fit
 
 

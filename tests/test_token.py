@@ -12,12 +12,13 @@ from test_pipeline import call
 
 import raybooth
 from raybooth.cli import main
-from raybooth.config import Lora, load
+from raybooth.config import load
 from raybooth.errors import RayboothError
 from raybooth.families import family_of, mini_folder
 from raybooth.families.parts import load as load_parts
 from raybooth.families.tokens import propose
 from raybooth.mini.networks import make_tokenizer
+from raybooth.sections import Lora
 
 
 def test_words_that_mini_knows_are_strong_and_those_that_it_proposes_are_weak():

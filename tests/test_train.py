@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from toys import make_flux, make_sd, make_sd3, make_sdxl
 
-from raybooth.config import Finetune, Lora
 from raybooth.dataset import TrainingSet, rows_of_step
 from raybooth.errors import RayboothError
 from raybooth.families import Loaded, family_of
@@ -19,6 +18,7 @@ from raybooth.families.parts import load
 from raybooth.method import make_ready
 from raybooth.noise import Diffusion, generator, normal
 from raybooth.optim import StochasticAdamW
+from raybooth.sections import Finetune, Lora
 from raybooth.train import Parallel, Settings, State, fit
 from raybooth.tuning import out_of_memory_explained
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from raybooth import config
 from raybooth.checkpoint import Checkpoints
-from raybooth.config import Finetune, Lora, Prior
 from raybooth.errors import RayboothError
 from raybooth.manifest import files_under
 from raybooth.plan import plan
 from raybooth.remote import Remote
+from raybooth.sections import Finetune, Lora, Prior
 from raybooth.train import Parallel, State
 from raybooth.tuning import finetuner
 from raybooth.workspace import Workspace
@@ -107,6 +107,23 @@ def test_a_configuration_that_is_gone_back_to_has_its_own_readings(storage: Path
     tuned(storage, X, stop=5)
     tuned(storage, Y, stop=3, lr=0.01)
     assert losses(tuned(storage, X)["history"]) == whole == written(storage)
+
+
+@pytest.mark.parametrize("stop", [5, 8, 11])
+def test_a_run_that_goes_on_reads_validation_at_the_same_steps(storage: Path, stop: int):
+    """Also where a checkpoint lies between two readings."""
+
+    def validations(rows: list[dict[str, Any]]) -> list[tuple[int, float | None]]:
+        return [(row["step"], row.get("validation_instance")) for row in rows]
+
+    how: dict[str, Any] = {"steps": 12, "log_every": 3, "checkpoint_every": 4}
+    whole = validations(tuned(storage, Y, **how)["history"])
+    assert [step for step, value in whole if value is not None] == [3, 6, 9, 12]
+    how["checkpoint_every"] = 5
+    whole = validations(tuned(storage, "d" * 64, **how)["history"])
+    assert [step for step, value in whole if value is not None] == [3, 6, 12]
+    tuned(storage, X, **how, stop=6 if stop < 8 else 9 if stop < 11 else 12)
+    assert validations(tuned(storage, X, **how)["history"]) == whole
 
 
 def uploaded(storage: Path, uri: str) -> str:

@@ -55,5 +55,5 @@ def export(run: Config | str | Path, to: str, output: str | None = None, rank: i
 def import_lora(file: str | Path, config: Config) -> Run:
     """Take over a LoRA that was made elsewhere, for `config.base`: `generate(config)` then draws with it."""
     with Run(config) as made:
-        importing.import_lora(made, Path(file))
+        importing.import_lora(made, file)
     return made

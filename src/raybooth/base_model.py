@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raybooth.config import Base, Config
+from raybooth.config import Config
 from raybooth.disk import explained_if_unreadable, path_of
 from raybooth.errors import RayboothError
 from raybooth.manifest import digest, files_under, read_manifest
-from raybooth.session import Run, kept_config
+from raybooth.sections import Base
+from raybooth.session import Run, folder_here, kept_config
 from raybooth.workspace import Stage
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def model_configuration(config: Config) -> Path:
     source = local_source(config.base.model)
     if source is not None and not source.is_file():
         return source
-    prepared = path_of(config.storage, "storage") / "base-model"
+    prepared = folder_here(config.storage) / "base-model"
     if not (prepared / "model_index.json").exists():
         raise RayboothError(f"The model {config.base.model} is not on this machine yet: run 'raybooth prepare' first, or give a local folder with --base.")
     if other := other_base(config.base, read_manifest(prepared)):

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from raybooth import config as configuration
 from raybooth import evaluation
 from raybooth.config import Config
 from raybooth.dreambench import PUBLISHED, Subject
+from raybooth.errors import RayboothError
 from raybooth.manifest import write_atomically
 from raybooth.score import Score, share
 from raybooth.session import Run
 from raybooth.stages import STAGES
-from raybooth.workspace import link_or_copy
+from raybooth.workspace import Workspace, link_or_copy
 
 Recipes = Mapping[str, Sequence[str]]
 Results = dict[str, dict[str, dict[str, Score]]]
@@ -24,10 +25,21 @@ Results = dict[str, dict[str, dict[str, Score]]]
 SHARED = ("base-model", "encoders", "class-images", "class-before-images", "before-images")
 
 
+def root_of(storage: str) -> Path:
+    """The folder of all runs, made if need be.
+
+    Raises:
+        RayboothError: if it is none, or may not be written to.
+    """
+    if "://" in storage:
+        raise RayboothError(f"--storage {storage} is not a folder: the runs of a bench share their files on one machine, give one of its folders.")
+    return Workspace(storage).root
+
+
 def bench(
-    subjects: Sequence[Subject], recipes: Recipes, storage: str, overrides: Sequence[str], base: str | None = None, known: Results | None = None
+    subjects: Sequence[Subject], recipes: Recipes, root: Path, overrides: Sequence[str], base: str | None = None, known: Callable[[], Results] = dict
 ) -> str:  # fmt: skip
-    """Run and score every recipe on every subject, as far as it is not done; writes `table.md` and `scores.json` into `storage`.
+    """Run and score every recipe on every subject, as far as it is not done; writes `table.md` and `scores.json` into the folder `root`.
 
     Each run has a storage of its own, `<subject>/<recipe>`; what does not depend on the subject is shared within a class.
 
@@ -35,17 +47,17 @@ def bench(
         recipes: the settings that make each row what its name says.
         overrides: of all runs, before the recipes' own.
         base: the base model; default: the configuration's.
-        known: rows of the table that need no runs.
+        known: gives rows of the table that need no runs.
     """
     from raybooth.cluster.session import connected
 
-    root = Path(storage).expanduser()
+    configs = {(s.name, r): config_of(s, how, root / s.name / r.replace(" ", "-"), overrides, base) for s in subjects for r, how in recipes.items()}
     results: Results = {recipe: {} for recipe in recipes}
     done: dict[tuple[str, str], Path] = {}
-    with connected(config_of(subjects[0], [], root, overrides, base).cluster.address):
+    with connected(next(iter(configs.values())).cluster.address):
         for number, subject in enumerate(subjects, 1):
-            for recipe, settings in recipes.items():
-                config = config_of(subject, settings, root / subject.name / recipe.replace(" ", "-"), overrides, base)
+            for recipe in recipes:
+                config = configs[subject.name, recipe]
                 for other in (done.get((subject.class_name, recipe)), *done.values()):
                     _share(other, Path(config.storage))
                 with Run(config) as run:
@@ -55,7 +67,7 @@ def bench(
                     results[recipe][subject.name] = evaluation.read(run)
                 done[subject.class_name, recipe] = Path(config.storage)
                 write_atomically(root / "scores.json", json.dumps(_plain(results), indent=1).encode())
-    text = table(results | (known or {}), published=base != "mini")
+    text = table(results | known(), published=base != "mini")
     write_atomically(root / "table.md", text.encode())
     return text
 

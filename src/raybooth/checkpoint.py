@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FOLDER = "checkpoints"
 TENSORS = "state.safetensors"
+PARTIAL = ".partial-"
 
 
 class Checkpoints:
@@ -107,15 +108,19 @@ class Checkpoints:
         from safetensors.torch import save_file
 
         name = self._name(step)
-        partial, target = self.folder / f".partial-{name}", self.folder / name
-        shutil.rmtree(partial, ignore_errors=True)
+        partial, target = self.folder / f"{PARTIAL}{name}", self.folder / name
+        self._forget_partial()
         partial.mkdir(parents=True)
-        with explained_if_full(self.workspace.storage):
-            save_file(tensors, partial / TENSORS)
-            _sync(partial / TENSORS)
-            outputs = {TENSORS: describe(partial / TENSORS)}
-            manifest = {"stage": FOLDER, "digest": self.key, "step": step, "scalars": scalars, "recipe": self.recipe, "outputs": outputs}
-            write_atomically(partial / MANIFEST, json.dumps(manifest).encode())
+        try:
+            with explained_if_full(self.workspace.storage):
+                save_file(tensors, partial / TENSORS)
+                _sync(partial / TENSORS)
+                outputs = {TENSORS: describe(partial / TENSORS)}
+                manifest = {"stage": FOLDER, "digest": self.key, "step": step, "scalars": scalars, "recipe": self.recipe, "outputs": outputs}
+                write_atomically(partial / MANIFEST, json.dumps(manifest).encode())
+        except BaseException:
+            self._forget_partial()  # gigabytes, on a disk that is full perhaps
+            raise
         shutil.rmtree(target, ignore_errors=True)  # a torn one of that step
         os.replace(partial, target)
         _sync(self.folder)
@@ -124,6 +129,11 @@ class Checkpoints:
             self._forget_here()
         if self.uploader:
             self.uploader.ask()
+
+    def _forget_partial(self) -> None:
+        """What was cut off while it was written, of whatever configuration: one writes at a time."""
+        for partial in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _forget_here(self) -> None:
         """What the last one that was written makes too old; not while it is uploaded."""

@@ -110,10 +110,15 @@ def _serve(args: argparse.Namespace) -> None:
     serve(Options(**given, safety=args.safety == "on"))
 
 
+def _config_of_a_model(args: argparse.Namespace) -> "Config":
+    """As config_of(), of who asks about a model, and need not say what it shall learn."""
+    if not (args.config or _kept_config(args)):
+        args.class_name = args.class_name or "subject"
+    return config_of(args)
+
+
 def _token(args: argparse.Namespace) -> None:
-    if not _kept_config(args):
-        args.class_name = args.class_name or "subject"  # whose name is asked for
-    config = config_of(args)
+    config = _config_of_a_model(args)
     from raybooth import naming
     from raybooth.base_model import keep_base
     from raybooth.session import Run
@@ -127,19 +132,22 @@ def _token(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from raybooth.bench import bench
-    from raybooth.dreambench import subjects_of
+    from raybooth.bench import bench, root_of
 
+    root = root_of(args.storage)
     if args.what == "mini":
         from raybooth import minibench
 
-        known = {minibench.PERFECT: minibench.perfect()}
+        if args.subjects or args.base:
+            raise RayboothError("bench mini has subjects and a base of its own: leave --subjects and --base out.")
         overrides = [*minibench.PROTOCOL, *args.set]
-        print(bench(minibench.subjects_in(Path(args.storage).expanduser()), minibench.RECIPES, args.storage, overrides, "mini", known))
+        print(bench(minibench.subjects_in(root), minibench.RECIPES, root, overrides, "mini", lambda: {minibench.PERFECT: minibench.perfect()}))
     elif args.subjects is None:
         raise RayboothError("bench dreambench needs --subjects DIR: a copy of the DreamBooth dataset, with prompts_and_classes.txt.")
     else:
-        print(bench(subjects_of(args.subjects), {"raybooth": []}, args.storage, args.set, args.base))
+        from raybooth.dreambench import subjects_of
+
+        print(bench(subjects_of(args.subjects), {"raybooth": []}, root, args.set, args.base))
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -162,7 +170,7 @@ def _import(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     size = _bytes(args.gpu) if args.gpu else None
-    config = config_of(args)
+    config = _config_of_a_model(args)
     from raybooth.base_model import model_configuration
     from raybooth.plan import plan
 
@@ -177,7 +185,7 @@ def _plan(args: argparse.Namespace) -> None:
 def _bytes(text: str) -> int:
     import re
 
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(GiB|GB|G)?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(GiB|GB|G)?\s*", text, re.IGNORECASE)
     if not found or not float(found[1]):
         raise RayboothError(f"--gpu {text} is not a size: write it as 24GiB.")
     return int(float(found[1]) * (10**9 if (found[2] or "").upper() == "GB" else 1 << 30))

@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from raybooth.config import Generate, Prior, Sampling
 from raybooth.manifest import digest
 from raybooth.photos import contact_sheet, png
+from raybooth.sections import Generate, Prior, Sampling
 from raybooth.session import Run
 from raybooth.workspace import Stage
 
@@ -95,8 +95,9 @@ def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: lis
     if work:
         batch = run.config.cluster.sample_batch
         done = map_rows(
-            partial(jobs.sampler, run.workspace.uri, model_stage, _sampling(run, how), batch, stage.inputs["model"]), work, batch=batch, have=run.ray,
-            samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, jobs.pipeline_stage(run.workspace, model_stage)),
+            partial(jobs.sampler, run.workspace.uri, model_stage, _sampling(run, how), batch, stage.inputs["model"]), work, batch=batch,
+            have=run.ray, retries=run.config.cluster.retries, samplers=run.config.cluster.samplers,
+            model_bytes=model_bytes(run, jobs.pipeline_stage(run.workspace, model_stage)),
         )  # fmt: skip
         for file, data in run.progress(done, len(work), name, "picture"):
             stage.write(file, data)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybooth import card
+from raybooth.disk import path_of
 from raybooth.drawing import resolution
 from raybooth.errors import RayboothError
 from raybooth.families import Family, family_of
@@ -208,7 +209,7 @@ def _stage(model: Model, to: str, output: str | None) -> Stage:
     inputs = {"export": to, "model": run.model_digest("fine-tuned-model"), "base": run.model_digest("base-model"), "rank": model.rank, "name": model.name}
     if output is None:
         return run.workspace.stage(f"exports/{to}", inputs)
-    place = Path(output).expanduser().resolve()
+    place = path_of(output, "--output").resolve()
     if "://" in output or place.is_file():
         raise RayboothError(f"--output {output} is not a folder: give the path of one, it need not exist.")
     stage = Workspace(str(place.parent)).stage(place.name, inputs)

@@ -79,7 +79,7 @@ def features(run: Run, folder: str, pictures: Mapping[str, tuple[str, list[str]]
     if work:
         done = map_rows(
             partial(jobs.featurizer, run.workspace.uri), work, batch=16, have=run.ray,
-            samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, "encoders"),
+            retries=run.config.cluster.retries, samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, "encoders"),
         )  # fmt: skip
         for name, data in run.progress(done, len(work), folder, "row"):
             stage.write(name, data)

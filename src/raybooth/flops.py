@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from raybooth.config import Finetune, Lora, Prior
 from raybooth.families import Family, Loaded
 from raybooth.families.lora import adapters_off
 from raybooth.families.parts import unloaded
 from raybooth.method import held_in, make_ready
+from raybooth.sections import Finetune, Lora, Prior
 
 
 def without_weights(family: Family, folder: Path, finetune: Finetune, lora: Lora, device: str = "cpu") -> Loaded:
@@ -28,7 +28,7 @@ def without_weights(family: Family, folder: Path, finetune: Finetune, lora: Lora
 
 def passes_of_step(prior: Prior, finetune: Finetune, workers: int) -> list[list[tuple[int, int]]]:
     """Of each of `workers`, its forward passes in a step as the training deals them: how many rows, and how many of these are of the class."""
-    with_class_rows = prior.drawn or prior.method == "base-prediction"
+    with_class_rows = prior.preserves
     places, worker = range(finetune.batch * (2 if with_class_rows else 1)), []
     for rank in range(workers):
         mine = places[rank::workers]

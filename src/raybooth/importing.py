@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from raybooth.base_model import prepare_base
+from raybooth.disk import path_of
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.manifest import file_digest, files_under, read_manifest
@@ -10,8 +11,8 @@ from raybooth.naming import settle_token
 from raybooth.session import Run
 
 
-def import_lora(run: Run, file: Path) -> Path:
-    """Fetch the base model and take over `file`, in any layout that diffusers reads, for it. What `generate` needs is then there.
+def import_lora(run: Run, lora: str | Path) -> Path:
+    """Fetch the base model and take over `lora`, a file in any layout that diffusers reads, for it. What `generate` needs is then there.
 
     Raises:
         RayboothError: if the file is not a plain LoRA or does not fit the base, or the storage holds a model of its own.
@@ -19,7 +20,7 @@ def import_lora(run: Run, file: Path) -> Path:
     from raybooth.families.foreign import plain_rank, read, write
     from raybooth.families.lowrank import hollow
 
-    file = file.expanduser()
+    file = path_of(str(lora), "the LoRA")
     plain_rank(file)  # what is no LoRA shows before a base model is fetched
     run.workspace.pull("fine-tuned-model")
     held = read_manifest(run.workspace.root / "fine-tuned-model")

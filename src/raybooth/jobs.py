@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from raybooth.config import Sampling
 from raybooth.errors import RayboothError, lacks_memory
 from raybooth.families import Family, Loaded, family_of
 from raybooth.families.folder import INDEX
 from raybooth.manifest import digest
 from raybooth.photos import png
+from raybooth.sections import Sampling
 from raybooth.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -39,6 +39,8 @@ def read_file(path: Path) -> dict[str, Any]:
         held = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except FileNotFoundError:
         raise RayboothError(f"There is no configuration file {path}: give the path of a TOML file, such as examples/dog.toml.") from None
+    except IsADirectoryError:
+        raise RayboothError(f"{path} is a folder and no configuration file: name a storage with --storage {path}, photographs with --photos {path}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RayboothError(f"{path} cannot be read as a configuration: {error}.") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets
@@ -55,7 +57,7 @@ def parsed_override(text: str) -> dict[str, Any]:
         RayboothError: if it is not of that form.
     """
     key, equals, value = text.partition("=")
-    if not equals or not key.strip():
+    if not equals or not all(part.strip() and part.isprintable() for part in key.split(".")):
         raise RayboothError(f"--set {text} is not of the form section.key=value, as in --set finetune.steps=200.")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]

@@ -1,18 +1,18 @@
 """`raybooth.load`: the model of a run, to draw with, here and now, without Ray."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raybooth import config as configuration
 from raybooth.cluster.rows import threads_of
-from raybooth.cluster.session import Resources
-from raybooth.config import Sampling
+from raybooth.cluster.session import of_this_machine
+from raybooth.disk import path_of
 from raybooth.errors import RayboothError
 from raybooth.manifest import model_digest
 from raybooth.photos import contact_sheet, png
+from raybooth.sections import Sampling
 from raybooth.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -40,14 +40,14 @@ class Model:
         from raybooth.sample import Sampler
 
         storage = str(storage)
-        if "://" not in storage and not Path(storage).expanduser().is_dir():
+        if "://" not in storage and not path_of(storage, "storage").is_dir():
             raise RayboothError(f"There is no storage {storage}: give the folder or URI of a finished run.")
         workspace = Workspace(storage)
         workspace.pull("config.json")
         manifest = workspace.manifest("fine-tuned-model")
         self.config, self.digest = configuration.load(workspace.root / "config.json"), model_digest(manifest)
         pipeline = workspace.manifest(pipeline_stage(workspace, "fine-tuned-model"))
-        self._threads = threads_of(Resources(os.cpu_count() or 1, 0, 1), sum(o["bytes"] for o in pipeline["outputs"].values()))
+        self._threads = threads_of(of_this_machine(), sum(o["bytes"] for o in pipeline["outputs"].values()))
         family, loaded = opened(storage, "fine-tuned-model")
         how = self.config.generate
         resolution = self.config.base.resolution or family.facts(stage_folder(storage, "base-model")).resolution
@@ -65,7 +65,7 @@ class Model:
 
         sampler, seeds = self._sampler, range(seed, seed + n)
         sampling, text = sampler.sampling.changed(steps, guidance), self.config.fill(prompt)
-        for name, value, most in (("n", n, 10_000), ("steps", sampling.steps, 1000)):
+        for name, value, most in (("n", n, 10_000), ("steps", sampling.steps, 999)):
             if not 1 <= value <= most:
                 raise RayboothError(f"{name} = {value} is not possible: it is a number from 1 to {most}.")
         pictures = Pictures()

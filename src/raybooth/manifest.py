@@ -70,10 +70,21 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def parsed(data: bytes) -> dict[str, Any] | None:
     """A manifest; None if it is torn, or not ours: the stage is not done."""
     try:
-        manifest: dict[str, Any] = json.loads(data)
-        return manifest if {"digest", "outputs"} <= manifest.keys() else None
-    except (ValueError, AttributeError):
+        manifest = json.loads(data)
+    except ValueError:
         return None
+    return manifest if isinstance(manifest, dict) and _is_ours(manifest) else None
+
+
+def _is_ours(manifest: dict[str, Any]) -> bool:
+    """Of a stage, or of a checkpoint, which says its step instead of inputs and facts."""
+    outputs, said = manifest.get("outputs"), ("inputs", "facts") if "step" not in manifest else ("scalars",)
+    return (
+        isinstance(manifest.get("digest"), str)
+        and isinstance(outputs, dict)
+        and all(isinstance(o, dict) and {"bytes", "sha256"} <= o.keys() for o in outputs.values())
+        and all(isinstance(manifest.get(name), dict) for name in said)
+    )
 
 
 def is_another(data: bytes) -> bool:

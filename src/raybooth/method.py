@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from raybooth.config import Finetune, Lora
 from raybooth.families import Family, Loaded
+from raybooth.sections import Finetune, Lora
 
 if TYPE_CHECKING:
     import torch

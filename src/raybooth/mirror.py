@@ -158,12 +158,19 @@ class Mirror:
         manifest = read_manifest(folder)
         intact = manifest and all((folder / name).is_file() for name in manifest["outputs"])
         if manifest and intact and self._manifest_there(stage) in (None, mark["before"], (folder / MANIFEST).read_text()):
-            self._push(stage, manifest["outputs"], mark["names"])
+            before = parsed((mark["before"] or "").encode())
+            self._push(stage, manifest["outputs"], before["outputs"] if before else {}, mark["names"])
         (folder / UNPUSHED).unlink()
 
-    def _push(self, stage: str, outputs: Iterable[str], ours: Iterable[str]) -> None:
-        """Copy a complete stage, its manifest last, then drop what was in progress, and what else of `ours` lies there."""
-        for name in [UNPUSHED, *outputs, MANIFEST]:
+    def _push(self, stage: str, outputs: dict[str, Any], before: dict[str, Any], ours: Iterable[str]) -> None:
+        """Copy a complete stage, its manifest last, then drop what was in progress, and what else of `ours` lies there.
+
+        What lies there from `before` and is the same is not copied again.
+        """
+        there = self.remote.sizes(stage)
+        same = {n for n in outputs if n in there and before.get(n) == outputs[n] and there[n] == outputs[n]["bytes"]}
+        new = [n for n in outputs if n not in same or UNPUSHED in there]  # of which nobody knows how far it came
+        for name in [UNPUSHED, *new, MANIFEST]:
             self.push(f"{stage}/{name}")
         for name in self.remote.names(stage):
             if name.startswith(".partial-") or (name in ours and name not in outputs):

@@ -77,7 +77,7 @@ def _export(export: argparse.ArgumentParser) -> None:
 
 
 def _import(imported: argparse.ArgumentParser) -> None:
-    imported.add_argument("lora", type=Path, metavar="LORA", help=".safetensors file in diffusers', kohya's or PEFT's layout")
+    imported.add_argument("lora", metavar="LORA", help=".safetensors file in diffusers', kohya's or PEFT's layout")
     _settings(imported)
 
 
@@ -103,7 +103,7 @@ def _seconds(text: str) -> float:
 
 
 def _rank(text: str) -> int:
-    if not text.isdigit() or not int(text):
+    if not re.fullmatch(r"[0-9]{1,6}", text) or not int(text):
         raise argparse.ArgumentTypeError(f"{text} is not a rank: give a number from 1 on, such as 32")
     return int(text)
 

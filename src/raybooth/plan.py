@@ -17,7 +17,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.hooks import RemovableHandle
 
 from raybooth.base_model import check_fits
-from raybooth.config import Config, Finetune
+from raybooth.config import Config
 from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded, family_of
 from raybooth.families.folder import names_in, needed_files, read_object
@@ -25,6 +25,7 @@ from raybooth.families.parts import unloaded
 from raybooth.flops import loss_without_data, passes_of_step, step_flops, without_weights
 from raybooth.method import autocast_dtype
 from raybooth.optim import Average, Outline, make_optimizer
+from raybooth.sections import Finetune
 from raybooth.teacher import Teacher
 
 GIB = 1 << 30
@@ -35,7 +36,7 @@ class Plan:
     """Bytes at the peak of a step of one worker, by part; FLOPs of a step of all workers; counts.
 
     Attributes:
-        stored: bytes in the storage when it holds most, but for the photographs.
+        stored: bytes in the storage when it holds most, but for the photographs and the models that score.
     """
 
     parameters: Mapping[str, int]
@@ -87,11 +88,12 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
             _without_data(module)
         memory, checkpoint = _step(family, used, held, config, trained, side, device)
     moving = sum(p.numel() for part in trained for p in used.modules[part].parameters() if p.requires_grad)
+    latent = 2 * 4 * math.prod(loaded.facts.latent_shape(side))
+    memory["latents"] = config.prior.drawn * latent  # on the device, all of them; photographs are few
     drawn, pictures = config.prior.drawn, len(config.generate.prompts) * config.generate.images_per_prompt
     base = {part: _weights(folder, part, loaded.modules[part]) for part in family.weights}
     result = 4 * moving if finetune.method == "lora" else sum(saved[part] if part in trained else size for part, size in base.items())
     picture = side * side * 3  # a PNG of a photograph is about as large as its pixels
-    latent = 2 * 4 * math.prod(loaded.facts.latent_shape(side))
     written = (finetune.steps - 1) // finetune.checkpoint_every + (config.evaluate.select != "last")
     # A checkpoint is written before the oldest goes; when the result is written, that is over.
     most = max(min(written, finetune.checkpoints + 1) * checkpoint, min(written, finetune.checkpoints) * checkpoint + result + pictures * picture)

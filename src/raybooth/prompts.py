@@ -5,6 +5,8 @@ import re
 _WORD = re.compile(r"\{(subject|token|class)\}")
 _LIKE_ONE = re.compile(r"\{[A-Za-z_]\w*(?:[.\[!:][^{}]*)?\}")
 
+_UNCLOSED = re.compile(r"\{(?:subject|token|class)\b(?![^{}]*\})")
+
 
 def asks_for_subject(prompt: str) -> bool:
     """Whether there is something to fill in."""
@@ -19,4 +21,4 @@ def filled(prompt: str, token: str, class_name: str) -> str:
 
 def unknown_words(prompt: str) -> list[str]:
     """What looks like such a word and is none: in a configuration a slip of the pen."""
-    return [word for word in _LIKE_ONE.findall(prompt) if not _WORD.fullmatch(word)]
+    return [word for word in _LIKE_ONE.findall(prompt) if not _WORD.fullmatch(word)] + _UNCLOSED.findall(prompt)

@@ -23,7 +23,7 @@ class Remote:
 
             self._fs, base = fsspec.core.url_to_fs(uri)
             self._base = base.rstrip("/")
-            self._fs.exists(base)
+            self._is_there(base)
 
     def check_writable(self) -> None:
         """Write a file and remove it."""
@@ -47,7 +47,7 @@ class Remote:
         place = f"{self._base}/{folder}"
         with self._explained("read"):
             self._fs.invalidate_cache()  # some stores remember what they have listed, and others write there too
-            found = self._fs.find(place, detail=True) if self._fs.exists(place) else {}
+            found = self._fs.find(place, detail=True) if self._is_there(place) else {}
             return {name[len(place) :].lstrip("/"): about.get("size") for name, about in found.items()}
 
     def read(self, name: str) -> bytes:
@@ -69,8 +69,16 @@ class Remote:
     def remove(self, name: str) -> None:
         """A file, or a folder with all that is in it; nothing if there is none."""
         with self._explained("written to"):
-            if self._fs.exists(f"{self._base}/{name}"):
+            if self._is_there(f"{self._base}/{name}"):
                 self._fs.rm(f"{self._base}/{name}", recursive=True)
+
+    def _is_there(self, place: str) -> bool:
+        """Not by fsspec's exists(): of most stores that says no when the network does."""
+        try:
+            self._fs.info(place)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     @contextlib.contextmanager
     def _explained(self, done: str) -> Iterator[None]:

@@ -14,12 +14,12 @@ from typing import Any
 from PIL import Image
 
 from raybooth import evaluation, plots, selection
-from raybooth.config import Prior
 from raybooth.drawing import by_prompt, output_prompts
 from raybooth.errors import RayboothError
 from raybooth.manifest import write_atomically
 from raybooth.naming import settle_token
 from raybooth.score import Score
+from raybooth.sections import Prior
 from raybooth.session import Run, settings_of
 from raybooth.stages import STAGES
 

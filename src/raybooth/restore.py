@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybooth.checkpoint import TENSORS
-from raybooth.config import Finetune, Lora
 from raybooth.families import Family, Loaded
 from raybooth.manifest import read_manifest
+from raybooth.sections import Finetune, Lora
 
 if TYPE_CHECKING:
     from torch import nn

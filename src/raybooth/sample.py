@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raybooth.config import Sampling
 from raybooth.families import Family, Loaded
 from raybooth.families.parts import decode
 from raybooth.noise import normal
+from raybooth.sections import Sampling
 
 Switch = Callable[[Sequence[str]], None]
 """Puts the named adapters in place, one for each row of the forward pass that follows; "" is none."""

@@ -144,14 +144,16 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("raybooth", "torch", "diffusers", "transformers", "ray")}
 
 
+def folder_here(storage: str) -> Path:
+    """Of this machine, with what it has of a storage: the storage itself, or its mirror."""
+    return Workspace(storage).root if "://" in storage else path_of(storage, "storage")
+
+
 def kept_config(storage: str) -> Path | None:
     """The configuration beside what a storage holds; None if no run was begun there."""
-    root = path_of(storage, "storage")
+    path = folder_here(storage) / "config.json"
     if "://" in storage:
-        workspace = Workspace(storage)
-        workspace.pull("config.json")
-        root = workspace.root
-    path = root / "config.json"
+        Workspace(storage).pull("config.json")
     return path if path.is_file() else None
 
 

@@ -55,6 +55,8 @@ def _existing(source: str) -> Path:
         path.lstat()
     except FileNotFoundError:
         raise RayboothError(_absent(source, path)) from None
+    if path.suffix in (".toml", ".json") and path.is_file():
+        raise RayboothError(f"{_readable(str(path))} is a configuration and no photograph: put it before --photos, which takes all that comes after it.")
     return path
 
 

@@ -111,7 +111,7 @@ def encode(run: Run) -> None:
     if work:
         done = map_rows(
             partial(jobs.encoder, run.workspace.uri, any("prompt" in row for row in work)), work, batch=16, have=run.ray,
-            samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, "base-model"),
+            retries=run.config.cluster.retries, samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, "base-model"),
         )  # fmt: skip
         for name, data in run.progress(done, len(work), "encode", "row"):
             stage.write(name, data)
@@ -163,12 +163,13 @@ def finetune(run: Run) -> None:
     if not latents.keys() >= set(used):
         raise RayboothError("The latents do not belong to the present pictures: run 'raybooth encode' first, or 'raybooth run' for all.")
     prompts = {"instance": config.subject.prompt, "class": config.class_prompt}
+    without = {"log_every", "trackers", "checkpoint_every", "checkpoints"} | (set() if config.finetune.text_encoder else {"text_encoder_lr"})
     inputs = {
         "model": run.model_digest("base-model"),
         "rows": {k: [latents[n] for n in names] for k, names in rows.items()},
-        "prompts": prompts,
-        "prior": config.prior.model_dump(include={"method", "weight", "distill"}),
-        "finetune": config.finetune.model_dump(exclude={"log_every", "trackers", "checkpoint_every", "checkpoints"}),
+        "prompts": prompts if config.prior.preserves else {"instance": config.subject.prompt},
+        "prior": {"weight": config.prior.weight, "teacher": config.prior.teacher} if config.prior.preserves else None,
+        "finetune": config.finetune.model_dump(exclude=without),
         "lora": config.lora.model_dump() if config.finetune.method == "lora" else None,
         "seed": config.seed,
     }

@@ -271,7 +271,7 @@ class _Loop:
         data, settings = self.data, self.settings
         kinds = {"instance": range(data.instances), "prior": range(data.instances, len(data.weight))}
         kinds = {kind: among for kind, among in kinds.items() if among}
-        share, errors = max(1, settings.batch // settings.accumulate), []
+        share, errors = max(1, settings.batch // (settings.accumulate * self.parallel.world)), []
         self.trained.eval()
         try:
             for i in range(0, VALIDATION, share):

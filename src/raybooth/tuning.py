@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybooth.cluster.fit import LESS_MEMORY
-from raybooth.config import Finetune, Lora, Prior
 from raybooth.disk import explained_if_full
 from raybooth.families import Family, family_of
 from raybooth.jobs import Row, explained_if_out_of_memory, prompt_name, stage_folder
 from raybooth.log import Log
 from raybooth.method import autocast_dtype, held_in, make_ready
+from raybooth.sections import Finetune, Lora, Prior
 from raybooth.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def finetuner(
         log = Log(workspace, key, finetune.trackers if group.rank == 0 else None, begun, readings, images, flops, say)
         parallel = Parallel(group.rank, group.world, group.wrap, group.total)
         every, steps = finetune.checkpoint_every, finetune.steps
-        due = (begun // every + 1) * every if begun else 0
+        due = (readings[-1]["step"] // every + 1) * every if readings else 0  # as if it had never stopped
         training = fit(family, loaded, data, settings(family, finetune, group.device, seed), parallel, start)
         del start  # for fit() to let go of: a checkpoint is as large as what is trained
         with log, explained_if_full(storage):

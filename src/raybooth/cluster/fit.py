@@ -117,11 +117,12 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
             except RayboothError:  # a mistake: the others' broken connections, which it brings along, do not make it a loss
                 raise
             except Exception as error:
-                if not _lost_a_worker(error):
+                if (loss := _loss(error)) is None:
                     raise
                 if attempt == retries:
                     raise RayboothError(
                         f"Fine-tuning lost a worker {retries + 1} time{'s' * (retries > 0)}, perhaps for lack of memory: look at what 'ray logs' says. "
+                        f"Of the last Ray says: {_last_line(loss)} "
                         "The same command goes on from the last checkpoint, with fewer cluster.workers too where they share a machine. "
                         f"What needs less memory, in this order: {LESS_MEMORY}"
                     ) from error
@@ -141,15 +142,21 @@ def _count_what_is_left() -> None:
         ray.get(get_or_create_autoscaling_coordinator().get_reserved_resources.remote("", recompute=True), timeout=10)
 
 
-def _lost_a_worker(error: Exception) -> bool:
-    """Rather than an exception in one: it died, its node did, or another worker found its connection closed."""
+def _loss(error: Exception) -> BaseException | None:
+    """Of a worker, rather than an exception in one: it died, its node did, or another worker found its connection closed. None if it was no such thing."""
     import ray.exceptions as ray_errors
 
     lost = (
         ray_errors.RayActorError, ray_errors.WorkerCrashedError, ray_errors.NodeDiedError, ray_errors.ObjectLostError,
         ray_errors.OutOfMemoryError,  # of the machine: Ray ends a worker before the system does
     )  # fmt: skip
-    return any(isinstance(e, lost) or "gloo" in str(e).lower() or "NCCL" in str(e) for e in causes(error))
+    return next((e for e in causes(error) if isinstance(e, lost) or "gloo" in str(e).lower() or "NCCL" in str(e)), None)
+
+
+def _last_line(error: BaseException) -> str:
+    """What is wrong, of a text of many lines, as a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1][:300].rstrip(".") + "."
 
 
 def _in_worker(config: dict[str, Any]) -> Any:

@@ -35,10 +35,27 @@ def _made(pickled: bytes, threads: int) -> Work:
     return work
 
 
-def _worked(batch: dict[str, Any], pickled: bytes, threads: int) -> dict[str, Any]:
+def _check_attempts(retries: int) -> None:
+    """Ray tries work whose worker has died again, for ever.
+
+    Raises:
+        RayboothError: if that has been the end of more than `retries` workers.
+    """
+    from ray._private.worker import global_worker
+
+    died = global_worker.core_worker.get_current_task_attempt_number()
+    if died > retries:
+        raise RayboothError(
+            f"The same pictures lost a worker {died} time{'s' * (died > 1)}, perhaps for lack of memory: look at what 'ray logs' says. "
+            "What needs less, in this order: fewer cluster.samplers where they share a machine, a smaller cluster.sample_batch, a smaller base.resolution."
+        )
+
+
+def _worked(batch: dict[str, Any], pickled: bytes, threads: int, retries: int) -> dict[str, Any]:
     rows = [pickle.loads(r) for r in batch["row"]]
     told = ""
     try:
+        _check_attempts(retries)
         data = _made(pickled, threads)(rows)
     except RayboothError as error:  # as a result: of what is raised, Ray Data keeps neither kind nor words
         data, told = [b""] * len(rows), str(error)
@@ -48,8 +65,8 @@ def _worked(batch: dict[str, Any], pickled: bytes, threads: int) -> dict[str, An
 class _Worker:
     """An actor: holds a GPU, and the model on it, for as long as there are rows."""
 
-    def __init__(self, pickled: bytes, threads: int):
-        self.work = partial(_worked, pickled=pickled, threads=threads)
+    def __init__(self, pickled: bytes, threads: int, retries: int):
+        self.work = partial(_worked, pickled=pickled, threads=threads, retries=retries)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return self.work(batch)
@@ -86,13 +103,16 @@ def threads_of(have: Resources, model_bytes: int) -> int:
     return 1 if model_bytes < SMALL else max(1, have.cpus // have.nodes)
 
 
-def map_rows(make: Make, rows: list[Row], *, batch: int, have: Resources, samplers: int | None = None, model_bytes: int = 0) -> Iterator[tuple[str, bytes]]:
+def map_rows(
+    make: Make, rows: list[Row], *, batch: int, have: Resources, retries: int, samplers: int | None = None, model_bytes: int = 0
+) -> Iterator[tuple[str, bytes]]:  # fmt: skip
     """(name, file's bytes) of every row, as they are done and in no particular order.
 
     Each row has a `name`. `make` runs in the workers, once in each; it must be picklable, as a partial of a function is.
+    Rows that were a worker's when it died go to another, up to `retries` times.
 
     Raises:
-        RayboothError: what a worker has raised as one.
+        RayboothError: what a worker has raised as one, or if rows have been the end of too many.
     """
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
@@ -103,7 +123,7 @@ def map_rows(make: Make, rows: list[Row], *, batch: int, have: Resources, sample
     context.enable_progress_bars = False
     for name in ("ray.data", "ray.data._internal"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    args = (pickle.dumps(make), threads_of(have, model_bytes))
+    args = (pickle.dumps(make), threads_of(have, model_bytes), retries)
     # Pickled: as columns, rows with different keys would be filled up with nulls.
     source = ray.data.from_items([{"row": pickle.dumps(r)} for r in rows], override_num_blocks=blocks)
     # Fractions of a CPU: workers that held all CPUs would starve Ray Data's own tasks, and the pipeline would hang.

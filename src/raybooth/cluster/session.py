@@ -33,6 +33,13 @@ class Resources:
     nodes: int
 
 
+def of_this_machine() -> Resources:
+    """What Ray would have, started here; it counts the CPUs that a container is given."""
+    from ray._private.utils import get_num_cpus
+
+    return Resources(max(1, int(get_num_cpus(override_docker_cpu_warning=True))), 0, 1)
+
+
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
     """For what is started meanwhile, and not for what this process starts later."""
@@ -69,7 +76,9 @@ def connected(address: str | None) -> Iterator[Resources]:
         _start(address)
     try:
         have = ray.cluster_resources()
-        yield Resources(max(1, int(have.get("CPU", 1))), int(have.get("GPU", 0)), len(ray.nodes()))
+        # Ray lists nodes that have gone too, and heads that do no work.
+        nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+        yield Resources(max(1, int(have.get("CPU", 1))), int(have.get("GPU", 0)), max(1, len(nodes)))
     finally:
         if ours:
             ray.shutdown()

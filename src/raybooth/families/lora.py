@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import nn
 
-from raybooth.config import Lora
 from raybooth.errors import RayboothError
 from raybooth.families.base import Family, Loaded
 from raybooth.families.parts import load, unloaded
 from raybooth.noise import reseeded
+from raybooth.sections import Lora
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer

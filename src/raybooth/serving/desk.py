@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from raybooth.config import Sampling
 from raybooth.errors import RayboothError
 from raybooth.photos import png
+from raybooth.sections import Sampling
 from raybooth.serving.engine import Engine, Look, Row
 
 Unsafe = Callable[[list[Image.Image]], list[bool]]

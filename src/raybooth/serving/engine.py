@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from raybooth.config import Sampling
 from raybooth.errors import RayboothError
 from raybooth.families import Loaded, family_of
 from raybooth.families.folder import INDEX
@@ -21,6 +20,7 @@ from raybooth.families.lowrank import hollow
 from raybooth.jobs import for_inference
 from raybooth.manifest import file_digest, model_digest, read_manifest
 from raybooth.sample import Sampler
+from raybooth.sections import Sampling
 from raybooth.serving.adapters import Adapters, slot_bytes
 from raybooth.serving.subjects import Subject
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from raybooth import config as configuration
 from raybooth.base_model import local_source
+from raybooth.disk import path_of
 from raybooth.errors import RayboothError
 from raybooth.families import mini_folder
 from raybooth.manifest import files_under, read_manifest
@@ -62,6 +63,8 @@ def serve(options: Options) -> None:
     from raybooth.serving.guard import read_keys
 
     _need_the_extra()
+    from raybooth.serving import uploads
+
     keys = read_keys(options.api_key_file) if options.api_key_file else []
     local = _is_loopback(options.host)
     if not (local or keys or options.insecure):
@@ -73,6 +76,7 @@ def serve(options: Options) -> None:
     fixed = _range(options.replicas)
     subjects = Subjects(options.paths, _base_folder(options.base), say=_say)
     base = subjects.base
+    uploads.settings(Path("run"), _section(base), {"class": "thing"}, options.set)  # what is wrong with them shows now, and not to who uploads
     safety = _safety_folder(base, options.safety)
     rank = slot_rank(subjects)
     make = partial(desk, options.paths, base, rank, safety)
@@ -124,7 +128,7 @@ def _runs(options: Options, subjects: Subjects) -> "list[APIRouter]":
     """Runs may be started where a folder of runs is served: they go into the first one."""
     from raybooth.serving.runs import Surroundings, Workshop, runs_router
 
-    local = [Path(p).expanduser() for p in options.paths if "://" not in p]
+    local = [path_of(p, "PATH") for p in options.paths if "://" not in p]
     folders = [p for p in local if p.is_dir() and not any((p / name).exists() for name in MARKS)]
     base = subjects.base
     served = Surroundings(_section(base), lambda: folder_of(base, subjects.found()), subjects.names)
@@ -190,12 +194,14 @@ def _hosts(options: Options) -> frozenset[str] | None:
 
 
 def _bound(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:  # the system would take what is left of it
+        raise RayboothError(f"--port {port} is not a port: give a number up to 65535, or 0 for any that is free.")
     try:
         family, kind, proto, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, proto)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(where)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise RayboothError(f"--host {host} --port {port} cannot be listened at ({error}): choose another --port, or 0 for any that is free.") from None
     return made
 

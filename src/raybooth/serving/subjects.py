@@ -13,7 +13,8 @@ from typing import Literal
 
 from raybooth import config as configuration
 from raybooth.base_model import needed_of_folder
-from raybooth.config import Config, Sampling
+from raybooth.config import Config
+from raybooth.disk import path_of
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.families.folder import plain_name
@@ -21,6 +22,7 @@ from raybooth.families.foreign import plain_rank
 from raybooth.families.lora import WEIGHTS
 from raybooth.manifest import MANIFEST, digest, file_digest, model_digest, read_manifest
 from raybooth.prompts import asks_for_subject, filled
+from raybooth.sections import Sampling
 from raybooth.workspace import Workspace
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -240,7 +242,7 @@ class Subjects:
 def _local(path: str) -> tuple[Path, str]:
     """Where it lies on this machine, and its name. What is behind a URI is mirrored once, as the server starts."""
     if "://" not in path:
-        folder = Path(path).expanduser().absolute()
+        folder = path_of(path, "PATH").absolute()
         if not folder.exists():
             raise RayboothError(f"There is no {path} to serve: give the storage of a run, a folder of them, or a .safetensors file of adapters.")
         return folder, folder.name

@@ -14,8 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from raybooth import config as configuration
-from raybooth.config import Config, merged
+from raybooth.config import Config
 from raybooth.errors import RayboothError
+from raybooth.layers import merged
 from raybooth.manifest import MANIFEST, read_manifest, write_atomically
 from raybooth.photos import SUFFIXES, Photo, refuse_duplicates, square
 from raybooth.serving.errors import ApiError

@@ -69,16 +69,11 @@ def test_a_sentence_from_a_worker_arrives_as_itself(storage: str, ray: None, cap
     assert "ERROR" not in capfd.readouterr().err
 
 
-def killed(folder: str) -> Any:
-    with open(f"{folder}/deaths", "a") as file:
-        file.write("x")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_pictures_that_kill_their_worker_are_not_tried_for_ever(ray: None, tmp_path: Path):
     """Ray Data itself would begin again and again, and say nothing."""
+    dies = f"import os, signal\nwith open({str(tmp_path / 'deaths')!r}, 'a') as file: file.write('x')\nos.kill(os.getpid(), signal.SIGKILL)"
     with pytest.raises(RayboothError, match="The same pictures lost a worker 2 times, perhaps for lack of memory"):
-        list(map_rows(partial(killed, str(tmp_path)), [{"name": "a"}], batch=1, have=Resources(1, 0, 1), retries=1))
+        list(map_rows(partial(exec, dies), [{"name": "a"}], batch=1, have=Resources(1, 0, 1), retries=1))  # type: ignore[arg-type]
     assert (tmp_path / "deaths").read_text() == "xx"
 
 

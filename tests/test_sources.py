@@ -168,7 +168,8 @@ def test_a_path_may_look_like_an_address(tmp_path: Path, monkeypatch: pytest.Mon
 def test_of_a_stages_folder_only_its_pictures_are_learnt_and_what_is_added_to_them(tmp_path: Path):
     for i, name in enumerate(("00.png", "contact-sheet.png", "mine.png")):
         picture(tmp_path / "instance-images" / name, i)
-    manifest = {"digest": "", "outputs": {"00.png": {}, "contact-sheet.png": {}}, "facts": {"pictures": ["00.png"]}}
+    described = {"bytes": 1, "sha256": ""}
+    manifest = {"digest": "", "inputs": {}, "outputs": {"00.png": described, "contact-sheet.png": described}, "facts": {"pictures": ["00.png"]}}
     (tmp_path / "instance-images" / "manifest.json").write_text(json.dumps(manifest))
     found = gather([str(tmp_path / "instance-images")])
     assert names(found, tmp_path) == ["instance-images/00.png", "instance-images/mine.png"]
@@ -196,7 +197,7 @@ def test_what_raybooth_has_made_among_the_photographs_is_not_learnt(where: str, 
     picture(tmp_path / "b.png", 1)
     for name in ("c.png", "contact-sheet.png"):  # as class-images leaves them, of another run in the same place
         picture(tmp_path / "class-images" / name, 2)
-    (tmp_path / "class-images" / "manifest.json").write_text('{"digest": "", "outputs": {}}')
+    (tmp_path / "class-images" / "manifest.json").write_text('{"digest": "", "inputs": {}, "facts": {}, "outputs": {}}')
     if where != ".":
         picture(tmp_path / where / "before-after.png", 3)
     assert prepared(tmp_path, tmp_path / where) == ["a.png", "b.png"]

@@ -9,7 +9,7 @@ import pytest
 
 from raybooth.config import Config
 from raybooth.errors import RayboothError
-from raybooth.manifest import MANIFEST, write_atomically
+from raybooth.manifest import MANIFEST, read_manifest, write_atomically
 from raybooth.session import Run
 from raybooth.workspace import Workspace
 
@@ -218,3 +218,17 @@ def test_a_users_own_manifest_is_in_the_way_too(tmp_path: Path, theirs: bytes):
     (tmp_path / "s" / MANIFEST).unlink()
     stage.finish()
     assert stage.done(["x"])
+
+
+@pytest.mark.parametrize(
+    "held",
+    ["[]", "null", '{"digest": "x"', '{"digest": "x", "outputs": []}', '{"digest": "x", "outputs": {}}', '{"digest": 5, "outputs": {}, "inputs": {}, "facts": {}}',
+     '{"digest": "x", "outputs": {"a": 1}, "inputs": {}, "facts": {}}', '{"digest": "x", "outputs": {"a": {"bytes": 1}}, "inputs": {}, "facts": {}}'],
+)  # fmt: skip
+def test_a_manifest_of_another_shape_is_none(tmp_path: Path, held: str):
+    """A stage with it is not done, and who needs it says so, whoever has had a hand in the file."""
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / MANIFEST).write_text(held)
+    assert read_manifest(tmp_path / "s") is None
+    with pytest.raises(RayboothError):
+        Workspace(str(tmp_path)).manifest("s")

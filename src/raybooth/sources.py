@@ -153,8 +153,8 @@ def _readable(name: str) -> str:
 
 def _made_besides(folder: Path) -> set[str]:
     """Outputs of a stage's folder that are not its pictures, as its contact sheet."""
-    manifest = read_manifest(folder) or {"outputs": {}}
-    return set(manifest["outputs"]) - set(manifest.get("facts", {}).get("pictures", manifest["outputs"]))
+    manifest = read_manifest(folder) or {"outputs": {}, "facts": {}}
+    return set(manifest["outputs"]) - set(manifest["facts"].get("pictures", manifest["outputs"]))
 
 
 def _without_password(url: str) -> str:

@@ -1,9 +1,11 @@
 """A plain function over many rows, by Ray Data: a pool of actors on GPUs, of tasks on CPUs."""
 
+import contextlib
 import logging
 import math
 import pickle
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -35,28 +37,32 @@ def _made(pickled: bytes, threads: int) -> Work:
     return work
 
 
-def _check_attempts(retries: int) -> None:
-    """Ray tries work whose worker has died again, for ever.
+@contextlib.contextmanager
+def _counted(board: str, rows: str, retries: int) -> Iterator[None]:
+    """Counts how many workers die over `rows`, in the key-value store of Ray's head: Ray Data hands them on for ever.
 
     Raises:
         RayboothError: if that has been the end of more than `retries` workers.
     """
-    from ray._private.worker import global_worker
+    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
-    died = global_worker.core_worker.get_current_task_attempt_number()
+    died = int(_internal_kv_get(rows, namespace=board) or 0)
     if died > retries:
         raise RayboothError(
             f"The same pictures lost a worker {died} time{'s' * (died > 1)}, perhaps for lack of memory: look at what 'ray logs' says. "
             "What needs less, in this order: fewer cluster.samplers where they share a machine, a smaller cluster.sample_batch, a smaller base.resolution."
         )
+    _internal_kv_put(rows, str(died + 1), namespace=board)
+    yield
+    _internal_kv_del(rows, namespace=board)
 
 
-def _worked(batch: dict[str, Any], pickled: bytes, threads: int, retries: int) -> dict[str, Any]:
+def _worked(batch: dict[str, Any], pickled: bytes, threads: int, board: str, retries: int) -> dict[str, Any]:
     rows = [pickle.loads(r) for r in batch["row"]]
     told = ""
     try:
-        _check_attempts(retries)
-        data = _made(pickled, threads)(rows)
+        with _counted(board, rows[0]["name"], retries):
+            data = _made(pickled, threads)(rows)
     except RayboothError as error:  # as a result: of what is raised, Ray Data keeps neither kind nor words
         data, told = [b""] * len(rows), str(error)
     return {"name": [r["name"] for r in rows], "data": data, "error": [told] * len(rows)}
@@ -65,8 +71,8 @@ def _worked(batch: dict[str, Any], pickled: bytes, threads: int, retries: int) -
 class _Worker:
     """An actor: holds a GPU, and the model on it, for as long as there are rows."""
 
-    def __init__(self, pickled: bytes, threads: int, retries: int):
-        self.work = partial(_worked, pickled=pickled, threads=threads, retries=retries)
+    def __init__(self, pickled: bytes, threads: int, board: str, retries: int):
+        self.work = partial(_worked, pickled=pickled, threads=threads, board=board, retries=retries)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return self.work(batch)
@@ -123,13 +129,13 @@ def map_rows(
     context.enable_progress_bars = False
     for name in ("ray.data", "ray.data._internal"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    args = (pickle.dumps(make), threads_of(have, model_bytes), retries)
+    args = (pickle.dumps(make), threads_of(have, model_bytes), f"raybooth-{uuid.uuid4().hex}", retries)
     # Pickled: as columns, rows with different keys would be filled up with nulls.
     source = ray.data.from_items([{"row": pickle.dumps(r)} for r in rows], override_num_blocks=blocks)
     # Fractions of a CPU: workers that held all CPUs would starve Ray Data's own tasks, and the pipeline would hang.
     if have.gpus:
         pool = ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
-        done = source.map_batches(_Worker, batch_size=None, compute=pool, fn_constructor_args=args, num_gpus=1, num_cpus=0.5)
+        done = source.map_batches(_Worker, batch_size=batch, compute=pool, fn_constructor_args=args, num_gpus=1, num_cpus=0.5)
     else:
         done = source.map_batches(_Task(*args), batch_size=None, compute=TaskPoolStrategy(size=size), num_cpus=0.5)
     for one in done.iter_rows():

@@ -50,8 +50,8 @@ def test_an_elastic_group_goes_on_with_fewer(tmp_path: Path, unbroken: Path, toy
 
 def test_pictures_are_drawn_by_actors_where_there_are_gpus(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
     """Ray counts a GPU as it is told to, and torch, which finds none, draws on the CPU: the same pictures, by the way that GPUs go."""
-    arguments = command("run", tmp_path, toy, photos, cluster__gpus_per_worker=0)[3:]
-    start = "import ray, sys; ray.init(num_gpus=1, include_dashboard=False); from raybooth.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = command("run", tmp_path, toy, photos, cluster__gpus_per_worker=0, cluster__address="auto")[3:]
+    start = "import ray, sys; ray.init('local', num_gpus=1, include_dashboard=False); from raybooth.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", start, *arguments], env=os.environ | WITHOUT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("class-images", "latents"):

@@ -1,12 +1,13 @@
 """Ray as raybooth starts it, and the line of a fine-tuning that it carries the words of."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raybooth.cluster.session import connected
+from raybooth.cluster.session import Resources, connected
 from raybooth.config import Config
 from raybooth.session import Run, StepLine, settings_of
 
@@ -33,6 +34,15 @@ def test_only_nodes_that_are_there_and_work_are_counted(monkeypatch: pytest.Monk
     monkeypatch.setattr(ray, "nodes", lambda: [*alive, gone, gone, head])
     with connected(None) as have:
         assert have.nodes == len(alive)
+
+
+def test_gpus_that_torch_cannot_use_are_left_alone_with_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("raybooth.cluster.session.connected", lambda _: nullcontext(Resources(8, 1, 1)))
+    for build, gpus in (("2.13.0+cpu", 0), ("2.13.0+cu130", 1), ("2.13.0", 1)):
+        monkeypatch.setattr("raybooth.session.version", lambda _, build=build: build)
+        with Run(Config(subject={"class": "dog"}, storage=str(tmp_path))) as run:  # type: ignore[arg-type]
+            assert run.ray.gpus == gpus
+        assert ("torch is its CPU build" in capsys.readouterr().err) == (gpus == 0)
 
 
 def test_the_time_left_counts_from_where_a_group_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

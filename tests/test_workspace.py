@@ -222,7 +222,8 @@ def test_a_users_own_manifest_is_in_the_way_too(tmp_path: Path, theirs: bytes):
 
 @pytest.mark.parametrize(
     "held",
-    ["[]", "null", '{"digest": "x"', '{"digest": "x", "outputs": []}', '{"digest": "x", "outputs": {}}', '{"digest": 5, "outputs": {}, "inputs": {}, "facts": {}}',
+    ["[]", "null", '{"digest": "x"', '{"digest": "x", "outputs": []}', '{"digest": "x", "outputs": {}}',
+     '{"digest": 5, "outputs": {}, "inputs": {}, "facts": {}}',
      '{"digest": "x", "outputs": {"a": 1}, "inputs": {}, "facts": {}}', '{"digest": "x", "outputs": {"a": {"bytes": 1}}, "inputs": {}, "facts": {}}'],
 )  # fmt: skip
 def test_a_manifest_of_another_shape_is_none(tmp_path: Path, held: str):

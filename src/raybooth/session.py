@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -52,6 +53,9 @@ class Run:
 
         cluster = self.config.cluster
         have = self._exit.enter_context(connected(cluster.address))
+        if have.gpus and cluster.address is None and version("torch").endswith("+cpu"):
+            self.say("torch is its CPU build here and cannot use what this machine has of GPUs: install the CUDA build ('make demo TORCH=cuda').")
+            have = replace(have, gpus=0)
         check_workers(cluster.worker_range[0], cluster.gpus_per_worker, have)  # before hours of drawing, not after
         return have
 

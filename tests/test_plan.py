@@ -39,7 +39,7 @@ def group() -> Iterator[None]:
 
 
 def measured_peak(folder: Path, made: config.Config) -> int:
-    """Bytes at the peak of fit() in the first worker, from the allocator's own record, with the weights that were there before."""
+    """Bytes at the peak of fit() in the first worker, from the allocator's own record, with the weights that were there before, but not the latents."""
     how, family = made.finetune, family_of(folder)
     data = rows(*whole(folder), how.text_encoder, made.prior.teacher)
     loaded = load(family, folder, family.trainable(how.text_encoder), held_in(family, how, "cpu"))
@@ -82,7 +82,7 @@ def test_the_peak_is_within_15_percent_of_a_real_step(tmp_path: Path, name: str,
     made = config.load(None, [f"finetune.batch={BATCH}", "finetune.precision=fp32", *how], subject={"class": "dog"}, base={"model": str(folder)})
     planned, measured = plan(folder, made), measured_peak(folder, made)
     print(name, how, planned.memory, planned.peak, measured)
-    assert planned.peak == pytest.approx(measured, rel=0.15)
+    assert planned.peak - planned.memory["latents"] == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize(("passes", "copies"), [(1, 1), (2, 2)])
@@ -93,7 +93,8 @@ def test_workers_hold_gradients_between_their_steps(toy: Path, passes: int, copi
     made = config.load(None, how, subject={"class": "dog"}, base={"model": str(toy)})
     planned = plan(toy, made)
     assert planned.memory["gradients"] == pytest.approx(copies * 4 * planned.trained, rel=0.01)
-    assert planned.peak == pytest.approx(measured_peak(toy, made), rel=0.04)
+    assert planned.memory["latents"] == 200 * 2 * 4 * (4 * 16 * 16)  # mean and std of each class picture
+    assert planned.peak - planned.memory["latents"] == pytest.approx(measured_peak(toy, made), rel=0.04)
 
 
 def planned(folder: Path, *how: str) -> Plan:

@@ -89,8 +89,9 @@ def test_a_full_disk_is_said_and_costs_no_complete_one(tmp_path: Path, monkeypat
     checkpoints.save(state(30))
     with pytest.raises(RayboothError, match="full"):
         checkpoints.wait()
-    assert not list((tmp_path / "checkpoints").glob(".partial-*"))
+    assert [p.name for p in (tmp_path / "checkpoints").glob(".partial-*")] == [f".partial-{OTHER[:16]}-0000010"]
     found, notes = saved(str(tmp_path), []).newest()
+    assert not list((tmp_path / "checkpoints").glob(".partial-*"))
     assert found is not None
     assert (found.step, notes) == (20, [])
 

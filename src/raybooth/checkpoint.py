@@ -51,6 +51,9 @@ class Checkpoints:
         Args:
             least: the least of what the workers give; every one calls it as often.
         """
+        # Cut off while they were written, of whatever configuration. Not later: the worker of a driver that was killed lives on for a moment, and writes.
+        for partial in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(partial, ignore_errors=True)
         most: int | None = None
         while True:
             state, notes = self._newest(most)
@@ -109,7 +112,7 @@ class Checkpoints:
 
         name = self._name(step)
         partial, target = self.folder / f"{PARTIAL}{name}", self.folder / name
-        self._forget_partial()
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             with explained_if_full(self.workspace.storage):
@@ -119,7 +122,7 @@ class Checkpoints:
                 manifest = {"stage": FOLDER, "digest": self.key, "step": step, "scalars": scalars, "recipe": self.recipe, "outputs": outputs}
                 write_atomically(partial / MANIFEST, json.dumps(manifest).encode())
         except BaseException:
-            self._forget_partial()  # gigabytes, on a disk that is full perhaps
+            shutil.rmtree(partial, ignore_errors=True)  # gigabytes, on a disk that is full perhaps
             raise
         shutil.rmtree(target, ignore_errors=True)  # a torn one of that step
         os.replace(partial, target)
@@ -129,11 +132,6 @@ class Checkpoints:
             self._forget_here()
         if self.uploader:
             self.uploader.ask()
-
-    def _forget_partial(self) -> None:
-        """What was cut off while it was written, of whatever configuration: one writes at a time."""
-        for partial in self.folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _forget_here(self) -> None:
         """What the last one that was written makes too old; not while it is uploaded."""

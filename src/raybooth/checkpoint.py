@@ -51,9 +51,10 @@ class Checkpoints:
         Args:
             least: the least of what the workers give; every one calls it as often.
         """
-        # Cut off while they were written, of whatever configuration. Not later: the worker of a driver that was killed lives on for a moment, and writes.
+        # What was cut off while it was written. Of this configuration it is written anew, and a worker that outlives its driver for a moment may still be at it.
         for partial in self.folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(partial, ignore_errors=True)
+            if not partial.name.startswith(f"{PARTIAL}{self.key[:16]}-"):
+                shutil.rmtree(partial, ignore_errors=True)
         most: int | None = None
         while True:
             state, notes = self._newest(most)

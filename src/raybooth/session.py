@@ -148,16 +148,19 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("raybooth", "torch", "diffusers", "transformers", "ray")}
 
 
-def folder_here(storage: str) -> Path:
-    """Of this machine, with what it has of a storage: the storage itself, or its mirror."""
-    return Workspace(storage).root if "://" in storage else path_of(storage, "storage")
+def folder_here(storage: str, *names: str) -> Path:
+    """Of this machine, with what it has of a storage: the storage itself, or its mirror, into which the stages or files `names` are brought first."""
+    if "://" not in storage:
+        return path_of(storage, "storage")
+    workspace = Workspace(storage)
+    for name in names:
+        workspace.pull(name)
+    return workspace.root
 
 
 def kept_config(storage: str) -> Path | None:
     """The configuration beside what a storage holds; None if no run was begun there."""
-    path = folder_here(storage) / "config.json"
-    if "://" in storage:
-        Workspace(storage).pull("config.json")
+    path = folder_here(storage, "config.json") / "config.json"
     return path if path.is_file() else None
 
 

@@ -51,7 +51,7 @@ class Checkpoints:
         Args:
             least: the least of what the workers give; every one calls it as often.
         """
-        # What was cut off while it was written. Of this configuration it is written anew, and a worker that outlives its driver for a moment may still be at it.
+        # What was cut off while it was written. Of this configuration it is written anew, and a worker that outlives its driver a moment may still be at it.
         for partial in self.folder.glob(f"{PARTIAL}*"):
             if not partial.name.startswith(f"{PARTIAL}{self.key[:16]}-"):
                 shutil.rmtree(partial, ignore_errors=True)

@@ -205,6 +205,8 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("an empty class", None, ["--class="], "subject.class is empty"),
     ("a class of blanks", None, ["--class=  "], "subject.class is empty"),
     ("an empty token", None, ["--token="], "subject.token"),
+    ("a token with a placeholder", None, ["--token={subject}"], "subject.token = '{subject}' is not possible: it stands in prompts"),
+    ("a class of two lines", None, ["--class=dog\ncat"], "where braces and control characters have no place"),
     ("a token that is the class", None, ["--token=Dog"], "subject.token equals subject.class"),
     ("a base that does not exist", None, ["--base=/no/such/model"], "/no/such/model"),
     ("a base of an unknown user", None, ["--base=~nobody-of-this-name/sd"], "base.model = '~nobody-of-this-name/sd'"),

@@ -1,4 +1,6 @@
-"""A cluster that loses a node: in the middle of class images, and in the middle of fine-tuning, by a fixed group and an elastic one; and one of GPUs."""
+"""A cluster that loses a node: in the middle of class images, and in the middle of fine-tuning, by a fixed group and an elastic one; one that
+gains a node; and one of GPUs.
+"""
 
 import json
 import os
@@ -13,12 +15,15 @@ from test_resume import with_stages_before
 WITHOUT = {"RAY_AUTH_MODE": "disabled", "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
 
 
-def lose_a_node(nodes: int, storage: Path, pattern: str, word: str, arguments: list[str]) -> str:
-    script = Path(__file__).parent / "losing_a_node.py"
-    command = [sys.executable, str(script), str(nodes), str(storage), pattern, word, *arguments]
+def on_a_cluster(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(Path(__file__).parent / script), *arguments]
     done = subprocess.run(command, env=os.environ | WITHOUT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
+
+
+def lose_a_node(nodes: int, storage: Path, pattern: str, word: str, arguments: list[str]) -> str:
+    return on_a_cluster("losing_a_node.py", str(nodes), str(storage), pattern, word, *arguments)
 
 
 def test_the_result_is_the_same_when_nodes_go(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
@@ -45,6 +50,17 @@ def test_an_elastic_group_goes_on_with_fewer(tmp_path: Path, unbroken: Path, toy
     assert "goes on from the checkpoint of step" in said
     facts = json.loads((tmp_path / "fine-tuned-model" / "manifest.json").read_text())["facts"]
     assert facts["where"].startswith("1 worker on")
+    assert apart(tmp_path, unbroken) < 0.02
+
+
+def test_an_elastic_group_grows_with_the_cluster(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
+    """One worker; then two, from the newest checkpoint on, for there is another node."""
+    with_stages_before(unbroken, tmp_path)
+    arguments = command("finetune", tmp_path, toy, photos, **SETTINGS, finetune__accumulate=2, cluster__workers="1-2")[3:]
+    said = on_a_cluster("gaining_a_node.py", str(tmp_path), "checkpoints/[!.]*", *arguments)
+    assert "goes on from the checkpoint of step" in said
+    facts = json.loads((tmp_path / "fine-tuned-model" / "manifest.json").read_text())["facts"]
+    assert facts["where"].startswith("2 workers on")
     assert apart(tmp_path, unbroken) < 0.02
 
 

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=100_000_000)]
+Item = TypeVar("Item")
+Several = Annotated[list[Item], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""A list, of which one item can stand without brackets."""
 SchedulerName = Literal["dpmsolver++", "ddim", "pndm", "euler"]
 
 
@@ -34,7 +37,7 @@ class Section(BaseModel):
 class Subject(Section):
     """Who or what is learnt."""
 
-    photos: list[Annotated[str, Field(min_length=1)]] = Field(default=[], description="folders, files, http(s) URLs, or hub datasets as hf://owner/name")
+    photos: Several[Annotated[str, Field(min_length=1)]] = Field(default=[], description="folders, files, http(s) URLs, or hub datasets as hf://owner/name")
     token: str = Field(
         "unqtkn", min_length=1, max_length=100, description="the rare word that will name the subject; auto: the first that 'raybooth token' proposes"
     )
@@ -42,10 +45,12 @@ class Subject(Section):
     crops: int = Field(0, ge=0, le=100, description="random crops of each photograph to learn from, beside the centre one")
     flip: bool = Field(False, description="learn from mirror images too; not for a subject with text or a hair parting")
 
-    @field_validator("photos", mode="before")
+    @field_validator("token", "class_name")
     @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [str(value)] if isinstance(value, str | Path) else value  # before or after _paths_are_text
+    def _can_be_said(cls, value: str) -> str:
+        if not value.isprintable() or "{" in value or "}" in value:
+            raise ValueError("it stands in prompts, where braces and control characters have no place: use plain words")
+        return value
 
     @property
     def prompt(self) -> str:
@@ -133,14 +138,9 @@ class Finetune(Section):
         description="autocast over fp32 weights (auto: what the family bears on GPUs, bf16 on CPUs that have it), or bf16 weights with stochastic rounding",
     )
     log_every: Count = Field(10, description="read the loss back and show it every so many steps")
-    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=["tensorboard"], description="where readings go beside metrics.jsonl")
+    trackers: Several[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=["tensorboard"], description="where readings go beside metrics.jsonl")
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     checkpoints: Count = Field(2, description="newest checkpoints that are kept")
-
-    @field_validator("trackers", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -155,18 +155,13 @@ class Lora(Section):
     alpha: Positive | None = Field(None, description="an adapter's output is scaled by alpha / rank; default: rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that is dropped in training")
     dora: bool = Field(False, description="direction and magnitude of the denoiser's adapters apart (DoRA): better at low ranks, slower")
-    targets: list[str] | None = Field(None, description="names of layers; default: the attention's")
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    targets: Several[str] | None = Field(None, description="names of layers; default: the attention's")
 
 
 class Generate(Section):
     """What is drawn with the result."""
 
-    prompts: list[str] = Field(
+    prompts: Several[str] = Field(
         default=["photo of {subject}", "photo of {subject} in the snow", "photo of {subject} on the beach", "photo of {subject} in the city",
                  "photo of {subject} at night", "photo of {subject} in the desert"],
         min_length=1, description="prompts; {subject}, {token} and {class} are filled in",
@@ -175,11 +170,6 @@ class Generate(Section):
     steps: int = Field(25, ge=1, le=999, description="denoising steps a picture")
     guidance: float = Field(7.5, ge=0, allow_inf_nan=False, description="classifier-free guidance scale")
     scheduler: SchedulerName = Field("dpmsolver++", description="sampler")
-
-    @field_validator("prompts", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 class Evaluate(Section):

@@ -5,6 +5,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "0")
@@ -48,6 +49,23 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "ray", None)
 
 
+@pytest.fixture(scope="module")
+def fits_here() -> Iterator[None]:
+    """A group of one worker is this process: its loop is pickled as for another, and none is started."""
+    import torch
+    from ray import cloudpickle
+
+    from raybooth.train import Parallel
+
+    def run_group(make: Callable[[], Any], *, heard: Callable[[dict[str, Any]], None], **_: Any) -> Any:
+        group = SimpleNamespace(device=torch.device("cpu"), where="here", least=int, **vars(Parallel()))
+        return cloudpickle.loads(cloudpickle.dumps(make))()(group, heard)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("raybooth.cluster.fit.run_group", run_group)
+        yield
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_sd(tmp_path_factory.mktemp("models") / "toy")
@@ -64,10 +82,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, toy: Path, photos: Path, ray: None) -> Path:
     """A fine-tuning that nothing has interrupted, the reference of those that something has."""
+    from filelock import FileLock
     from test_pipeline import LONGER, call
 
-    storage = tmp_path_factory.mktemp("unbroken")
-    call("run", storage, toy, photos, **LONGER)
+    shared = tmp_path_factory.getbasetemp()
+    storage = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "unbroken"  # once for both halves of the tests
+    with FileLock(f"{storage}.lock"):
+        if not (storage / "output-images" / "manifest.json").exists():
+            call("run", storage, toy, photos, **LONGER)
     return storage
 
 

@@ -59,6 +59,9 @@ def bomb(side: int = 40_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
+PHOTOGRAPH = Path(__file__).parent / "photographs" / "02.jpg"
+
+
 def empty(w: World) -> None:
     shutil.rmtree(w.photos)
     w.photos.mkdir()
@@ -109,6 +112,26 @@ def no_vae(w: World) -> None:
 def odd_prediction(w: World) -> None:
     path = w.model / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+
+
+def alone(name: str) -> Callable[[World], None]:
+    """A file of the user's in a storage in which no run was begun."""
+
+    def write(w: World) -> None:
+        w.config.unlink()
+        (w.storage / name).write_text("the user's")
+
+    return write
+
+
+def with_a_hole(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes(300) + data[len(data) // 2 + 300 :]
+
+
+def as_bmp(path: Path) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(path).save(buffer, "BMP")
+    return buffer.getvalue()
 
 
 def put(name: str, text: str) -> Callable[[World], None]:
@@ -196,12 +219,14 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a URL in capitals", None, ["PHOTOS=HTTP://127.0.0.1:9/a.png"], "HTTP://127.0.0.1:9/a.png cannot be fetched"),
     ("a corrupt photograph", lambda w: w.photo("bad.png", image()[:60] + b"\0" * 200 + image()[260:]), [], "bad.png"),
     ("a truncated photograph", lambda w: w.photo("cut.jpg", image(kind="JPEG")[:900]), [], "cut.jpg is damaged or cut off"),
+    ("a JPEG with a hole", lambda w: w.photo("hole.jpg", with_a_hole(PHOTOGRAPH.read_bytes())), [], "hole.jpg is damaged or cut off (Corrupt JPEG data"),
     ("an empty file", lambda w: w.photo("none.png", b""), [], "none.png is not a picture"),
     ("a photograph of one pixel", lambda w: w.photo("dot.png", image(1, 1)), [], "dot.png is 1 x 1 pixels"),
     ("a thin photograph", lambda w: w.photo("thin.png", image(400, 8)), [], "thin.png is 400 x 8 pixels"),
     ("a decompression bomb", lambda w: w.photo("bomb.png", bomb()), [], "bomb.png has more than 178 million pixels"),
     ("text named .jpg", lambda w: w.photo("text.jpg", b"hello, I am text"), [], "text.jpg is not a picture"),
     ("the same photograph twice", lambda w: w.photo("twin.png", (w.photos / "0.png").read_bytes()), [], "twin.png is the same photograph as"),
+    ("the same picture in another file", lambda w: w.photo("twin.bmp", as_bmp(w.photos / "0.png")), [], "twin.bmp is the same photograph as"),
     ("an empty class", None, ["--class="], "subject.class is empty"),
     ("a class of blanks", None, ["--class=  "], "subject.class is empty"),
     ("an empty token", None, ["--token="], "subject.token"),
@@ -268,6 +293,9 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a number of thousands of digits", None, [f"--set=finetune.steps={'9' * 5000}"], "finetune.steps = '999"),
     ("brackets without end", None, [f"--set=finetune.steps={'[' * 5000}"], "finetune.steps = '[[["),
     ("brackets without end in the file", toml(f"seed = {'[' * 5000}"), ["FOLDER/my.toml"], "is not valid TOML"),
+    ("keys without end", None, [f"--set=finetune.steps{'.a' * 5000}=1"], "finetune.steps = "),
+    ("keys without end in the file", toml(f"finetune.steps{'.a' * 5000} = 1"), ["FOLDER/my.toml"], "finetune.steps = "),
+    ("more workers than rows at least", None, ["--set=cluster.workers='3-9'"], "finetune.batch is 2 for 3 workers"),
     ("more workers than rows", None, ["--set=cluster.workers=9"], "finetune.batch is 2 for 9 workers"),
     ("more GPU workers than GPUs", None, ["--set=cluster.gpus_per_worker=1"], "needs 1 GPUs and there are 0"),
     ("a cluster that is not there", None, ["--set=cluster.address='127.0.0.1:9'"], "127.0.0.1:9"),
@@ -281,6 +309,9 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a remote storage that cannot be written to", None, ["--storage=file:///proc/raybooth"], "file:///proc/raybooth cannot be written to"),
     ("a remote storage that nothing answers", None, ["--storage=hf://x/y"], "hf://x/y cannot be opened"),
     ("a lock that is a folder", lambda w: (w.storage / ".lock").mkdir(), [], "has a folder where a file of raybooth's belongs"),
+    ("a file called as the kept configuration", put("storage/config.json", '{"mine": 1}'), [], "config.json in the storage FOLDER/storage is none that"),
+    ("a file called as the report", alone("report.html"), [], "report.html in the storage"),
+    ("a file called as the readings", alone("metrics.jsonl"), [], "metrics.jsonl in the storage"),
     ("files in the way", in_the_way, [], "2 files (00.png, ...) are in the way"),
     ("a storage in use", locked, [], "in use by"),
 ]
@@ -294,7 +325,7 @@ def test_bad_input(spoil, arguments: list[str], named: str, tmp_path: Path, toy:
     shutil.copytree(toy, world.model)
     (world.storage / "class-images").mkdir(parents=True)
     (world.storage / "class-images" / "mine.png").write_bytes(b"the user's")
-    world.config.write_text('{"subject": {"class": "cat"}}')
+    world.config.write_text('{"subject": {"class": "cat"}, "base": {}, "finetune": {}, "storage": "."}')
     if spoil:
         spoil(world)
     given = [a.replace("FOLDER", str(tmp_path)) for a in arguments if not a.startswith(("PHOTOS=", "NONE", "--photos="))]
@@ -312,7 +343,7 @@ def test_bad_input(spoil, arguments: list[str], named: str, tmp_path: Path, toy:
     assert status == 2, printed.err
     assert len(lines) == 1
     assert printed.err.endswith(f"{lines[0]}\n")  # one line
-    assert named in lines[0]
+    assert named.replace("FOLDER", str(tmp_path)) in lines[0]
     assert "Traceback" not in printed.err
     assert len(lines[0]) < 500
     after = snapshot(tmp_path)

@@ -99,7 +99,7 @@ def test_a_perfect_model_reaches_what_the_photographs_score_among_themselves():
         assert one["div"].value < 0.45  # of the base model, which draws another one each time, it is 0.5
 
 
-def test_two_subjects_share_what_does_not_depend_on_them(tmp_path: Path, ray: None):
+def test_two_subjects_share_what_does_not_depend_on_them(tmp_path: Path, ray: None, fits_here: None):
     from raybooth.demo import photographs
 
     subjects = []

@@ -260,8 +260,17 @@ def test_of_a_remote_storage_only_what_is_gone_on_from_comes_and_only_once(tmp_p
         assert (found.step, len(notes)) == (30, 1)
     assert asked == ["30"]
     two = saved(uri, [40])
-    assert list(two.complete()) == [30, 40]
+    assert list(two.complete()[0]) == [30, 40]
     assert {p.name[-2:] for p in (tmp_path / "bucket" / "checkpoints").glob(f"{KEY[:16]}-*")} == {"30", "40"}  # 20 goes, which never was here
+
+
+def test_what_is_chosen_from_is_whole(tmp_path: Path):
+    kept = saved(str(tmp_path), [10, 20, 30])
+    torn = tmp_path / kept.complete()[0][20] / "state.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    found, notes = kept.complete()
+    assert list(found) == [30]
+    assert notes == [f"passed over the checkpoint {torn.parent.name}: its file is not what its manifest says, it is torn or damaged"]
 
 
 @pytest.mark.parametrize("harm", ["no manifest", "torn manifest", "cut", "newer tensors"])

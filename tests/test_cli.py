@@ -44,6 +44,18 @@ def test_a_stage_goes_by_the_settings_of_the_storage_that_is_named(home: Path, n
     assert config_of(parser().parse_args(["generate"])).generate.steps == 9
 
 
+def test_photographs_can_be_named_one_by_one(home: Path):
+    made = config_of(parser().parse_args(["run", "--class=dog", "--photos", "a", "b", "--photos=c"]))
+    assert made.subject.photos == ["a", "b", "c"]
+
+
+def test_a_setting_that_is_text_is_not_counted_with(home: Path):
+    begun(home / "123", 7)
+    assert config_of(parser().parse_args(["generate", f"--set=storage={home}/123"])).generate.steps == 7
+    begun(Path("1e3"), 8)
+    assert config_of(parser().parse_args(["generate", "--set=storage=1e3"])).generate.steps == 8
+
+
 @pytest.mark.parametrize("verb", [["report"], ["generate"], ["evaluate"], ["export", "--to=lora"]], ids=lambda v: v[0])
 def test_a_storage_without_a_run_is_named_and_not_made(home: Path, capsys: pytest.CaptureFixture[str], verb: list[str]):
     assert main([*verb, "--storage=typo"]) == 2

@@ -4,6 +4,7 @@ gains a node; and one of GPUs.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,11 +30,11 @@ def lose_a_node(nodes: int, storage: Path, pattern: str, word: str, arguments: l
 def test_the_result_is_the_same_when_nodes_go(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
     sets = {**SETTINGS, "cluster__samplers": 2}
     arguments = command("class-images", tmp_path, toy, photos, **sets)[3:]
-    prepared = command("prepare", tmp_path, toy, photos, **sets)
-    subprocess.run(prepared, check=True, capture_output=True)
+    with_stages_before(unbroken, tmp_path)
+    shutil.rmtree(tmp_path / "class-images")
     lose_a_node(3, tmp_path, "class-images/.partial-*/*.png", "ray::", arguments)
     assert contents(tmp_path / "class-images") == contents(unbroken / "class-images")
-    said = lose_a_node(3, tmp_path, "checkpoints/[!.]*", "RayTrainWorker", command("run", tmp_path, toy, photos, **sets)[3:])
+    said = lose_a_node(3, tmp_path, "checkpoints/[!.]*", "RayTrainWorker", command("finetune", tmp_path, toy, photos, **sets)[3:])
     assert "a worker was lost, the group starts again" in said
     assert "goes on from the checkpoint of step" in said
     # A worker of a node of one core steps with one thread: the last bits differ, nothing else.
@@ -66,10 +67,17 @@ def test_an_elastic_group_grows_with_the_cluster(tmp_path: Path, unbroken: Path,
 
 def test_pictures_are_drawn_by_actors_where_there_are_gpus(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
     """Ray counts a GPU as it is told to, and torch, which finds none, draws on the CPU: the same pictures, by the way that GPUs go."""
-    arguments = command("run", tmp_path, toy, photos, cluster__gpus_per_worker=0, cluster__address="auto")[3:]
-    start = "import ray, sys; ray.init('local', num_gpus=1, include_dashboard=False); from raybooth.cli import main; sys.exit(main(sys.argv[1:]))"
+    with_stages_before(unbroken, tmp_path)
+    for stage in ("class-images", "latents"):
+        shutil.rmtree(tmp_path / stage)
+    arguments = command("VERB", tmp_path, toy, photos, cluster__gpus_per_worker=0, cluster__address="auto")[3:]
+    start = """
+import ray, sys
+ray.init("local", num_gpus=1, include_dashboard=False)
+from raybooth.cli import main
+sys.exit(any(main([verb, *sys.argv[2:]]) for verb in ("class-images", "encode")))
+"""
     done = subprocess.run([sys.executable, "-c", start, *arguments], env=os.environ | WITHOUT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("class-images", "latents"):
         assert contents(tmp_path / stage) == contents(unbroken / stage)
-    assert len(contents(tmp_path / "output-images")) == 5

@@ -5,6 +5,7 @@ import pytest
 from raybooth import config
 from raybooth.config import Config
 from raybooth.errors import RayboothError
+from raybooth.prompts import filled
 from raybooth.sections import Base, Finetune
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,38 @@ def test_layers_file_then_values_then_set(tmp_path: Path):
     assert (made.seed, made.subject.class_name, made.subject.token, made.finetune.steps, made.finetune.batch) == (3, "dog", "zwx", 30, 6)
 
 
+def test_a_file_that_windows_wrote_is_read(tmp_path: Path):
+    path = tmp_path / "my.toml"
+    path.write_bytes('\ufeffseed = 3\r\n[subject]\r\nclass = "cat"\r\n'.encode())
+    made = config.load(path)
+    assert (made.seed, made.subject.class_name) == (3, "cat")
+
+
+@pytest.mark.parametrize("written", ["1234567", "95e7", "true", "2024-01-01", "0x1f", " 12 "])
+def test_what_is_text_stays_as_it_is_written(written: str):
+    made = config.load(None, ["subject.class=dog", f"base.revision={written}", f"storage={written}"])
+    assert (made.base.revision, made.storage) == (written.strip(), written.strip())
+
+
+def test_an_elastic_group_grows_as_far_as_rows_go():
+    made = config.load(None, ["subject.class=dog", "cluster.workers=1-4"])
+    assert (made.finetune.batch, made.workers) == (2, (1, 2))
+    assert config.load(None, ["subject.class=dog", "cluster.workers=1-4", "finetune.batch=8"]).workers == (1, 4)
+
+
+def test_a_kept_configuration_is_of_the_storage_that_it_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Relative, absolute or moved; what lies behind a URI has its copy here."""
+    (tmp_path / "moved").mkdir()
+    kept = tmp_path / "moved" / "config.json"
+    monkeypatch.chdir(tmp_path)
+    for storage in ("run", "/elsewhere/run"):
+        kept.write_text(Config(subject={"class": "dog"}, storage=storage).model_dump_json(by_alias=True))
+        assert config.load(Path("moved/config.json")).storage == str(tmp_path / "moved")
+        assert config.load(kept, storage="other").storage == "other"
+    kept.write_text(Config(subject={"class": "dog"}, storage="s3://bucket/run").model_dump_json(by_alias=True))
+    assert config.load(kept).storage == "s3://bucket/run"
+
+
 def test_a_saved_configuration_reads_back_the_same():
     made = config.load(None, ["subject.class=dog", "base.model=mini", "generate.images_per_prompt=2"])
     assert Config(**made.model_dump(by_alias=True, mode="json")) == made
@@ -50,7 +83,7 @@ def test_a_saved_configuration_reads_back_the_same():
 def test_defaults_of_mini_stay_with_mini(tmp_path: Path):
     """A storage keeps every setting; only what was chosen goes along to another base."""
     kept = tmp_path / "config.json"
-    mini = config.load(None, ["subject.class=dog", "base.model=mini", "finetune.steps=7", "prior.guidance=2"])
+    mini = config.load(None, ["subject.class=dog", "base.model=mini", "finetune.steps=7", "prior.guidance=2"], storage=str(tmp_path))
     kept.write_text(mini.model_dump_json(by_alias=True))
     other = config.load(kept, base={"model": "owner/model"})
     assert other.finetune == Config(subject={"class": "dog"}).finetune.model_copy(update={"steps": 7})
@@ -81,10 +114,10 @@ def test_prodigys_rate_is_a_factor_near_one_unless_the_user_sets_it(base: str):
 @pytest.mark.parametrize("base", ["CompVis/stable-diffusion-v1-4", "mini"])
 def test_a_kept_configuration_takes_another_optimizers_rates(tmp_path: Path, base: str):
     """A storage keeps every setting, the defaults too: prodigy's factor is not adamw's rate, nor the other way round."""
-    kept, plain = tmp_path / "config.json", config.load(None, ["subject.class=dog"], base={"model": base})
+    kept, plain = tmp_path / "config.json", config.load(None, ["subject.class=dog"], base={"model": base}, storage=str(tmp_path))
     kept.write_text(plain.model_dump_json(by_alias=True))
     prodigy = config.load(kept, ["finetune.optimizer=prodigy"])
-    assert prodigy == config.load(None, ["subject.class=dog", "finetune.optimizer=prodigy"], base={"model": base})
+    assert prodigy == config.load(None, ["subject.class=dog", "finetune.optimizer=prodigy"], base={"model": base}, storage=str(tmp_path))
     kept.write_text(prodigy.model_dump_json(by_alias=True))
     assert config.load(kept, ["finetune.optimizer=adamw"]) == plain
     assert config.load(kept, ["finetune.steps=7"]).finetune.lr == 1
@@ -109,7 +142,7 @@ def test_prompts_are_filled_in():
     made = config.load(None, ["subject.class=dog", "subject.token=zwx"])
     assert made.fill("{subject} / {token} / {class}") == "zwx dog / zwx / dog"
     assert made.fill("{{subject}} {red} {subject.upper} {token:>9} {} {") == "{zwx dog} {red} {subject.upper} {token:>9} {} {"
-    assert config.load(None, ["subject.class={token}", "subject.token=zwx"]).fill("a {subject}") == "a zwx {token}"
+    assert filled("a {subject}", "zwx", "{token}") == "a zwx {token}"
     assert made.class_prompt == "photo of a dog"
     assert made.subject.prompt == "photo of zwx dog"
 

@@ -23,7 +23,9 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scores(storage: Path) -> Scores:
-    return demo(str(storage), [])
+    found = demo(str(storage), [])
+    assert found is not None
+    return found
 
 
 def test_the_subject_is_learnt(scores: Scores):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,12 @@ from PIL import Image
 from stored import on_mini, teach
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 
-from raybooth import config, evaluation, reporting, selection
+from raybooth import evaluation, reporting, selection
 from raybooth.encoders import clip, vit
 from raybooth.mini import FOLDER
 from raybooth.mini.world import render, subject_scenes
 from raybooth.reporting import do
 from raybooth.score import Score, among, diversity, scored, to_prompt, to_subject, variety
-from raybooth.session import Run
-from raybooth.stages import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +95,21 @@ def test_a_single_value_has_no_interval_and_two_pictures_are_a_single_pair(other
     assert three.low < three.value < three.high
 
 
-@pytest.fixture
-def storage(tmp_path: Path, photos: Path, in_process: None) -> Path:
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, photos: Path, ray: None) -> Path:
     """A run that has learnt something, drawn and scored."""
-    with on_mini(tmp_path, photos) as run:
+    storage = tmp_path_factory.mktemp("evaluated")
+    with on_mini(storage, photos) as run:
         do(run, ["prepare", "class-images"])
         teach(run, 1)
         do(run, ["generate", "evaluate"])
-    return tmp_path
+    return storage
+
+
+@pytest.fixture
+def storage(evaluated: Path, tmp_path: Path, in_process: None) -> Path:
+    """A copy of it, to do something more with."""
+    return Path(shutil.copytree(evaluated, tmp_path / "storage", symlinks=True))
 
 
 def test_what_is_scored_is_what_this_configuration_asks_for(storage: Path, photos: Path):
@@ -198,16 +204,10 @@ def test_one_pair_of_pictures_has_a_dash_for_its_interval(storage: Path, photos:
         assert re.fullmatch(r".{62} +\d\.\d{3} +-  .*", line)
 
 
-def test_the_stage_scores_a_run_and_does_nothing_twice(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str], ray: None):
-    made = config.load(
-        None,
-        ["prior.images=4", "prior.steps=4", "finetune.steps=2", "generate.steps=4", "generate.images_per_prompt=3",
-         "generate.prompts=['photo of {subject} in the snow']"],
-        subject={"photos": [str(photos)], "class": "dog"}, base={"model": "mini"}, storage=str(tmp_path),
-    )  # fmt: skip
-    with Run(made) as run:
-        for stage in (*STAGES.values(), evaluation.evaluate):
-            stage(run)
+def test_the_stage_scores_a_run_and_does_nothing_twice(storage: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+    with on_mini(storage, photos, "prior.images=4", "generate.images_per_prompt=3") as run:
+        run.quiet = False
+        do(run, ["generate", "evaluate"])
         scores = evaluation.read(run)
         assert set(scores) == {"dino", "clip_i", "clip_t", "pres", "div", "class_div"}
         for name, score in scores.items():
@@ -219,8 +219,8 @@ def test_the_stage_scores_a_run_and_does_nothing_twice(tmp_path: Path, photos: P
         assert scores["dino"].value == pytest.approx(to_subject(features["output"]["dino"], features["instance"]["dino"]).mean(), abs=1e-6)
         assert scores["dino"].ceiling == pytest.approx(among(features["instance"]["dino"]).mean(), abs=1e-6)
         assert scores["pres"].floor == pytest.approx(to_subject(features["class-before"]["dino"], features["instance"]["dino"]).mean(), abs=1e-6)
-        before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")} | {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
+        before = {p: p.stat().st_mtime_ns for p in storage.rglob("*.safetensors")} | {p: p.stat().st_mtime_ns for p in storage.rglob("*.png")}
         evaluation.evaluate(run)
         assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["clip_t"]["ceiling"] is None
+    assert json.loads((storage / "scores" / "scores.json").read_text())["clip_t"]["ceiling"] is None
     assert "DINO    looks like the subject" in capsys.readouterr().err

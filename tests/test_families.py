@@ -9,10 +9,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import toys
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors import safe_open
-from toys import LAYOUTS, MAKERS, make_schnell
+from toys import LAYOUTS, MAKERS
 from transformers import T5EncoderModel
 
 from raybooth.dataset import TrainingSet
@@ -74,11 +75,13 @@ def by_diffusers(folder: Path, family: Family, adapters: Path | None = None) -> 
         pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(diffusers.DDIMScheduler.from_pretrained(folder / "scheduler").config)
     facts = family.facts(folder)
     z = normal(facts.latent_shape(32), 1, "latents")[None]
+    how = {}
     if family.pipeline == "FluxPipeline":
         z = pipe._pack_latents(z, *z.shape)
+        how = {"max_sequence_length": facts.text_length}  # diffusers leaves it to the caller
     else:
         z = z * getattr(pipe.scheduler, "init_noise_sigma", 1.0) if not hasattr(pipe, "unet") else z
-    return pipe(PROMPTS[0], latents=z, num_inference_steps=4, guidance_scale=3.0, height=32, width=32, output_type="np").images[0]
+    return pipe(PROMPTS[0], latents=z, num_inference_steps=4, guidance_scale=3.0, height=32, width=32, output_type="np", **how).images[0]
 
 
 def test_it_draws_what_its_pipeline_draws(model: Path):
@@ -153,7 +156,7 @@ def test_the_targets_are_the_schedulers_own(model: Path):
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])
 def test_a_prompt_of_every_step_is_read_once(tmp_path: Path, name: str):
-    folder = MAKERS[name](tmp_path / "model")
+    folder = toys.made(name)
     family = family_of(folder)
     loaded = load(family, folder, family.encoders)
     afresh = [family.encode_text(replace(loaded, kept={}), [p])["text"] for p in PROMPTS]
@@ -202,16 +205,17 @@ def test_an_encoder_that_is_never_trained_runs_once_a_prompt(tmp_path: Path, mon
 
 
 def test_schnell_takes_no_guidance_and_no_second_pass(tmp_path: Path):
-    folder = make_schnell(tmp_path / "schnell")
+    folder = toys.made("schnell")
     family, loaded = whole(folder)
     assert family.facts(folder).embeds_guidance
+    assert family.encode_text(loaded, ["photo of a dog"])["text"].shape[1] == family.conditioning(folder)["text"][0] == 256
     low, high = (next(Sampler(family, loaded, Sampling(2, g, "euler", 32), 1).draw(["photo of a dog"], [1])) for g in (0.0, 7.5))
     assert (low == high).all()
 
 
 def test_adapters_go_where_they_are_asked_to_and_nowhere_is_refused(tmp_path: Path):
     """An encoder without such layers has its own."""
-    folder = MAKERS["sd1"](tmp_path / "sd1")
+    folder = toys.made("sd1")
     family, loaded = whole(folder)
     add_adapters(family, loaded, family.trainable(True), Lora(rank=2, targets=["to_q"]), seed=0)
     trained = {part: [n for n, _ in loaded.modules[part].named_parameters() if ".lora_A" in n] for part in family.trainable(True)}

@@ -14,6 +14,8 @@ SMALL = {
     "prior": {"images": 8, "steps": 2},
     "finetune": {"steps": 4, "log_every": 1},
     "generate": {"prompts": ["photo of {subject}"], "images_per_prompt": 2, "steps": 2},
+    "evaluate": {"class_images": 4},
+    "cluster": {"samplers": 1},
 }
 
 

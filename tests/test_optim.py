@@ -44,16 +44,18 @@ def test_the_stochastic_optimizer_is_adamw_on_average():
     assert float(ours.float().mean()) - start == pytest.approx(float(theirs) - start, rel=0.03)
 
 
-def test_the_average_is_the_recursion():
-    p = nn.Parameter(torch.zeros(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_is_the_recursion(dtype: torch.dtype):
+    p = nn.Parameter(torch.zeros(3, dtype=dtype))
     average, expected = Average({"p": p}, 0.9), torch.zeros(3)
     for step in range(1, 30):
         p.data.fill_(step)
         keep = min(0.9, (1 + step) / (10 + step))
         expected = keep * expected + (1 - keep) * step
         average.update(step)
+    assert torch.allclose(average.values["p"], expected)
     average.apply()
-    assert torch.allclose(p.detach(), expected)
+    assert torch.allclose(p.detach().float(), expected, rtol=0.005 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "prodigy"])

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import toys
 from stored import make_adapters
 from test_families import draw, rows, settings, whole
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +25,7 @@ from raybooth.jobs import for_inference
 from raybooth.method import autocast_dtype, drawing_dtype, held_in, make_ready
 from raybooth.sections import Finetune, Lora
 from raybooth.train import Parallel, State, Step, fit
+from raybooth.tuning import in_common
 from raybooth.tuning import settings as settings_of
 
 Wrap = Callable[[torch.nn.Module], torch.nn.Module]
@@ -85,7 +88,7 @@ def test_a_flow_is_trained_in_float32_by_a_gpu_that_has_no_bfloat16(family: Fami
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("lora", [Lora(rank=4), Lora(rank=2, dora=True)], ids=["lora", "dora"])
 def test_float32_adapters_on_a_bf16_base_learn(tmp_path: Path, name: str, lora: Lora):
-    folder = MAKERS[name](tmp_path / name)
+    folder = toys.made(name)
     family, loaded = adapted(folder, lora=lora)
     parameters = [p for m in loaded.modules.values() for p in m.parameters()]
     before = [p.clone() for p in parameters]
@@ -108,7 +111,7 @@ def test_float32_adapters_on_a_bf16_base_learn(tmp_path: Path, name: str, lora: 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("lora", [Lora(rank=4), Lora(rank=2, dora=True)], ids=["lora", "dora"])
 def test_new_adapters_change_no_bit_of_what_a_bf16_base_draws(tmp_path: Path, name: str, lora: Lora):
-    folder = MAKERS[name](tmp_path / name)
+    folder = toys.made(name)
     family = family_of(folder)
     loaded = load(family, folder, (family.denoiser, "vae", *family.encoders), torch.bfloat16)
     plain = draw(family, loaded)
@@ -122,7 +125,7 @@ def test_new_adapters_change_no_bit_of_what_a_bf16_base_draws(tmp_path: Path, na
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_a_bf16_base_draws_with_adapters_too_small_for_its_weights(tmp_path: Path, name: str):
     """Merged, most of what they change would be rounded away."""
-    folder = MAKERS[name](tmp_path / name)
+    folder = toys.made(name)
     make_adapters(folder, tmp_path, seed=1, scale=2e-3)
     family, exact = whole(folder)
     loaded = load(family, folder, tuple(exact.modules), torch.bfloat16)
@@ -143,14 +146,14 @@ def test_a_bf16_base_draws_with_adapters_too_small_for_its_weights(tmp_path: Pat
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_bf16_base_teaches_its_own_adapters(tmp_path: Path, name: str):
     """Before they have moved they say what it says without them; it is asked in a smaller batch, so that a last bit may differ."""
-    folder, how = MAKERS[name](tmp_path / name), LORA.model_copy(update={"text_encoder": False})
+    folder, how = toys.made(name), LORA.model_copy(update={"text_encoder": False})
     family, loaded = adapted(folder, how)
     priors = [s.metrics.prior for s in taught(folder, family, loaded, how, teacher=True) if s.metrics]
     assert priors[0] < priors[-1] / 10
 
 
 def test_a_run_on_a_bf16_base_goes_on_in_the_same_bits(tmp_path: Path):
-    folder = MAKERS["sd3"](tmp_path / "sd3")
+    folder = toys.made("sd3")
     steps = list(taught(folder, *adapted(folder), steps=4))
     half = next(s for s in taught(folder, *adapted(folder), steps=4) if s.number == 2).state()
     rest = list(taught(folder, *adapted(folder), start=half, steps=4))
@@ -159,7 +162,7 @@ def test_a_run_on_a_bf16_base_goes_on_in_the_same_bits(tmp_path: Path):
 
 def test_workers_agree_on_a_bf16_base(tmp_path: Path):
     """DistributedDataParallel sends the frozen weights to all once and waits for the adapters' gradients alone."""
-    folder = MAKERS["sdxl"](tmp_path / "sdxl")
+    folder = toys.made("sdxl")
     alone = losses(taught(folder, *adapted(folder)))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -171,7 +174,7 @@ def test_workers_agree_on_a_bf16_base(tmp_path: Path):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_flows_are_drawn_in_bfloat16_where_there_is_any(tmp_path: Path, name: str):
-    family = family_of(MAKERS[name](tmp_path / name))
+    family = family_of(toys.made(name))
     flow = name in ("sd3", "flux")
     assert drawing_dtype(family, "cuda", bfloat16=True) == (torch.bfloat16 if flow else torch.float16)
     assert drawing_dtype(family, "cuda", bfloat16=False) == (torch.float32 if flow else torch.float16)
@@ -182,9 +185,25 @@ def test_flows_are_drawn_in_bfloat16_where_there_is_any(tmp_path: Path, name: st
 def test_what_draws_and_encodes_is_loaded_so(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
     """But for the VAE."""
     monkeypatch.setattr("raybooth.method.drawing_dtype", lambda family, device, bfloat16: drawing_dtype(family, "cuda", bfloat16=True))
-    folder = MAKERS[name](tmp_path / name)
+    folder = toys.made(name)
     family = family_of(folder)
     loaded = for_inference(folder, (family.denoiser, "vae", *family.encoders))
     types = {part: next(module.parameters()).dtype for part, module in loaded.modules.items()}
     assert types.pop("vae") == torch.float32
     assert set(types.values()) == {getattr(torch, family.half)}
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "common"),
+    [
+        (torch.bfloat16, ["bf16"], "bf16"), (torch.bfloat16, ["fp16"], "fp16"), (torch.float16, ["bf16"], "fp16"), (torch.bfloat16, ["fp32", "fp16"], "fp32"),
+        (None, ["bf16"], "fp32"),
+    ],
+)  # fmt: skip
+def test_workers_on_unlike_devices_take_one_precision(monkeypatch: pytest.MonkeyPatch, own: torch.dtype | None, others: list[str], common: str):
+    order = ["fp32", "fp16", "bf16"]
+    group = SimpleNamespace(device=torch.device("cpu"), least=lambda mine: min(mine, *(order.index(o) for o in others)))
+    monkeypatch.setattr("raybooth.tuning.autocast_dtype", lambda *_: own)
+    assert in_common(FAMILIES[0], Finetune(), group).precision == common
+    for said in ("fp16", "bf16-weights"):
+        assert in_common(FAMILIES[0], Finetune(precision=said), group).precision == said

@@ -27,7 +27,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory, photos: Path, ray: None) -> Path:
+def page(tmp_path_factory: pytest.TempPathFactory, photos: Path, ray: None, fits_here: None) -> Path:
     storage = tmp_path_factory.mktemp("report")
     made = config.load(
         None,

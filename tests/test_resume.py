@@ -75,6 +75,8 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path, unbroken: Path, 
             _, said = process.communicate(timeout=200)
             assert process.returncode == 0, said
             assert "Traceback" not in said
+            assert "a worker was lost, the group starts again" in said
+            assert "goes on from the checkpoint of step" in said
         else:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()

@@ -51,7 +51,7 @@ def test_checkpoints_are_compared_by_pictures_of_the_subject(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def overfit(tmp_path_factory: pytest.TempPathFactory, ray: None) -> Run:
+def overfit(tmp_path_factory: pytest.TempPathFactory, ray: None, fits_here: None) -> Run:
     """Without prior preservation, up to ten times mini's learning rate: it learns the dog, and then forgets all else."""
     storage = tmp_path_factory.mktemp("overfit")
     photographs(storage / "photographs")

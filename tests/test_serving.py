@@ -331,7 +331,7 @@ def test_adapters_and_checkpoints_are_as_large_as_the_base_that_they_are_put_on(
         checkpoints = Checkpoints(run.workspace, "k" * 64, 1, {"seed": 0})
         checkpoints.save(State(5, {"weights.a": torch.zeros(3)}, {}))
         checkpoints.wait()
-        for stage in ("base-model", "fine-tuned-model", checkpoints.complete()[5]):
+        for stage in ("base-model", "fine-tuned-model", checkpoints.complete()[0][5]):
             draw(run, "output-images", stage, run.config.generate, output_rows(run), {})
     assert len(set(sizes)) == 1
     assert sizes[0] > 500_000 > sum(o["bytes"] for o in Workspace(str(storage)).manifest("fine-tuned-model")["outputs"].values())

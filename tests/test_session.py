@@ -1,6 +1,9 @@
 """Ray as raybooth starts it, and the line of a fine-tuning that it carries the words of."""
 
+import json
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -80,3 +83,37 @@ def test_settings_that_are_kept_hold_in_another_folder(tmp_path: Path, monkeypat
     assert (kept["base"]["model"], kept["evaluate"]["dino"], kept["evaluate"]["clip"]) == (str(tmp_path / "models/sd"), str(tmp_path / "vit"), "mini")
     assert kept["base"]["configuration"] is None
     assert Config(**kept).finetune == given.finetune
+
+
+def test_the_configuration_that_is_kept_holds_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("models/sd").mkdir(parents=True)
+    with Run(Config(subject={"class": "dog"}, base={"model": "models/sd"}, storage="run"), quiet=True) as run:  # type: ignore[arg-type]
+        run.save_config()
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (kept["storage"], kept["base"]["model"]) == (str(tmp_path / "run"), str(tmp_path / "models/sd"))
+
+
+def test_ray_starts_where_the_home_folder_is_closed_and_a_cluster_that_wants_a_token_says_so(tmp_path: Path):
+    """In a process of its own, which has not read Ray's settings yet."""
+    (tmp_path / "home").touch()
+    program = """
+import os, socket
+from raybooth.cluster.session import connected
+from raybooth.errors import RayboothError
+with connected(None) as have:
+    assert have.cpus
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+del os.environ["RAY_AUTH_TOKEN"]
+from ray._raylet import AuthenticationTokenLoader
+AuthenticationTokenLoader.instance().reset_cache()
+with socket.create_server(("127.0.0.1", 0)) as there:
+    try:
+        with connected(f"127.0.0.1:{there.getsockname()[1]}"):
+            pass
+    except RayboothError as error:
+        print(error)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")} | {"HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert "asks for its token" in done.stdout, done.stderr

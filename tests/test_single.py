@@ -78,6 +78,8 @@ def test_it_becomes_the_folder_that_it_was_made_from(tmp_path: Path, toy_file: t
     folder = prepared(tmp_path / "run", file, configuration=str(toy))
     for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
         ours, theirs = load_file(folder / f"{part}.safetensors"), load_file(toy / f"{part}.safetensors")
+        if part.startswith("text_encoder"):  # the toy's was built and saved by transformers 5, without what every older reader looks for
+            theirs = {f"text_model.{k}": v for k, v in theirs.items()}
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}

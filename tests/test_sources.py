@@ -200,6 +200,7 @@ def test_what_raybooth_has_made_among_the_photographs_is_not_learnt(where: str, 
     (tmp_path / "class-images" / "manifest.json").write_text('{"digest": "", "inputs": {}, "facts": {}, "outputs": {}}')
     if where != ".":
         picture(tmp_path / where / "before-after.png", 3)
+        (tmp_path / where / "config.json").write_text('{"subject": {}, "base": {}, "finetune": {}, "storage": "."}')
     assert prepared(tmp_path, tmp_path / where) == ["a.png", "b.png"]
     capsys.readouterr()
     assert prepared(tmp_path, tmp_path / where) == ["a.png", "b.png"]

@@ -1,5 +1,7 @@
 """Random models of every family at toy size, made from configurations, saved as diffusers would."""
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +132,12 @@ def make_schnell(folder: Path) -> Path:
 MAKERS = {"sd1": make_sd, "sd2": make_sd2, "sdxl": make_sdxl, "sd3": make_sd3, "flux": make_flux}
 LAYOUTS = {"sd3.5": make_sd35, "schnell": make_schnell}
 """Of the same families, where tests of a family's own code differ."""
+
+
+@functools.cache
+def made(name: str) -> Path:
+    """That model, once for all tests, which change nothing in it."""
+    return (MAKERS | LAYOUTS)[name](Path(_MADE.name) / name)
+
+
+_MADE = tempfile.TemporaryDirectory(prefix="raybooth-toys-")

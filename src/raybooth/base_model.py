@@ -42,7 +42,7 @@ def _prepare(run: Run, source: Path | None) -> None:
     from raybooth.families.single import check_kind
 
     base = run.config.base
-    if _has_gone(base, source, run.held("base-model")):
+    if _has_gone(base, run.held("base-model")):
         check_fits(run.config, run.base_folder)
         return run.say(f"base-model: {base.model} has gone; the copy of it is kept")
     names: list[str] = []
@@ -57,7 +57,7 @@ def _prepare(run: Run, source: Path | None) -> None:
     if stage.done():
         check_fits(run.config, stage.folder)
         return run.say("base-model: up to date")
-    facts: dict[str, Any] = {"source": base.model}
+    facts: dict[str, Any] = {"source": _place(base)}
     if source is None:
         facts = _fetch(run, stage)
     elif source.is_file():
@@ -83,19 +83,25 @@ def _inputs(base: Base, source: Path | None) -> dict[str, Any]:
     return {"files": stats(source, needed_of_folder(source))}
 
 
-def _has_gone(base: Base, source: Path | None, held: dict[str, Any] | None) -> bool:
+def _has_gone(base: Base, held: dict[str, Any] | None) -> bool:
     """Whether all that is left of a local model is the copy in the storage, whose manifest is `held`."""
-    return source is not None and not source.exists() and held is not None and held["facts"].get("source") == base.model
+    place = _place(base)
+    return held is not None and held["facts"].get("source") == place and os.path.isabs(place) and not os.path.exists(place)
+
+
+def _place(base: Base) -> str:
+    """Where a local model lies, or lay, seen from any folder; mini is mini."""
+    return base.model if base.model == "mini" else os.path.abspath(path_of(base.model, "base.model"))
 
 
 def other_base(base: Base, held: dict[str, Any] | None) -> str | None:
     """What the model of a storage was made from, by its manifest, if that is not what `base` names."""
     source = local_source(base.model)
-    if held is None or _has_gone(base, source, held) or held["digest"] == digest(_inputs(base, source)):
+    if held is None or _has_gone(base, held) or held["digest"] == digest(_inputs(base, source)):
         return None
     name, revision = held["facts"]["source"], held["inputs"].get("revision")
     name = f"{name}@{revision}" if revision else name
-    return f"{name} as it was before" if name == _named(base) else name
+    return f"{name} as it was before" if name in (_named(base), _place(base)) else name
 
 
 def _named(base: Base) -> str:

@@ -80,13 +80,17 @@ class Checkpoints:
             notes.append(f"passed over the checkpoint {name}: {problem}")
         return None, notes
 
-    def complete(self) -> dict[int, str]:
-        """The folder in the storage of each step that has a complete one, oldest first."""
-        names = [f"{FOLDER}/{name}" for name in reversed(self._own())]
-        for name in names:
-            self.workspace.pull(name)
-        manifests = {name: read_manifest(self.workspace.root / name) for name in names}
-        return {m["step"]: name for name, m in manifests.items() if m and m["digest"] == self.key and "recipe" in m}
+    def complete(self) -> "tuple[dict[int, str], list[str]]":
+        """The folder in the storage of each step that has a complete one, oldest first, and a sentence for everything that was passed over."""
+        found, notes = {}, []
+        for name in reversed(self._own()):
+            self.workspace.pull(f"{FOLDER}/{name}")
+            manifest, problem = _whole(self.folder / name, self.key)
+            if manifest:
+                found[manifest["step"]] = f"{FOLDER}/{name}"
+            else:
+                notes.append(f"passed over the checkpoint {name}: {problem}")
+        return found, notes
 
     def save(self, state: "State") -> None:
         """Copy `state`, write it while the steps go on, and upload it; waits until the one before is written (one copy is enough).
@@ -173,12 +177,8 @@ class Checkpoints:
         return sorted((name for name in names if name.startswith(f"{self.key[:16]}-")), reverse=True)
 
 
-def _read(path: Path, key: str) -> "tuple[State | None, str]":
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from raybooth.train import State
-
+def _whole(path: Path, key: str) -> tuple[dict[str, Any] | None, str]:
+    """The manifest of one that can be read, or what is wrong with it."""
     manifest = read_manifest(path)
     if manifest is None:
         return None, "it has no manifest, it was cut off while it was written"
@@ -187,6 +187,21 @@ def _read(path: Path, key: str) -> "tuple[State | None, str]":
     try:
         if describe(path / TENSORS) != manifest["outputs"][TENSORS]:
             return None, "its file is not what its manifest says, it is torn or damaged"
+    except (OSError, KeyError) as error:
+        return None, f"it cannot be read ({error})"
+    return manifest, ""
+
+
+def _read(path: Path, key: str) -> "tuple[State | None, str]":
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from raybooth.train import State
+
+    manifest, problem = _whole(path, key)
+    if manifest is None:
+        return None, problem
+    try:
         return State(manifest["step"], load_file(path / TENSORS), manifest["scalars"]), ""
     except (OSError, SafetensorError, KeyError) as error:
         return None, f"it cannot be read ({error})"

@@ -34,9 +34,9 @@ def config_of(args: argparse.Namespace) -> "Config":
 
 def _storage(args: argparse.Namespace) -> str | None:
     """The storage that is named by --storage or --set, if any."""
-    from raybooth.layers import parsed_override
+    from raybooth.config import override
 
-    named = [layer["storage"] for layer in map(parsed_override, args.set) if "storage" in layer]
+    named = [layer["storage"] for layer in map(override, args.set) if "storage" in layer]
     return str(named[-1]) if named else args.storage
 
 
@@ -169,7 +169,7 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    size = _bytes(args.gpu) if args.gpu else None
+    size = None if args.gpu is None else _bytes(args.gpu)
     config = _config_of_a_model(args)
     from raybooth.base_model import model_configuration
     from raybooth.plan import plan
@@ -178,8 +178,19 @@ def _plan(args: argparse.Namespace) -> None:
     print(planned)
     if size is not None:
         fits = planned.peak * 1.1 <= size  # CUDA's context and fragmentation
-        advice = "does not fit: lower finetune.batch, or set finetune.gradient_checkpointing, or finetune.method = lora with finetune.lr = 1e-4"
-        print(f"\n{args.gpu}: {'fits' if fits else advice}")
+        print(f"\n{args.gpu}: {'fits' if fits else f'does not fit: {_for_less_memory(config)}'}")
+
+
+def _for_less_memory(config: "Config") -> str:
+    """What of it is not set already."""
+    how = config.finetune
+    steps = {
+        "lower finetune.batch": how.batch > config.workers[0],
+        "set finetune.gradient_checkpointing": not how.gradient_checkpointing,
+        "set finetune.method = lora with finetune.lr = 1e-4": how.method != "lora",
+        "take a lower base.resolution": True,
+    }
+    return ", or ".join(step for step, is_open in steps.items() if is_open)
 
 
 def _bytes(text: str) -> int:

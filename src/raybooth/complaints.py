@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -17,9 +18,15 @@ def sentence(error: ValidationError, known: Sequence[str]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not where:
         return f"{message}."
-    given = repr(problem["input"])
-    given = given if len(given) <= 200 else f"{given[:200]}..."
-    return f"{where} = {given} is not possible: {message[0].lower()}{message[1:]}."
+    return f"{where} = {_shown(problem['input'])} is not possible: {message[0].lower()}{message[1:]}."
+
+
+def _shown(given: Any) -> str:
+    try:
+        text = repr(given)
+    except RecursionError:  # keys in keys without end
+        text = "settings in settings"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -3,15 +3,17 @@
 Layers, later ones win: the defaults (for SD 1.x), mini's own when the base is mini, the TOML file, `--set section.key=value`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from raybooth.complaints import sentence
 from raybooth.errors import RayboothError
 from raybooth.layers import merged, parsed_override, read_file, said
+from raybooth.manifest import KEPT
 from raybooth.prompts import filled, unknown_words
 from raybooth.sections import Base, Cluster, Evaluate, Finetune, Generate, Lora, Prior, Section, Subject
 
@@ -66,13 +68,13 @@ class Config(Section):
             raise ValueError(f"subject.token equals subject.class ('{subject.token}'): choose a rare word for the token, such as unqtkn")
         if self.prior.method == "base-prediction" and self.finetune.method != "lora":
             raise ValueError("prior.method = 'base-prediction' needs finetune.method = 'lora': only then is the base model still there to ask")
-        fewest, most = self.cluster.worker_range
-        if fewest > most:
+        least, at_most = self.cluster.worker_range
+        if least > at_most:
             raise ValueError(f"cluster.workers = '{self.cluster.workers}' has more workers at least than at most: write it as '1-4'")
-        if self.finetune.batch < most:
-            raise ValueError(f"finetune.batch is {self.finetune.batch} for {most} workers: each needs a row, raise the batch or lower cluster.workers")
+        if self.finetune.batch < least:
+            raise ValueError(f"finetune.batch is {self.finetune.batch} for {least} workers: each needs a row, raise the batch or lower cluster.workers")
         self._check_optimizer()
-        each = self.cluster.gpus_per_worker or 0
+        each, most = self.cluster.gpus_per_worker or 0, self.workers[1]
         if each % 1 and (each > 1 or most > 1):
             raise ValueError(f"cluster.gpus_per_worker is {each:g} for {most} workers: each needs whole GPUs, only a single worker can do with a part of one")
         for key, prompt in [("prior.prompt", self.prior.prompt), *(("generate.prompts", p) for p in self.generate.prompts)]:
@@ -99,6 +101,12 @@ class Config(Section):
     def class_prompt(self) -> str:
         return self.fill(self.prior.prompt)
 
+    @property
+    def workers(self) -> tuple[int, int]:
+        """Fewest and most workers that fine-tune together. Each needs a row of every batch: an elastic group grows no further than these go."""
+        fewest, most = self.cluster.worker_range
+        return fewest, min(most, self.finetune.batch)
+
 
 def load(path: Path | None = None, overrides: Iterable[str] = (), **values: Any) -> Config:
     """The configuration of a TOML file, or of the JSON that a storage keeps, (or none), with `values` (sections) and then `section.key=value` on top.
@@ -106,15 +114,31 @@ def load(path: Path | None = None, overrides: Iterable[str] = (), **values: Any)
     Raises:
         RayboothError: naming the field, what is wrong with it and what to do.
     """
-    layers = [values, *map(parsed_override, overrides)]
+    layers = [values, *map(override, overrides)]
     below = read_file(path) if path else {}
     if path and path.suffix == ".json":
-        below = _for_layers(below, layers)
+        below = _for_layers(_where_it_lies(below, path), layers)
     data: dict[str, Any] = {}
     for layer in (below, *layers):
         _check_sections(layer)
         data = merged(data, layer)
     return Config(**data)
+
+
+def override(text: str) -> dict[str, Any]:
+    """`section.key=value` as the dictionary that it adds.
+
+    Raises:
+        RayboothError: if it is not of that form.
+    """
+    return parsed_override(text, [name for name, field in _fields() if field.annotation in (str, str | None)])
+
+
+def _where_it_lies(kept: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A storage's config.json is of the folder that it lies in, wherever that was moved; one behind a URI lies in a mirror."""
+    storage = kept.get("storage")
+    here = path.name == KEPT and isinstance(storage, str) and "://" not in storage
+    return {**kept, "storage": str(path.absolute().parent)} if here else kept
 
 
 def _for_layers(kept: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -143,8 +167,12 @@ def _check_sections(layer: dict[str, Any]) -> None:
 
 def field_names() -> list[str]:
     """Every setting, as `section.key`."""
-    names = []
+    return [name for name, _ in _fields()]
+
+
+def _fields() -> Iterator[tuple[str, FieldInfo]]:
     for section, field in Config.model_fields.items():
-        inner = field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, Section) else None
-        names += [f"{section}.{f.alias or k}" for k, f in inner.model_fields.items()] if inner else [section]
-    return names
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from ((f"{section}.{f.alias or k}", f) for k, f in field.annotation.model_fields.items())
+        else:
+            yield section, field

@@ -80,8 +80,8 @@ def photographs(folder: Path, seed: int = SUBJECT_SEED, kind: str = "dog", n: in
             write_atomically(path, png(render(scene)))
 
 
-def demo(storage: str, overrides: list[str], quiet: bool = False) -> Scores:
-    """Run it, write `before-after.png`, say where everything lies and how well it went."""
+def demo(storage: str, overrides: list[str], quiet: bool = False) -> Scores | None:
+    """Run it, write `before-after.png`, say where everything lies and how well it went, as far as that can be said of what was drawn."""
     config = demo_config(storage, overrides)
     with Run(config, quiet) as run:
         drawn = run.workspace.root / "photographs"
@@ -93,17 +93,17 @@ def demo(storage: str, overrides: list[str], quiet: bool = False) -> Scores:
         evaluation.evaluate(run)
         sheet = evaluation.before_after(run)
         scores = score(run)
-    print(f"\n{scores}\n\nlook at   {sheet}\npictures  {run.workspace.root / 'output-images'}\nmodel     {run.model_folder}  (opens in plain diffusers)")
+    print(f"\n{scores}\n" if scores else "")
+    print(f"look at   {sheet}\npictures  {run.workspace.root / 'output-images'}\nmodel     {run.model_folder}  (opens in plain diffusers)")
     print(f"one page  raybooth report --storage {shlex.quote(config.storage)}")
     return scores
 
 
-def score(run: Run) -> Scores:
-    """Of a run that was evaluated."""
+def score(run: Run) -> Scores | None:
+    """Of a run that was evaluated. None if no prompt shows the subject, or one photograph alone was given, which is like no other."""
     scores, found = evaluation.read(run), evaluation.measured(run)
-    dino, clip_t = scores["dino"], scores["clip_t"]
+    dino, clip_t = scores.get("dino"), scores.get("clip_t")
+    if not dino or not clip_t or dino.ceiling is None or dino.floor is None or clip_t.floor is None:
+        return None
     distance = {when: float(1 - among(found[f"class-{when}"]["clip"]).mean()) for when in ("before", "after")}
-    assert dino.floor is not None
-    assert dino.ceiling is not None
-    assert clip_t.floor is not None
     return Scores(dino.floor, dino.value, dino.ceiling, clip_t.floor, clip_t.value, distance["before"], distance["after"])

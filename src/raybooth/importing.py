@@ -22,6 +22,7 @@ def import_lora(run: Run, lora: str | Path) -> Path:
 
     file = path_of(str(lora), "the LoRA")
     plain_rank(file)  # what is no LoRA shows before a base model is fetched
+    run.refuse_others_files()
     run.workspace.pull("fine-tuned-model")
     held = read_manifest(run.workspace.root / "fine-tuned-model")
     if held and "imported" not in held["inputs"]:

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def read_file(path: Path) -> dict[str, Any]:
     """
     kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # as Windows' editors write it
         held = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except FileNotFoundError:
         raise RayboothError(f"There is no configuration file {path}: give the path of a TOML file, such as examples/dog.toml.") from None
@@ -50,8 +51,8 @@ def read_file(path: Path) -> dict[str, Any]:
     return held
 
 
-def parsed_override(text: str) -> dict[str, Any]:
-    """`section.key=value` as the dictionary that it adds.
+def parsed_override(text: str, texts: Container[str] = ()) -> dict[str, Any]:
+    """`section.key=value` as the dictionary that it adds. The settings `texts` are text, though it looks like a number.
 
     Raises:
         RayboothError: if it is not of that form.
@@ -63,6 +64,8 @@ def parsed_override(text: str) -> dict[str, Any]:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):
         parsed = value  # a bare word is a string
+    if key.strip() in texts and not isinstance(parsed, str | list | dict):
+        parsed = value.strip()
     for part in reversed(key.strip().split(".")):
         parsed = {part: parsed}
     return parsed

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+KEPT = "config.json"
+"""A storage's configuration."""
 BLOCK = 1 << 24
 """Bytes hashed at once. After every block a thread waits for Python's lock, 5 ms beside one that trains, and takes it away from that one:
 hashlib.file_digest with its quarter of a megabyte took 4.5 s in place of 0.3 for 144 MB beside a busy thread."""
@@ -85,6 +87,15 @@ def _is_ours(manifest: dict[str, Any]) -> bool:
         and all(isinstance(o, dict) and {"bytes", "sha256"} <= o.keys() for o in outputs.values())
         and all(isinstance(manifest.get(name), dict) for name in said)
     )
+
+
+def holds_configuration(folder: Path) -> bool:
+    """Whether a run was begun in `folder`: its configuration lies there. Other programs have files of that name."""
+    try:
+        kept = json.loads((folder / KEPT).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(kept, dict) and {"subject", "base", "finetune", "storage"} <= kept.keys()
 
 
 def is_another(data: bytes) -> bool:

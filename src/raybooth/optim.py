@@ -91,7 +91,11 @@ class Average:
     def update(self, step: int) -> None:
         """After optimizer step number `step`, counted from 1."""
         keep = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.values.values()), [p.detach().float() for p in self.parameters.values()], 1 - keep)
+        plain = [k for k, p in self.parameters.items() if p.dtype == torch.float32]
+        if plain:
+            torch._foreach_lerp_([self.values[k] for k in plain], [self.parameters[k].detach() for k in plain], 1 - keep)
+        for k in self.parameters.keys() - plain:  # one after the other: float32 copies of all bf16 weights at once are what these are to save
+            self.values[k].lerp_(self.parameters[k].detach().float(), 1 - keep)
 
     def apply(self) -> None:
         for k, p in self.parameters.items():

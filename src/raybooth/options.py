@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _settings(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("config", nargs="?", type=Path, help="TOML file, or a storage's config.json; without one, a single stage goes by its storage's settings")
-    verb.add_argument("--photos", nargs="+", metavar="SOURCE", help="folders, files, URLs, or hf://owner/dataset")
+    verb.add_argument("--photos", nargs="+", action="extend", metavar="SOURCE", help="folders, files, URLs, or hf://owner/dataset")
     verb.add_argument("--class", dest="class_name", metavar="WORD", help="what the subject is an instance of, such as dog")
     verb.add_argument("--token", metavar="WORD", help="the rare word that will name the subject, or auto (default: unqtkn)")
     verb.add_argument("--base", metavar="MODEL", help="hub repository, local folder, .safetensors checkpoint, or mini (default: CompVis/stable-diffusion-v1-4)")

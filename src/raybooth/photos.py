@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,10 +35,11 @@ class Photo:
         return file_digest(self.source) if isinstance(self.source, Path) else hashlib.sha256(self.source).hexdigest()
 
 
-def refuse_duplicates(photos: list[Photo]) -> None:
-    first: dict[str, Photo] = {}
-    for photo in photos:
-        twin = first.setdefault(photo.sha256, photo)
+def refuse_duplicates(contents: Iterable[tuple[Photo, str | bytes]]) -> None:
+    """Of photographs, each with what is the same only in its twin."""
+    first: dict[str | bytes, Photo] = {}
+    for photo, content in contents:
+        twin = first.setdefault(content, photo)
         if twin is not photo:
             raise RayboothError(f"{photo.name} is the same photograph as {twin.name}: remove one, or the model would learn it twice as hard.")
 
@@ -70,13 +73,16 @@ def views(photo: Photo, side: int, crops: int, flip: bool, key: str) -> list[Ima
 
 def _opened(photo: Photo) -> Image.Image:
     _register_heif()
+    data = photo.data
     try:
-        image = Image.open(io.BytesIO(photo.data))
+        image = _recognised(data)
         if min(image.size) < SMALLEST_SIDE:
             raise RayboothError(f"{photo.name} is {image.width} x {image.height} pixels: give photographs of at least {SMALLEST_SIDE} pixels a side.")
         if image.width * image.height > 2 * (Image.MAX_IMAGE_PIXELS or 0):
             raise Image.DecompressionBombError
         image.load()
+        if image.format in ("JPEG", "MPO"):
+            _check_jpeg(data)
         return ImageOps.exif_transpose(image)
     except RayboothError:
         raise
@@ -89,6 +95,28 @@ def _opened(photo: Photo) -> Image.Image:
     except Exception as error:  # decoders raise whatever they please: RuntimeError, SyntaxError, struct.error
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise RayboothError(f"{photo.name} is damaged or cut off ({reason}): copy it again from its source, or remove it.") from None
+
+
+def _recognised(data: bytes) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused
+        return Image.open(io.BytesIO(data))
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Pillow takes damage in the middle of a JPEG, which libjpeg only warns of, and shows grey or shifted blocks.
+
+    Raises:
+        ValueError: in libjpeg's words.
+    """
+    import simplejpeg
+
+    try:
+        simplejpeg.decode_jpeg(data, colorspace="GRAY", min_factor=1, strict=True)
+    except ValueError as error:
+        # Bytes too many after whole data come from some cameras. What this decoder does not know, as CMYK, Pillow may.
+        if str(error).startswith("Corrupt JPEG data") and "extraneous bytes" not in str(error):
+            raise
 
 
 def _register_heif() -> None:

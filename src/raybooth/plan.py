@@ -78,7 +78,7 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
         loaded = unloaded(family, folder, (family.denoiser, "vae", *family.encoders))
         parameters = {part: count(module) for part, module in loaded.modules.items()}
     used = without_weights(family, folder, finetune, config.lora, device)
-    workers = config.cluster.worker_range[0]
+    workers = config.workers[0]
     side = config.base.resolution or loaded.facts.resolution
     flops = step_flops(family, used, config.prior, finetune, side, workers)
     saved = {part: sum(t.numel() * t.element_size() for t in _saved(used.modules[part])) for part in trained}
@@ -156,7 +156,7 @@ def _step(
     """Memory at the peak, by part, of the second step of one worker, which has `held` modules: the optimizer has its state then.
     And the bytes of a checkpoint.
     """
-    finetune, tracker, workers = config.finetune, _Tracker(), config.cluster.worker_range[0]
+    finetune, tracker, workers = config.finetune, _Tracker(), config.workers[0]
     passes = passes_of_step(config.prior, finetune, workers)[0]  # of the first worker: no other has more rows
     parameters = {f"{part}.{k}": p for part in trained for k, p in loaded.modules[part].named_parameters() if p.requires_grad}
     optimizer = _optimizer(finetune, list(parameters.values()))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from raybooth.config import Config
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
-from raybooth.manifest import model_digest, read_manifest, write_atomically
+from raybooth.manifest import KEPT, holds_configuration, model_digest, read_manifest, write_atomically
 from raybooth.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from raybooth.cluster.session import Resources
 
 T = TypeVar("T")
+LOOSE = (KEPT, "metrics.jsonl", "before-after.png", "report.html")
+"""Files of a storage that lie in no stage's folder."""
 
 
 class Run:
@@ -56,7 +58,7 @@ class Run:
         if have.gpus and cluster.address is None and version("torch").endswith("+cpu"):
             self.say("torch is its CPU build here and cannot use what this machine has of GPUs: install the CUDA build ('make demo TORCH=cuda').")
             have = replace(have, gpus=0)
-        check_workers(cluster.worker_range[0], cluster.gpus_per_worker, have)  # before hours of drawing, not after
+        check_workers(self.config.workers[0], cluster.gpus_per_worker, have)  # before hours of drawing, not after
         return have
 
     def say(self, text: str) -> None:
@@ -111,18 +113,33 @@ class Run:
 
     def save_config(self) -> None:
         """Keep the configuration beside what it made, for people, and for the verbs that are given none."""
-        text = json.dumps(_plain(self.config), indent=1, ensure_ascii=False)
-        write_atomically(self.workspace.root / "config.json", text.encode())
-        self.workspace.push("config.json")
+        values = settings_of(self.config)
+        if not self.workspace.remote:
+            values["storage"] = str(self.workspace.root)
+        write_atomically(self.workspace.root / KEPT, json.dumps(values, indent=1, ensure_ascii=False).encode())
+        self.workspace.push(KEPT)
 
+    def refuse_others_files(self) -> None:
+        """Beside its stages' folders a run writes files that no manifest names. What bears such a name where no run was begun is the user's.
 
-def _plain(config: Config) -> dict[str, Any]:
-    return config.model_dump(by_alias=True, mode="json")
+        Raises:
+            RayboothError: if there is one.
+        """
+        root = self.workspace.root
+        for name in LOOSE:
+            self.workspace.pull(name)
+            if holds_configuration(root):
+                return
+            if (root / name).exists():
+                raise RayboothError(
+                    f"{name} in the storage {self.config.storage} is none that raybooth made, and it would write its own there: "
+                    "move that file elsewhere, or give another --storage."
+                )
 
 
 def settings_of(config: Config) -> dict[str, Any]:
     """A configuration to be kept with what it made, as plain values: paths of this machine are absolute, for it is read again in other folders."""
-    values = _plain(config)
+    values = config.model_dump(by_alias=True, mode="json")
     values["subject"]["photos"] = [_absolute(source) for source in config.subject.photos]
     for section, key in (("base", "model"), ("base", "configuration"), ("evaluate", "dino"), ("evaluate", "clip")):
         values[section][key] = _absolute(values[section][key])
@@ -160,7 +177,7 @@ def folder_here(storage: str, *names: str) -> Path:
 
 def kept_config(storage: str) -> Path | None:
     """The configuration beside what a storage holds; None if no run was begun there."""
-    path = folder_here(storage, "config.json") / "config.json"
+    path = folder_here(storage, KEPT) / KEPT
     return path if path.is_file() else None
 
 

@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
-from raybooth.manifest import read_manifest
+from raybooth.manifest import holds_configuration, read_manifest
 from raybooth.photos import SUFFIXES, Photo, refuse_duplicates
 
 HUB = "hf://"
@@ -35,7 +35,7 @@ def gather(sources: Sequence[str], storage: Path | None = None) -> Gathered:
     """The photographs in files and folders of this machine, which are read when they are needed.
 
     Links are followed, and a file counts once, however often it is come to. Skipped with the reason: hidden files and folders, files whose names
-    are not a picture's, and what raybooth itself has made: the folder `storage`, stages of any.
+    are not a picture's, and what raybooth itself has made: the folder `storage`, other storages, stages of any.
 
     Raises:
         RayboothError: if a source does not exist, there is no photograph at all or far too many, or two are the same.
@@ -97,7 +97,7 @@ def _checked(gathered: Gathered, sources: Sequence[str]) -> Gathered:
     if not gathered.photos:
         seen = "".join(f"; {name}: {reason}" for name, reason in gathered.skipped[:3])
         raise RayboothError(f"There are no photographs in {', '.join(sources) or 'nothing'}{seen}. Give three to ten pictures of the subject with --photos.")
-    refuse_duplicates(gathered.photos)
+    refuse_duplicates((photo, photo.sha256) for photo in gathered.photos)  # before any is decoded
     return gathered
 
 
@@ -130,7 +130,7 @@ class _Found:
 
     def _why_not(self, path: Path) -> str | None:
         if path.is_dir():
-            ours = os.path.realpath(path) == self._storage or read_manifest(path) is not None
+            ours = os.path.realpath(path) == self._storage or read_manifest(path) is not None or holds_configuration(path)
             return "a hidden folder" if path.name.startswith(".") else "made by raybooth" if ours else None
         if path.name.startswith("."):
             return "a hidden file"

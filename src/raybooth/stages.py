@@ -24,6 +24,7 @@ from raybooth.workspace import Stage
 def prepare(run: Run) -> None:
     """The base model and the instance images. The configuration is kept when both are there: one that was refused changes nothing."""
     run.workspace.check_writable()
+    run.refuse_others_files()
     here = local_photos(run)  # a wrong path shows before gigabytes are fetched
     prepare_base(run)
     settle_token(run)
@@ -60,8 +61,8 @@ def prepare_photos(run: Run, here: Gathered) -> None:
         there = fetch(remote, partial(_dataset, Path(scratch))) if remote else Gathered()
         _say_skipped(run, there)
         photos = here.photos + there.photos
-        refuse_duplicates(photos)
         images = [(photo, views(photo, side, subject.crops, subject.flip, str(run.config.seed))) for photo in photos]
+        refuse_duplicates((photo, squares[0].tobytes()) for photo, squares in images)
         _write_instances(run, stage, images, here.skipped + there.skipped)
 
 
@@ -193,12 +194,15 @@ def finetune(run: Run) -> None:
             stage.keep_time()
 
         facts = run_group(
-            make, workers=config.cluster.worker_range, gpus_per_worker=config.cluster.gpus_per_worker,
+            make, workers=config.workers, gpus_per_worker=config.cluster.gpus_per_worker,
             retries=config.cluster.retries, have=run.ray, heard=heard,
         )  # fmt: skip
     run.workspace.pull("fine-tuned-model")
     if selects:
-        facts["selected"] = selection.select(run, Checkpoints(run.workspace, key, config.finetune.checkpoints).complete(), target)
+        kept, notes = Checkpoints(run.workspace, key, config.finetune.checkpoints).complete()
+        for note in notes:
+            run.say(f"fine-tuned-model: {note}")
+        facts["selected"] = selection.select(run, kept, target)
     facts |= {"configuration": settings_of(config), "versions": versions()}  # config.json may be another's by the time that somebody asks
     stage.finish(facts, only=files_under(stage.partial))
     run.say(f"fine-tuned-model: {stage.folder}")

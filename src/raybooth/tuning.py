@@ -46,10 +46,10 @@ def finetuner(
     def loop(group: Any, say: Callable[[Row], None]) -> dict[str, Any]:
         folder = stage_folder(storage, "base-model")
         family = family_of(folder)
-        trained = family.trainable(finetune.text_encoder)
+        trained, how = family.trainable(finetune.text_encoder), in_common(family, finetune, group)
         with out_of_memory_explained():
-            loaded = load(family, folder, trained, held_in(family, finetune, group.device.type)).to(group.device)
-            make_ready(family, loaded, finetune, lora, seed)
+            loaded = load(family, folder, trained, held_in(family, how, group.device.type)).to(group.device)
+            make_ready(family, loaded, how, lora, seed)
         known = family.has_frozen_encoders(finetune.text_encoder)
         data = training_set(stage_folder(storage, "latents"), rows, prompts, prior, known).to(group.device)
         workspace = Workspace(storage)
@@ -67,7 +67,7 @@ def finetuner(
         parallel = Parallel(group.rank, group.world, group.wrap, group.total)
         every, steps = finetune.checkpoint_every, finetune.steps
         due = (readings[-1]["step"] // every + 1) * every if readings else 0  # as if it had never stopped
-        training = fit(family, loaded, data, settings(family, finetune, group.device, seed), parallel, start)
+        training = fit(family, loaded, data, settings(family, how, group.device, seed), parallel, start)
         del start  # for fit() to let go of: a checkpoint is as large as what is trained
         with log, explained_if_full(storage):
             with out_of_memory_explained():
@@ -88,6 +88,15 @@ def finetuner(
         return {"history": log.rows, "steps_per_second": log.rate(), "where": group.where}
 
     return loop
+
+
+def in_common(family: Family, finetune: Finetune, group: Any) -> Finetune:
+    """With what precision "auto" is to the whole group: workers on unlike devices that each took their own would average gradients of unlike scale."""
+    if finetune.precision != "auto":
+        return finetune
+    own = str(autocast_dtype(family, "auto", group.device.type) or "fp32").removeprefix("torch.")
+    names = {"fp32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # each can do what stands before its own
+    return finetune.model_copy(update={"precision": [*names.values()][group.least([*names].index(own))]})
 
 
 def save_trained(family: Family, base: Path, modules: "dict[str, Any]", method: str, target: Path) -> None:

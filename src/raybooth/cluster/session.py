@@ -4,10 +4,12 @@ import contextlib
 import gc
 import logging
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raybooth.cluster import allocator
@@ -22,6 +24,7 @@ LEAN = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # its core warns on every actor that has arguments
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_idle_worker_killing_time_threshold_ms": "600000",  # by default 1 s: processes that keep imports for the next stage must outlive a fine-tuning
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # after Ctrl-C its threads, still at it, would start a second Ray, which nobody asked for
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # ours count pictures, Ray's count blocks
 }
 
@@ -67,8 +70,9 @@ def connected(address: str | None) -> Iterator[Resources]:
     """
     for key, value in LEAN.items():
         os.environ.setdefault(key, value)
-    if "ray" not in sys.modules:  # which reads it once, on import; its own default for a cluster it starts, said so that it does not warn of it
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Ray reads it once, on import. Its own default for what it starts, said so that it does not warn of it.
+    if address is None and "ray" not in sys.modules and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        _have_a_token()
     import ray
 
     ours = not ray.is_initialized()
@@ -98,8 +102,20 @@ def _start(address: str | None) -> None:
             else:
                 with _environment(allocator.environment()):
                     ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise _no_cluster(address, error) from None
+
+
+def _have_a_token() -> None:
+    """Ray writes its own into the home folder. Where it cannot, this run has one for itself."""
+    folder = Path(os.path.expanduser("~")) / ".ray"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        closed = not ((folder / "auth_token").exists() or os.access(folder, os.W_OK))
+    except OSError:
+        closed = True
+    if closed and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _refuse_silence(address: str | None) -> None:
@@ -115,6 +131,11 @@ def _refuse_silence(address: str | None) -> None:
 def _no_cluster(address: str | None, error: Exception) -> RayboothError:
     if address is None:
         return RayboothError(f"Ray cannot be started on this machine: {error}")
+    if type(error).__name__ == "AuthenticationError":
+        return RayboothError(
+            f"The Ray cluster at cluster.address = '{address}' asks for its token: copy ~/.ray/auth_token from a machine of the cluster to this one, "
+            "or put what is in it into the environment variable RAY_AUTH_TOKEN. For a cluster without tokens set RAY_AUTH_MODE=disabled."
+        )
     return RayboothError(f"No Ray cluster answers at cluster.address = '{address}' ({error}): start one with 'ray start --head', or leave the address out.")
 
 

@@ -21,6 +21,7 @@ class Facts:
         patch: the side of the denoiser's patches, in latents.
         largest: the largest side of a picture, in pixels, if there is one.
         embeds_guidance: whether the guidance scale, if the denoiser takes any, is an input of it, and not a second pass without the prompt.
+        text_length: tokens of a prompt, where models of one family differ in it.
     """
 
     resolution: int
@@ -29,6 +30,7 @@ class Facts:
     patch: int = 1
     largest: int | None = None
     embeds_guidance: bool = False
+    text_length: int | None = None
 
     def __post_init__(self) -> None:
         for size in (self.resolution, self.latent_channels, self.downscale, self.patch):

@@ -23,7 +23,13 @@ RESOLUTION = 1024  # its configuration does not say
 def facts(folder: Path) -> Facts:
     vae = parts.config(folder, "vae/config")
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
-    return Facts(min(RESOLUTION, vae.get("sample_size", RESOLUTION)), vae["latent_channels"], downscale, patch=2, embeds_guidance=True)
+    side, length = min(RESOLUTION, vae.get("sample_size", RESOLUTION)), _text_length(folder)
+    return Facts(side, vae["latent_channels"], downscale, patch=2, embeds_guidance=True, text_length=length)
+
+
+def _text_length(folder: Path) -> int:
+    """T5's tokens as the models were trained: 512 of [dev], 256 of [schnell]. Padding is not masked, so they are not the same to it."""
+    return 512 if parts.config(folder, "transformer/config").get("guidance_embeds", False) else 256
 
 
 def objective(folder: Path) -> "Flow":
@@ -35,14 +41,14 @@ def objective(folder: Path) -> "Flow":
 @parts.configured
 def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
     net = parts.config(folder, "transformer/config")
-    return {"text": (512, net["joint_attention_dim"]), "pooled": (net["pooled_projection_dim"],)}
+    return {"text": (_text_length(folder), net["joint_attention_dim"]), "pooled": (net["pooled_projection_dim"],)}
 
 
 def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":
-    """`text` (n, 512, T5's width), `pooled` (n, CLIP's width)."""
+    """`text` (n, 512 or 256, T5's width), `pooled` (n, CLIP's width)."""
     pipe, texts = parts.text_pipeline(loaded, FAMILY.pipeline), list(prompts)
     device = next(loaded.modules["text_encoder"].parameters()).device
-    text = known["text"] if known else pipe._get_t5_prompt_embeds(texts, device=device)
+    text = known["text"] if known else pipe._get_t5_prompt_embeds(texts, max_sequence_length=loaded.facts.text_length, device=device)
     return {"text": text, "pooled": pipe._get_clip_prompt_embeds(texts, device=device)}
 
 

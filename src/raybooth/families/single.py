@@ -5,6 +5,7 @@ from typing import Any
 
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
+from raybooth.families import parts
 from raybooth.families.folder import read_index
 
 SUFFIX = ".safetensors"
@@ -50,6 +51,18 @@ def unpack(file: Path, configuration: str | None, target: Path) -> None:
             f"The checkpoint {file} does not fit the configuration {folder} ({reason}): give that of its own architecture with base.configuration."
         ) from None
     pipe.save_pretrained(target, safe_serialization=True)
+    for part in target.glob("text_encoder*"):
+        _name_as_ever(part)
+
+
+def _name_as_ever(part: Path) -> None:
+    """transformers 5 names a CLIP's text tower that it built itself without `text_model.`, and what reads folders elsewhere looks for that."""
+    from safetensors.torch import load_file, save_file
+
+    if parts.config(part.parent, f"{part.name}/config").get("architectures") == ["CLIPTextModel"]:
+        for file in part.glob("*.safetensors"):
+            tensors = load_file(file)
+            save_file({name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in tensors.items()}, file, {"format": "pt"})
 
 
 def _known_configuration(file: Path) -> Path:

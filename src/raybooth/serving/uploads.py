@@ -103,9 +103,7 @@ def store(storage: Path, config: Config, photos: list[Photo], base: Path | None 
     """
     if not photos:
         raise RayboothError("There are no photographs: choose three to ten pictures of the subject.")
-    refuse_duplicates(photos)
-    for photo in photos:
-        square(photo, 64)
+    refuse_duplicates((photo, square(photo, 64).tobytes()) for photo in photos)
     storage.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".upload-", dir=storage.parent))
     try:

@@ -5,7 +5,6 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "0")
@@ -52,14 +51,11 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def fits_here() -> Iterator[None]:
     """A group of one worker is this process: its loop is pickled as for another, and none is started."""
-    import torch
     from ray import cloudpickle
-
-    from raybooth.train import Parallel
+    from stored import alone
 
     def run_group(make: Callable[[], Any], *, heard: Callable[[dict[str, Any]], None], **_: Any) -> Any:
-        group = SimpleNamespace(device=torch.device("cpu"), where="here", least=int, **vars(Parallel()))
-        return cloudpickle.loads(cloudpickle.dumps(make))()(group, heard)
+        return cloudpickle.loads(cloudpickle.dumps(make))()(alone(), heard)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("raybooth.cluster.fit.run_group", run_group)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ from raybooth.manifest import files_under
 from raybooth.photos import png
 from raybooth.sections import Lora
 from raybooth.session import Run
+from raybooth.train import Parallel
 from raybooth.workspace import Stage, Workspace
+
+
+def alone() -> SimpleNamespace:
+    """The group of a worker that has no others, in this process."""
+    return SimpleNamespace(device=torch.device("cpu"), where="here", least=int, **vars(Parallel()))
 
 
 def make_adapters(base: Path, target: Path, seed: int, scale: float = 0.2, **how: Any) -> None:

@@ -155,7 +155,7 @@ def test_the_targets_are_the_schedulers_own(model: Path):
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])
-def test_a_prompt_of_every_step_is_read_once(tmp_path: Path, name: str):
+def test_a_prompt_of_every_step_is_read_once(name: str):
     folder = toys.made(name)
     family = family_of(folder)
     loaded = load(family, folder, family.encoders)
@@ -204,7 +204,7 @@ def test_an_encoder_that_is_never_trained_runs_once_a_prompt(tmp_path: Path, mon
     assert once == pytest.approx(always, rel=1e-6)
 
 
-def test_schnell_takes_no_guidance_and_no_second_pass(tmp_path: Path):
+def test_schnell_takes_no_guidance_and_no_second_pass():
     folder = toys.made("schnell")
     family, loaded = whole(folder)
     assert family.facts(folder).embeds_guidance
@@ -213,7 +213,7 @@ def test_schnell_takes_no_guidance_and_no_second_pass(tmp_path: Path):
     assert (low == high).all()
 
 
-def test_adapters_go_where_they_are_asked_to_and_nowhere_is_refused(tmp_path: Path):
+def test_adapters_go_where_they_are_asked_to_and_nowhere_is_refused():
     """An encoder without such layers has its own."""
     folder = toys.made("sd1")
     family, loaded = whole(folder)

@@ -78,7 +78,7 @@ DENOISER, LORA = ["finetune.text_encoder=false"], ["finetune.method=lora", "fine
     ids=["sd1", "sdxl, denoiser alone", "sd3, lora", "sd3, lora in bf16", "sd3", "sd1, average", "sd1, adafactor", "sd1, bf16 weights",
          "sd1, gradient checkpointing", "sd1, accumulation", "sd3.5, denoiser alone", "schnell, denoiser alone", "sd1, distilled", "sd1, distilled in bf16"],
 )  # fmt: skip
-def test_the_peak_is_within_15_percent_of_a_real_step(tmp_path: Path, name: str, how: list[str]):
+def test_the_peak_is_within_15_percent_of_a_real_step(name: str, how: list[str]):
     folder = toys.made(name)
     made = config.load(None, [f"finetune.batch={BATCH}", "finetune.precision=fp32", *how], subject={"class": "dog"}, base={"model": str(folder)})
     planned, measured = plan(folder, made), measured_peak(folder, made)
@@ -102,7 +102,7 @@ def planned(folder: Path, *how: str) -> Plan:
     return plan(folder, config.load(None, list(how), subject={"class": "dog"}, base={"model": str(folder)}))
 
 
-def test_optimizers_and_the_average_take_what_they_hold(tmp_path: Path):
+def test_optimizers_and_the_average_take_what_they_hold():
     folder = toys.made("sd1")
     plain, averaged = planned(folder), planned(folder, "finetune.ema=0.9")
     assert plain.memory["average"] == 0
@@ -115,14 +115,14 @@ def test_optimizers_and_the_average_take_what_they_hold(tmp_path: Path):
     assert planned(folder, "finetune.precision=bf16-weights").memory["optimizer"] == pytest.approx(4 * plain.trained, rel=0.05)
 
 
-def test_adapters_lie_on_weights_of_half_the_size(tmp_path: Path):
+def test_adapters_lie_on_weights_of_half_the_size():
     folder = toys.made("sd3")
     whole_size, half = (planned(folder, *LORA, f"finetune.precision={p}").memory["weights"] for p in ("fp32", "bf16"))
     adapters = 4 * planned(folder, *LORA).trained
     assert half - adapters == pytest.approx((whole_size - adapters) / 2, rel=0.01)
 
 
-def test_it_counts_what_is_there(tmp_path: Path):
+def test_it_counts_what_is_there():
     folder = toys.made("sd1")
     made = config.load(None, ["generate.images_per_prompt=3", "generate.prompts=['a', 'b']"], subject={"class": "dog"}, base={"model": str(folder)})
     planned = plan(folder, made)
@@ -194,7 +194,7 @@ TAUGHT = [*LORA, "prior.method=base-prediction"]
 
 @pytest.mark.parametrize("how", [BOTH, DENOISER, LORA, TAUGHT], ids=["both", "denoiser", "lora", "taught by the base"])
 @pytest.mark.parametrize("name", [*MAKERS, "sd3.5"])
-def test_the_flops_are_those_of_a_real_step(tmp_path: Path, name: str, how: list[str]):
+def test_the_flops_are_those_of_a_real_step(name: str, how: list[str]):
     counted, real = counted_and_real(toys.made(name), "finetune.batch=2", *how)
     assert counted == pytest.approx(real, rel=0.02)
 
@@ -214,7 +214,7 @@ def test_only_rows_that_are_dealt_have_flops(toy: Path, how: list[str]):
 
 
 @pytest.mark.parametrize("how", [BOTH, LORA], ids=["both", "lora"])
-def test_bf16_weights_are_counted_and_planned_like_others(tmp_path: Path, how: list[str], capsys: pytest.CaptureFixture[str]):
+def test_bf16_weights_are_counted_and_planned_like_others(how: list[str], capsys: pytest.CaptureFixture[str]):
     folder = toys.made("sd1")
     counted = []
     for precision in ("fp32", "bf16-weights"):

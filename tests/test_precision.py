@@ -110,7 +110,7 @@ def test_float32_adapters_on_a_bf16_base_learn(tmp_path: Path, name: str, lora: 
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("lora", [Lora(rank=4), Lora(rank=2, dora=True)], ids=["lora", "dora"])
-def test_new_adapters_change_no_bit_of_what_a_bf16_base_draws(tmp_path: Path, name: str, lora: Lora):
+def test_new_adapters_change_no_bit_of_what_a_bf16_base_draws(name: str, lora: Lora):
     folder = toys.made(name)
     family = family_of(folder)
     loaded = load(family, folder, (family.denoiser, "vae", *family.encoders), torch.bfloat16)
@@ -144,7 +144,7 @@ def test_a_bf16_base_draws_with_adapters_too_small_for_its_weights(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_bf16_base_teaches_its_own_adapters(tmp_path: Path, name: str):
+def test_a_bf16_base_teaches_its_own_adapters(name: str):
     """Before they have moved they say what it says without them; it is asked in a smaller batch, so that a last bit may differ."""
     folder, how = toys.made(name), LORA.model_copy(update={"text_encoder": False})
     family, loaded = adapted(folder, how)
@@ -152,7 +152,7 @@ def test_a_bf16_base_teaches_its_own_adapters(tmp_path: Path, name: str):
     assert priors[0] < priors[-1] / 10
 
 
-def test_a_run_on_a_bf16_base_goes_on_in_the_same_bits(tmp_path: Path):
+def test_a_run_on_a_bf16_base_goes_on_in_the_same_bits():
     folder = toys.made("sd3")
     steps = list(taught(folder, *adapted(folder), steps=4))
     half = next(s for s in taught(folder, *adapted(folder), steps=4) if s.number == 2).state()
@@ -160,7 +160,7 @@ def test_a_run_on_a_bf16_base_goes_on_in_the_same_bits(tmp_path: Path):
     assert [s.metrics for s in rest] == [s.metrics for s in steps[2:]]
 
 
-def test_workers_agree_on_a_bf16_base(tmp_path: Path):
+def test_workers_agree_on_a_bf16_base():
     """DistributedDataParallel sends the frozen weights to all once and waits for the adapters' gradients alone."""
     folder = toys.made("sdxl")
     alone = losses(taught(folder, *adapted(folder)))
@@ -173,7 +173,7 @@ def test_workers_agree_on_a_bf16_base(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_flows_are_drawn_in_bfloat16_where_there_is_any(tmp_path: Path, name: str):
+def test_flows_are_drawn_in_bfloat16_where_there_is_any(name: str):
     family = family_of(toys.made(name))
     flow = name in ("sd3", "flux")
     assert drawing_dtype(family, "cuda", bfloat16=True) == (torch.bfloat16 if flow else torch.float16)
@@ -182,7 +182,7 @@ def test_flows_are_drawn_in_bfloat16_where_there_is_any(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_what_draws_and_encodes_is_loaded_so(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+def test_what_draws_and_encodes_is_loaded_so(name: str, monkeypatch: pytest.MonkeyPatch):
     """But for the VAE."""
     monkeypatch.setattr("raybooth.method.drawing_dtype", lambda family, device, bfloat16: drawing_dtype(family, "cuda", bfloat16=True))
     folder = toys.made(name)

@@ -8,12 +8,11 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
-import torch
+from stored import alone
 from test_pipeline import LONGER as SETTINGS
 from test_pipeline import apart, call, command, contents
 from toys import make_sd3
@@ -21,7 +20,6 @@ from toys import make_sd3
 from raybooth import config, tuning
 from raybooth.cli import main
 from raybooth.errors import RayboothError
-from raybooth.train import Parallel
 
 pytestmark = pytest.mark.usefixtures("ray")
 KILLS = int(os.environ.get("RAYBOOTH_KILLS", "2"))
@@ -158,7 +156,7 @@ def test_a_disk_that_is_full_at_a_reading_is_said(tmp_path: Path, unbroken: Path
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("raybooth.log.write_atomically", full)
-    alone, said = Parallel(), list[dict[str, Any]]()
+    said = list[dict[str, Any]]()
     with pytest.raises(RayboothError, match="is full: free some space"):
-        loop(SimpleNamespace(device=torch.device("cpu"), where="here", least=int, **vars(alone)), said.append)
+        loop(alone(), said.append)
     assert said == [{"start": 0}]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stored import alone
 
 from raybooth import config
 from raybooth.checkpoint import Checkpoints
@@ -21,7 +22,7 @@ from raybooth.manifest import files_under
 from raybooth.plan import plan
 from raybooth.remote import Remote
 from raybooth.sections import Finetune, Lora, Prior
-from raybooth.train import Parallel, State
+from raybooth.train import State
 from raybooth.tuning import finetuner
 from raybooth.workspace import Workspace
 
@@ -63,7 +64,7 @@ def tuned(storage: str | Path, key: str = X, stop: int | None = None, heard: lis
             raise StoppedError
 
     loop: Callable[..., dict[str, Any]] = finetuner(str(storage), "fine-tuned-model/new", key, ROWS, PROMPTS, Prior(), finetune, Lora(), 0, True)
-    group = SimpleNamespace(device=torch.device("cpu"), where="here", least=int, **vars(Parallel()))
+    group = alone()
     if stop is None:
         return loop(group, say)
     with pytest.raises(StoppedError):

@@ -71,6 +71,15 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
+def counting() -> list[str]:
+    """What Serve does in this process beside drawing: it counts requests and tells its controller of them."""
+    from ray.serve._private.router import SingletonThreadRouter
+
+    loop = SingletonThreadRouter._asyncio_loop
+    names = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks(loop)] if loop else []
+    return [name for name in names if name == "MetricsPusher.metrics_task"]
+
+
 def asked(model: str, seed: int, **more: Any) -> dict[str, Any]:
     return {"prompt": "photo of a dog", "model": model, "seed": seed, "metadata": False, **more}
 
@@ -141,10 +150,12 @@ def test_servers_and_others_share_a_cluster(ray: None):
         with served(SimpleNamespace, "raybooth-one", **how) as one:
             with served(SimpleNamespace, "raybooth-two", **how) as two:
                 assert one.pids.remote().result() != two.pids.remote().result()
+                assert counting()
             assert set(serve.status().applications) == {"other", "raybooth-one"}
             assert asyncio.run(one.healthy())
             assert not asyncio.run(two.healthy())
         assert set(serve.status().applications) == {"other"}
+        assert not counting(), "Ray may go now, and a thread that still asks it is a traceback"
     finally:
         serve.shutdown()
 

@@ -83,7 +83,10 @@ def served(
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR", "enable_access_log": False})
     try:
         handle = serve.run(deployment.bind(pickle.dumps(make), threads_of(have, model_bytes)), name=name, route_prefix=None)
-        yield Served(handle, name)
+        try:
+            yield Served(handle, name)
+        finally:
+            handle.shutdown()  # its thread counts what waits, and tells of it every 10 s, to a Ray that may have gone
     finally:
         if joined:
             serve.delete(name)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from raybooth import config
 from raybooth.errors import RayboothError
-from raybooth.reporting import do
 from raybooth.session import Run
+from raybooth.verbs import do
 
 Spoil = Callable[[Path], object]
 

@@ -110,12 +110,12 @@ def test_a_demo_without_a_place_says_so(storage: str, named: str, tmp_path: Path
 
 
 def test_a_demo_with_photographs_of_ones_own_draws_none_among_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from raybooth import stages
+    from raybooth import verbs
 
     def stopped(run: object) -> None:
         raise RayboothError("stopped")
 
-    monkeypatch.setattr(stages, "STAGES", {"prepare": stopped})
+    monkeypatch.setitem(verbs.ALL, "prepare", stopped)
     own, storage = tmp_path / "own", tmp_path / "storage"
     own.mkdir()
     assert main(["demo", "--storage", str(storage), "--set", f"subject.photos={own}"]) == 2

@@ -9,9 +9,9 @@ from raybooth import evaluation
 from raybooth.demo import Scores, demo, demo_config
 from raybooth.drawing import class_rows, draw
 from raybooth.features import features
-from raybooth.reporting import do
 from raybooth.score import among
 from raybooth.session import Run
+from raybooth.verbs import do
 
 pytestmark = pytest.mark.usefixtures("ray")
 

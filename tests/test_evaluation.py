@@ -14,10 +14,11 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 
 from raybooth import evaluation, reporting, selection
 from raybooth.encoders import clip, vit
+from raybooth.jobs import model_of
 from raybooth.mini import FOLDER
 from raybooth.mini.world import render, subject_scenes
-from raybooth.reporting import do
 from raybooth.score import Score, among, diversity, scored, to_prompt, to_subject, variety
+from raybooth.verbs import do
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def test_what_is_scored_is_the_present_model(storage: Path, photos: Path):
         teach(run, 2)
         do(run, ["evaluate"])
         after = evaluation.read(run)
-        assert run.workspace.manifest("output-images")["inputs"]["model"] == run.model_digest("fine-tuned-model")
+        assert run.workspace.manifest("output-images")["inputs"]["model"] == model_of(run.workspace, "fine-tuned-model")
     assert all(before[name].value != after[name].value for name in ("dino", "clip_t", "pres"))
 
 

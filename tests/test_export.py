@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import diffusers
 import pytest
@@ -14,7 +15,7 @@ import torch
 from finished import CLOSE, apart, fine_tuned, opened, ours, run_of, theirs
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from toys import MAKERS
 
@@ -30,6 +31,7 @@ from raybooth.families.extract import extract
 from raybooth.families.lora import WEIGHTS
 from raybooth.families.original import original_unet
 from raybooth.families.parts import load
+from raybooth.jobs import model_of
 from raybooth.photos import png
 from raybooth.score import Score
 from raybooth.sections import Lora
@@ -72,9 +74,10 @@ def test_a_diffusers_folder_opens_and_draws_the_same(runs: Callable[..., Path], 
         assert apart(drawn, theirs(pipe, base)) <= CLOSE
 
 
-@pytest.mark.parametrize("name", UNETS)
-def test_a_lora_opens_in_kohyas_layout(runs: Callable[..., Path], tmp_path: Path, name: str):
-    storage = runs(name, LORA)
+@pytest.mark.parametrize(("name", "how"), [*((n, LORA) for n in UNETS), ("sd1", DORA)])
+def test_a_lora_opens_in_kohyas_layout(runs: Callable[..., Path], tmp_path: Path, name: str, how: Lora):
+    """DoRA has no place in it: what it learnt is extracted."""
+    storage = runs(name, how)
     pipe = opened(storage / "base-model")
     pipe.load_lora_weights(exported(storage, "kohya", tmp_path / "out"), weight_name=FILE)
     assert apart(ours(storage), theirs(pipe, storage / "base-model")) <= CLOSE
@@ -220,10 +223,18 @@ def test_again_it_does_nothing_and_what_is_not_its_own_is_safe(runs: Callable[..
     assert ours(storage) is not None  # still whole
 
 
+def test_a_full_disk_is_said(runs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As safetensors says it."""
+    full = Mock(side_effect=SafetensorError("I/O error: No space left on device (os error 28)"))
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(RayboothError, match=rf"^The folder {tmp_path}/out is full: free some space"):
+        exported(runs("sd1"), "single-file", tmp_path / "out")
+
+
 def test_the_card_says_what_it_is(tmp_path: Path):
     storage = fine_tuned(tmp_path / "run", "mini", only="attn2.to_q")
     with run_of(storage, "mini") as run:
-        rows, model = output_rows(run), run.model_digest("fine-tuned-model")
+        rows, model = output_rows(run), model_of(run.workspace, "fine-tuned-model")
         stage = run.workspace.stage("output-images", {"model": model})
         for row in rows:
             stage.write(row["name"], png(Image.new("RGB", (64, 64)), prompt=row["prompt"]))

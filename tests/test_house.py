@@ -10,7 +10,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "raybooth"
 LAYERS = [
-    {"__main__", "__init__"}, {"cli", "options", "api", "bench", "minibench", "demo", "doctor"}, {"exporting", "importing"}, {"card", "reporting", "serving"},
+    {"__main__", "__init__"}, {"cli", "options", "api", "bench", "minibench", "demo", "doctor"}, {"exporting", "importing"}, {"verbs"},
+    {"card", "reporting", "serving"},
     {"evaluation", "plots"}, {"stages", "plan"}, {"selection"}, {"features", "encoder_files"}, {"drawing", "base_model", "naming"}, {"loading"},
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "checkpoint"}, {"teacher"},

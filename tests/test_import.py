@@ -11,20 +11,25 @@ import pytest
 import torch
 from finished import CLOSE, SAMPLING, apart, fine_tuned, opened, ours, run_of, theirs
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
-from toys import MAKERS
+from toys import MAKERS, make_sd
 
 import raybooth
+from raybooth.base_model import prepare_base
 from raybooth.cli import main
 from raybooth.config import load
 from raybooth.drawing import output_rows
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
-from raybooth.families.foreign import read
+from raybooth.families.foreign import merge, read
+from raybooth.families.lora import WEIGHTS, has_adapters, load_adapters
 from raybooth.families.lowrank import hollow
-from raybooth.jobs import sampler
+from raybooth.families.parts import load as load_parts
+from raybooth.jobs import model_of, sampler
 from raybooth.sections import Lora
 from raybooth.session import Run
+from raybooth.stages import generate
 
 Tensors = dict[str, torch.Tensor]
 TE = "encoder.layers.0.self_attn.q_proj"
@@ -209,8 +214,62 @@ def test_the_storage_says_how_to_generate_and_a_sampler_of_it_draws(bases: Calla
     config = load(storage / "config.json")
     with Run(config, quiet=True) as run:
         row = output_rows(run)[0]
-        draw = sampler(str(storage), "fine-tuned-model", SAMPLING, 1, run.model_digest("fine-tuned-model"))
+        draw = sampler(str(storage), "fine-tuned-model", SAMPLING, 1, model_of(run.workspace, "fine-tuned-model"))
     assert row["prompt"] == "photo of xyz dog"
     with Image.open(io.BytesIO(draw([row])[0])) as image:
         drawn = np.asarray(image) / 255.0
     assert apart(drawn, theirs(pipe, base, row["prompt"], row["seed"])) <= CLOSE
+
+
+def test_imported_again_it_takes_other_settings(bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    made, _ = by_hand(bases("sd1"), [4] * 5, [4.0] * 5)
+    file, storage = tmp_path / "theirs.safetensors", tmp_path / "run"
+    save_file(kohya(made), file)
+    for token in ("unqtkn", "sks"):
+        assert main(["import", str(file), "--base", str(bases("sd1")), "--class", "dog", "--token", token, "--storage", str(storage)]) == 0
+        assert load(storage / "config.json").subject.token == token
+    assert "fine-tuned-model: up to date" in capsys.readouterr().err
+
+
+def test_the_same_adapters_on_another_base_are_another_model(bases: Callable[[str], Path], tmp_path: Path):
+    """What was drawn by the first is not taken for the second's; and adapters do not draw on a base that they were not made for."""
+    made, _ = by_hand(bases("sd1"), [4] * 5, [4.0] * 5)
+    file, storage, other = tmp_path / "theirs.safetensors", tmp_path / "run", tmp_path / "other"
+    save_file(kohya(made), file)
+    make_sd(other, act="gelu")
+    digests = [model_of(imported(storage, base, file).workspace, "fine-tuned-model") for base in (bases("sd1"), other)]
+    assert digests[0] != digests[1]
+    with run_of(storage, bases("sd1")) as run:
+        prepare_base(run)
+        with pytest.raises(RayboothError, match=r"fine-tuned-model in the storage .* belongs to another base model"):
+            generate(run)
+
+
+def test_its_file_does_not_depend_on_the_process_that_wrote_it(bases: Callable[[str], Path], tmp_path: Path):
+    """PEFT has targets as a set, whose order is each process's own."""
+    made, _ = by_hand(bases("sd1"), [4] * 5, [4.0] * 5)
+    save_file(kohya(made), tmp_path / "theirs.safetensors")
+    imported(tmp_path / "run", bases("sd1"), tmp_path / "theirs.safetensors")
+    with safe_open(tmp_path / "run" / "fine-tuned-model" / WEIGHTS, "np") as held:
+        told = json.loads(held.metadata()["lora_adapter_metadata"])
+    targets = [names for key, names in told.items() if key.endswith("target_modules")]
+    assert targets
+    assert all(names == sorted(names) for names in targets)
+
+
+def test_bf16_weights_keep_small_adapters_beside_them(bases: Callable[[str], Path], tmp_path: Path):
+    """Added to the weights they would be rounded away."""
+    storage = fine_tuned(tmp_path / "run", bases("sd1"), Lora(rank=4))
+    base, file = storage / "base-model", storage / "fine-tuned-model" / WEIGHTS
+    family = family_of(base)
+    parts = family.trainable(text_encoder=True)
+    of_file, of_run = (load_parts(family, base, parts, torch.bfloat16) for _ in range(2))
+    merge(family, of_file, file)
+    load_adapters(family, of_run, file.parent)
+    drawn = []
+    for loaded in (of_file, of_run):
+        assert has_adapters(loaded.modules["unet"])
+        with torch.no_grad():
+            z, t = torch.ones(1, 4, 16, 16, dtype=torch.bfloat16), torch.tensor([500])
+            drawn.append(loaded.modules["unet"](z, t, torch.ones(1, 7, 32, dtype=torch.bfloat16)).sample)
+    assert (drawn[0] - drawn[1]).abs().max() < 0.02

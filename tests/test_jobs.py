@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.train import WorkerGroupError
 from stored import make_run
 
 from raybooth.cluster.fit import LESS_MEMORY, _loss, run_group
@@ -26,10 +27,10 @@ from raybooth.photos import png
 from raybooth.sections import Sampling
 
 MAKERS: dict[str, tuple[Callable[..., Any], str, str, list[str]]] = {
-    "drawing": (partial(sampler, model_stage="base-model", sampling=Sampling(2, 1.0, "ddim", 32), batch=1, model_digest=""), "opened",
+    "drawing": (partial(sampler, model_stage="base-model", sampling=Sampling(2, 1.0, "ddim", 32), batch=1, of=""), "opened",
                 "raybooth.sample.Sampler.draw", ["cluster.sample_batch", "cluster.samplers", "base.resolution"]),
-    "encoding": (partial(encoder, prompts=True), "for_inference", "raybooth.families.parts.encode_image", ["cluster.samplers", "base.resolution"]),
-    "scoring": (featurizer, "stage_folder", "", ["cluster.samplers", "evaluate.dino", "evaluate.clip"]),
+    "encoding": (partial(encoder, prompts=True, of=""), "for_inference", "raybooth.families.parts.encode_image", ["cluster.samplers", "base.resolution"]),
+    "scoring": (partial(featurizer, of=""), "stage_folder", "", ["cluster.samplers", "evaluate.dino", "evaluate.clip"]),
 }  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def test_out_of_memory_names_what_needs_less(storage: str, what: str, monkeypatc
 
 
 def test_a_sentence_from_a_worker_arrives_as_itself(storage: str, ray: None, capfd: pytest.CaptureFixture[str]):
-    make = partial(encoder, f"{storage}/fine-tuned-model", prompts=False)
+    make = partial(encoder, f"{storage}/fine-tuned-model", prompts=False, of="")
     with pytest.raises(RayboothError) as said:
         list(map_rows(make, [{"name": "a"}], batch=1, have=Resources(1, 0, 1), retries=0))
     assert str(said.value).startswith("There is no model folder")
@@ -88,6 +89,22 @@ def test_a_killed_worker_of_a_fine_tuning_names_what_needs_less_memory(ray: None
     assert str(said.value).endswith(LESS_MEMORY)
     assert "Of the last Ray says: " in str(said.value)
     assert _loss(OutOfMemoryError("Task was killed due to the node running low on memory."))
+
+
+CLOSED = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:2301")
+
+
+@pytest.mark.parametrize(
+    ("failures", "is_lost"),
+    [
+        ([CLOSED, CLOSED], True), ([CLOSED, RuntimeError("NCCL error in: ncclUtils.hpp:275")], True), ([CLOSED, ActorDiedError()], True),
+        ([ValueError("a mistake"), CLOSED], False), ([FileNotFoundError("/data/igloo/latents/a.safetensors")], False),
+    ],
+    ids=["connections", "connections on GPUs", "one that died", "a mistake that closes the others' connections", "a mistake in a folder"],
+)  # fmt: skip
+def test_a_mistake_is_no_lost_worker(failures: list[Exception], is_lost: bool):
+    """What is lost is started again, three times."""
+    assert (_loss(WorkerGroupError("It failed.", dict(enumerate(failures)))) is not None) == is_lost
 
 
 def test_a_process_forgets_its_model_before_it_loads_another(storage: str, monkeypatch: pytest.MonkeyPatch):

@@ -48,6 +48,20 @@ def test_a_tracker_that_does_not_start_says_so(tmp_path: Path, monkeypatch: pyte
         log.Log(Workspace(str(tmp_path)), "key", ["wandb"], 0, [], 1, 1, said_nothing)
 
 
+def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Said once; others get their readings, and are closed."""
+    said: list[str] = []
+    away, there = Mock(side_effect=ConnectionError("nobody is there")), Mock()
+    monkeypatch.setitem(log.TRACKERS, "mlflow", lambda *_: (away, away))
+    monkeypatch.setitem(log.TRACKERS, "wandb", lambda *_: (there.log, there.close))
+    with log.Log(Workspace(str(tmp_path)), "key", ["mlflow", "wandb"], 0, [], 1, 1, lambda word: said.append(word["note"])) as made:
+        for step in (1, 2):
+            made.write(step, {"loss": 1.0})
+    assert said == ["readings do not arrive at mlflow; all are in metrics.jsonl: nobody is there"]
+    assert (there.log.call_count, there.close.call_args.args) == (2, (True,))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))

@@ -7,8 +7,8 @@ import pytest
 from stored import on_mini
 
 from raybooth.errors import RayboothError
-from raybooth.reporting import do
 from raybooth.session import Run
+from raybooth.verbs import do
 
 STAGES = ["prepare", "class-images", "encode"]
 

@@ -18,10 +18,11 @@ from stored import on_mini, teach
 from raybooth import config, evaluation, plots, reporting
 from raybooth.cli import parser
 from raybooth.drawing import by_prompt, draw
-from raybooth.reporting import ALL, Line, do
+from raybooth.reporting import Line
 from raybooth.score import Score
 from raybooth.selection import rows_of
 from raybooth.session import Run, settings_of
+from raybooth.verbs import ALL, do
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

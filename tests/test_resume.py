@@ -15,7 +15,7 @@ import pytest
 from stored import alone
 from test_pipeline import LONGER as SETTINGS
 from test_pipeline import apart, call, command, contents
-from toys import make_sd3
+from toys import make_sd, make_sd3
 
 from raybooth import config, tuning
 from raybooth.cli import main
@@ -140,6 +140,14 @@ def test_prompts_that_are_not_encoded_yet_are_asked_for(tmp_path: Path, unbroken
     with_stages_before(unbroken, tmp_path)
     assert main(command("finetune", tmp_path, toy, photos, finetune__text_encoder=False)[3:]) == 2
     assert "run 'raybooth encode' first" in capsys.readouterr().err
+
+
+def test_latents_of_another_base_model_are_not_trained_on(tmp_path: Path, unbroken: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+    with_stages_before(unbroken, tmp_path)
+    other = make_sd(tmp_path / "other", act="gelu")
+    assert main(command("prepare", tmp_path, other, photos)[3:]) == 0
+    assert main(command("finetune", tmp_path, other, photos)[3:]) == 2
+    assert "The latents do not belong to the present base model and pictures: run 'raybooth encode' first" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_at_a_reading_is_said(tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """Sampling: a picture is its prompt's and seed's alone, and it is what diffusers draws."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -68,8 +69,10 @@ def test_it_is_what_the_pipeline_of_diffusers_draws(toy: Path, name: str, guidan
     assert np.abs(ours - theirs * 255).max() <= 0.6  # half a level of rounding
 
 
-@pytest.mark.parametrize("name", ["dpmsolver++", "ddim", "pndm", "euler"])
-@pytest.mark.parametrize("steps", [25, 100, 101, 200, 999])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [*itertools.product(["dpmsolver++", "ddim", "pndm", "euler"], [25, 100, 101, 200, 999]), *itertools.product(["dpmsolver++", "euler"], [150, 334, 501])],
+)
 def test_any_number_of_steps_comes_from_noise_to_the_picture(name: str, steps: int):
     """A denoiser that knows the picture is led to it, from the first tenth of the noise."""
     made = sd.scheduler(FOLDER, name, steps, (4, 8, 8), torch.device("cpu"))
@@ -81,6 +84,14 @@ def test_any_number_of_steps_comes_from_noise_to_the_picture(name: str, steps: i
         signal, sigma = alphas[int(t)].sqrt(), (1 - alphas[int(t)]).sqrt()
         z = made.step((made.scale_model_input(z, t) - signal * clean) / sigma, t, z).prev_sample
     assert (z - clean).abs().max() < 0.15  # ddim and pndm end at the first noise of the schedule
+
+
+@pytest.mark.parametrize(("steps", "instead"), [(150, 142), (334, 333), (501, 500), (600, 500)])
+def test_steps_that_would_not_begin_with_the_noise_are_refused(steps: int, instead: int):
+    for name in ("ddim", "pndm"):
+        with pytest.raises(RayboothError, match=rf"{steps} steps of {name} would begin amid the noise: set .* to {instead}, "):
+            sd.scheduler(FOLDER, name, steps, (4, 8, 8), torch.device("cpu"))
+        assert sd.scheduler(FOLDER, name, instead, (4, 8, 8), torch.device("cpu")).timesteps[0] >= 900
 
 
 def test_more_steps_than_there_is_noise_are_refused(tmp_path: Path):

@@ -12,11 +12,11 @@ from raybooth.demo import photographs
 from raybooth.drawing import draw, output_rows
 from raybooth.features import features, scored_prompt
 from raybooth.manifest import write_atomically
-from raybooth.reporting import do
 from raybooth.score import to_prompt, to_subject
 from raybooth.selection import RULES, Candidate
 from raybooth.session import Run
 from raybooth.stages import STAGES
+from raybooth.verbs import do
 from raybooth.workspace import Workspace
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from stored import make_run
 from raybooth.cli import main
 from raybooth.cluster.serving import served
 from raybooth.cluster.session import Resources
+from raybooth.errors import RayboothError
 from raybooth.options import parser
 from raybooth.serving.server import _application
 
@@ -158,6 +160,16 @@ def test_servers_and_others_share_a_cluster(ray: None):
         assert not counting(), "Ray may go now, and a thread that still asks it is a traceback"
     finally:
         serve.shutdown()
+
+
+def test_replicas_that_cannot_be_made_say_why(ray: None):
+    gone = "from raybooth.errors import RayboothError; raise RayboothError('The model has gone: fetch it again.')"
+    how: Any = {"have": Resources(2, 0, 1), "model_bytes": 0, "replicas": (1, 1), "batch": 1, "queue": 1, "joined": True}
+    with (
+        pytest.raises(RayboothError, match=r"^No replica can be made: .*The model has gone: fetch it again\.$"),
+        served(partial(exec, gone), "raybooth-none", **how),
+    ):
+        pass
 
 
 def test_servers_have_names_of_their_own():

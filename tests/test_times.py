@@ -9,7 +9,7 @@ import pytest
 from stored import on_mini
 
 from raybooth.manifest import MANIFEST, write_atomically
-from raybooth.reporting import do
+from raybooth.verbs import do
 from raybooth.workspace import Stage, Workspace
 
 

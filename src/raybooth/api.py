@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from raybooth import exporting, importing, reporting, stages
+from raybooth import exporting, importing, stages, verbs
 from raybooth.cluster.session import connected
 from raybooth.config import Config, load
 from raybooth.session import Run, config_in
@@ -21,7 +21,7 @@ def connect(address: str | None = None) -> None:
 def _verb(*names: str) -> Callable[[Config], Run]:
     def call(config: Config) -> Run:
         with Run(config) as made:
-            reporting.do(made, names)
+            verbs.do(made, names)
         return made
 
     call.__doc__ = f"Do {', '.join(names)} for `config`, as far as it is not done. Returns the Run, whose `images()` are PIL pictures."

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybooth.config import Config
-from raybooth.disk import explained_if_unreadable, path_of
+from raybooth.disk import explained_if_full, explained_if_unreadable, path_of
 from raybooth.errors import RayboothError
 from raybooth.manifest import digest, files_under, read_manifest
 from raybooth.sections import Base
@@ -153,7 +153,8 @@ def _unpack(run: Run, file: Path, target: Path) -> None:
     from raybooth.families.single import unpack
 
     run.say(f"base-model: reading {file}")
-    with tempfile.TemporaryDirectory(dir=run.workspace.root, prefix=".unpacking-") as scratch:
+    root = run.workspace.root
+    with explained_if_full(f"The folder {root}"), tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as scratch:
         unpack(file, run.config.base.configuration, Path(scratch))
         for name in needed_of_folder(Path(scratch)):
             (target / name).parent.mkdir(parents=True, exist_ok=True)

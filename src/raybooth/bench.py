@@ -16,6 +16,7 @@ from raybooth.manifest import write_atomically
 from raybooth.score import Score, share
 from raybooth.session import Run
 from raybooth.stages import STAGES
+from raybooth.verbs import do
 from raybooth.workspace import Workspace, link_or_copy
 
 Recipes = Mapping[str, Sequence[str]]
@@ -62,8 +63,7 @@ def bench(
                     _share(other, Path(config.storage))
                 with Run(config) as run:
                     run.say(f"\n{subject.name} ({number} of {len(subjects)}): {recipe}")
-                    for verb in (*STAGES.values(), evaluation.evaluate):
-                        verb(run)
+                    do(run, (*STAGES, "evaluate"))
                     results[recipe][subject.name] = evaluation.read(run)
                 done[subject.class_name, recipe] = Path(config.storage)
                 write_atomically(root / "scores.json", json.dumps(_plain(results), indent=1).encode())

@@ -10,6 +10,7 @@ from raybooth.drawing import by_prompt, output_prompts
 from raybooth.families import family_of
 from raybooth.families.lora import WEIGHTS
 from raybooth.families.single import SUFFIX
+from raybooth.jobs import model_of
 from raybooth.session import Run
 
 FILE = "README.md"
@@ -37,7 +38,7 @@ def files(run: Run, to: str, name: str, said: list[str], repo: str | None = None
 def _drawn(run: Run) -> dict[str, Any] | None:
     """The manifest of the pictures, if they are of this very model."""
     drawn = run.held("output-images")
-    return drawn if drawn and drawn["inputs"].get("model") == run.model_digest("fine-tuned-model") else None
+    return drawn if drawn and drawn["inputs"].get("model") == model_of(run.workspace, "fine-tuned-model") else None
 
 
 def _pictures(run: Run) -> dict[str, Path]:
@@ -83,8 +84,7 @@ def _text(run: Run, to: str, name: str, said: list[str], pictures: dict[str, str
 
 def _facts(run: Run) -> dict[str, str]:
     config, subject, manifest = run.config, run.config.subject, run.workspace.manifest("fine-tuned-model")
-    prior = config.prior.drawn or config.prior.method == "base-prediction"
-    prompts = f"`{subject.prompt}`" + (f", and `{config.class_prompt}` for the class" if prior else "")
+    prompts = f"`{subject.prompt}`" + (f", and `{config.class_prompt}` for the class" if config.prior.preserves else "")
     imported = manifest["facts"].get("imported")
     return {
         "Base": _base_name(run),

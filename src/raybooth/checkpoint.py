@@ -120,7 +120,7 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            with explained_if_full(self.workspace.storage):
+            with explained_if_full(f"The storage {self.workspace.storage}"):
                 save_file(tensors, partial / TENSORS)
                 _sync(partial / TENSORS)
                 outputs = {TENSORS: describe(partial / TENSORS)}

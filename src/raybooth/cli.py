@@ -1,4 +1,4 @@
-"""The command line: one verb per stage, plus run, demo and doctor. Nothing heavy is imported before it is needed."""
+"""The command line: a verb for each stage, for all together, and for what comes before and after. Nothing heavy is imported before it is needed."""
 
 import argparse
 import os
@@ -81,9 +81,9 @@ def _quieten() -> None:
 
 def _run(args: argparse.Namespace) -> None:
     config = config_of(args)
-    from raybooth.reporting import do
     from raybooth.session import Run
     from raybooth.stages import STAGES
+    from raybooth.verbs import do
 
     with Run(config) as run:
         do(run, STAGES if args.verb == "run" else [args.verb])

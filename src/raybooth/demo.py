@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raybooth import config as configuration
-from raybooth import evaluation, stages
+from raybooth import evaluation
 from raybooth.config import Config
 from raybooth.disk import explained
 from raybooth.manifest import write_atomically
 from raybooth.photos import png
 from raybooth.score import among
 from raybooth.session import Run
+from raybooth.stages import STAGES
+from raybooth.verbs import do
 from raybooth.workspace import Workspace
 
 SUBJECT_SEED = 23  # of the dog: yellow, with black patches
@@ -88,9 +90,7 @@ def demo(storage: str, overrides: list[str], quiet: bool = False) -> Scores | No
         if config.subject.photos == [str(drawn)]:
             with explained(config.storage, run.workspace.root):
                 photographs(drawn)
-        for stage in stages.STAGES.values():
-            stage(run)
-        evaluation.evaluate(run)
+        do(run, (*STAGES, "evaluate"))
         sheet = evaluation.before_after(run)
         scores = score(run)
     print(f"\n{scores}\n" if scores else "")

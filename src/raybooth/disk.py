@@ -11,8 +11,8 @@ from typing import IO, Any
 from raybooth.errors import RayboothError
 
 _SENTENCES = {
-    errno.ENOSPC: "is full: free some space, or give another --storage, and run the same command again; what was complete is kept",
-    errno.EDQUOT: "is over its quota: free some space, or give another --storage, and run the same command again; what was complete is kept",
+    errno.ENOSPC: "is full: free some space, or give another folder, and run the same command again; what was complete is kept",
+    errno.EDQUOT: "is over its quota: free some space, or give another folder, and run the same command again; what was complete is kept",
     errno.EACCES: "is not writable: give a folder that you may write to",
     errno.EPERM: "is not writable: give a folder that you may write to",
     errno.EROFS: "is on a read-only file system: give a folder that you may write to",
@@ -110,12 +110,16 @@ def lock(file: IO[Any], wait: bool) -> bool:
 
 
 @contextlib.contextmanager
-def explained_if_full(storage: str) -> Iterator[None]:
-    """A full disk as its sentence, also where a library's own error hides it."""
+def explained_if_full(place: str) -> Iterator[None]:
+    """A full disk as its sentence, also where a library's own error hides it.
+
+    Args:
+        place: what is written to, as "The storage x".
+    """
     try:
         yield
     except Exception as error:
         for number, marks in _FULL.items():
             if any(mark in str(error) for mark in marks):
-                raise RayboothError(f"The storage {storage} {_SENTENCES[number]}.") from error
+                raise RayboothError(f"{place} {_SENTENCES[number]}.") from error
         raise

@@ -73,7 +73,9 @@ def by_prompt(run: Run, name: str) -> dict[str, list[str]]:
 
 def drawing(run: Run, name: str, model_stage: str, how: Prior | Generate, inputs: dict[str, Any]) -> Stage:
     """Stage folder `name` for pictures by the model of `model_stage`."""
-    return run.workspace.stage(name, {"model": run.model_digest(model_stage), **vars(_sampling(run, how)), **inputs})
+    from raybooth.jobs import model_of
+
+    return run.workspace.stage(name, {"model": model_of(run.workspace, model_stage), **vars(_sampling(run, how)), **inputs})
 
 
 def _sampling(run: Run, how: Prior | Generate) -> Sampling:

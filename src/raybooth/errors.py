@@ -1,4 +1,4 @@
-"""The one error people are meant to read, and how a want of memory reads."""
+"""The one error people are meant to read, how a want of memory reads, and what helps."""
 
 
 class RayboothError(Exception):
@@ -7,6 +7,13 @@ class RayboothError(Exception):
     The command line prints it and exits with status 2; no traceback.
     """
 
+
+LESS_MEMORY = (
+    "a smaller finetune.batch (or more finetune.accumulate), finetune.method = 'lora', finetune.gradient_checkpointing = true, "
+    "finetune.optimizer = 'adamw8bit'. With any of these the fine-tuning begins anew: checkpoints are kept, but "
+    "belong to the settings that they were made with."
+)
+"""What takes less, in this order: whether it was an allocation that failed, or the machine that killed a worker."""
 
 _NO_MEMORY = ("allocate memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 """Where it is no error of its own kind: of the machine's memory, in cuBLAS and cuDNN, in a kernel's launch."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybooth import card
-from raybooth.disk import path_of
+from raybooth.disk import explained_if_full, path_of
 from raybooth.drawing import resolution
 from raybooth.errors import RayboothError
 from raybooth.families import Family, family_of
@@ -186,7 +186,8 @@ def _write(model: Model, to: str, output: str | None) -> Path:
     made = stage.held if stage.done() else None
     if made is None:
         stage.clear()
-        said = FORMS[to](model, stage.partial)
+        with explained_if_full(f"The folder {stage.folder}"):
+            said = FORMS[to](model, stage.partial)
         made = {"facts": {"said": said, "files": files_under(stage.partial)}, "outputs": {}}
     facts = made["facts"]
     beside = card.files(run, to, model.name, facts["said"])
@@ -229,7 +230,8 @@ def _push(model: Model, repo: str | None, output: str | None) -> str:
         raise RayboothError("--output is not for --to hub, which leaves nothing on this machine: use --to diffusers or --to lora for a folder.")
     hub.check_may_write()  # before minutes of work, not after
     to = "lora" if model.adapted else "diffusers"
-    with tempfile.TemporaryDirectory(dir=model.run.workspace.root, prefix=".pushing-") as scratch:
+    root = model.run.workspace.root
+    with explained_if_full(f"The folder {root}"), tempfile.TemporaryDirectory(dir=root, prefix=".pushing-") as scratch:
         folder = Path(scratch)
         said = FORMS[to](model, folder)
         for name, data in card.files(model.run, to, model.name, said, repo).items():

@@ -78,7 +78,7 @@ def features(run: Run, folder: str, pictures: Mapping[str, tuple[str, list[str]]
     work = [{"name": n, **({"prompt": r["prompt"]} if "prompt" in r else {"picture": r["file"].read_bytes()})} for n, r in rows.items() if n in set(missing)]
     if work:
         done = map_rows(
-            partial(jobs.featurizer, run.workspace.uri), work, batch=16, have=run.ray,
+            partial(jobs.featurizer, run.workspace.uri, stage.inputs["encoders"]), work, batch=16, have=run.ray,
             retries=run.config.cluster.retries, samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, "encoders"),
         )  # fmt: skip
         for name, data in run.progress(done, len(work), folder, "row"):

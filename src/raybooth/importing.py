@@ -6,7 +6,7 @@ from raybooth.base_model import prepare_base
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
-from raybooth.manifest import file_digest, files_under, read_manifest
+from raybooth.manifest import file_digest, files_under
 from raybooth.naming import settle_token
 from raybooth.session import Run
 
@@ -23,13 +23,14 @@ def import_lora(run: Run, lora: str | Path) -> Path:
     file = path_of(str(lora), "the LoRA")
     plain_rank(file)  # what is no LoRA shows before a base model is fetched
     run.refuse_others_files()
-    run.workspace.pull("fine-tuned-model")
-    held = read_manifest(run.workspace.root / "fine-tuned-model")
+    held = run.held("fine-tuned-model")
     if held and "imported" not in held["inputs"]:
         raise RayboothError(f"The storage {run.config.storage} holds a model that was fine-tuned there: give another --storage.")
     prepare_base(run)
+    settle_token(run)
     stage = run.workspace.stage("fine-tuned-model", {"imported": file_digest(file), "model": run.model_digest("base-model")})
     if stage.done():
+        run.save_config()
         run.say("fine-tuned-model: up to date")
         return stage.folder
     stage.clear()
@@ -38,7 +39,6 @@ def import_lora(run: Run, lora: str | Path) -> Path:
     write(family, low, stage.partial)
     layers = {part: len(pairs) for part, pairs in low.parts.items()}
     stage.finish({"imported": file.name, "rank": low.rank, "layers": layers, "history": []}, only=files_under(stage.partial))
-    settle_token(run)
     run.save_config()
     run.say(f"fine-tuned-model: a LoRA of rank {low.rank} on {' and '.join(f'{n} layers of {part}' for part, n in layers.items())}, from {file.name}")
     return stage.folder

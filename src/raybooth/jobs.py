@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 from raybooth.errors import RayboothError, lacks_memory
 from raybooth.families import Family, Loaded, family_of
 from raybooth.families.folder import INDEX
-from raybooth.manifest import digest
+from raybooth.manifest import digest, model_digest
 from raybooth.photos import png
 from raybooth.sections import Sampling
 from raybooth.workspace import Workspace
@@ -63,6 +63,24 @@ def pipeline_stage(workspace: Workspace, model_stage: str) -> str:
     return model_stage if INDEX in workspace.manifest(model_stage)["outputs"] else "base-model"
 
 
+def model_of(workspace: Workspace, stage: str) -> str:
+    """Digest of all that the model of a stage draws with: of adapters and checkpoints the base model, on which they are put, too.
+
+    Raises:
+        RayboothError: if the base model in the storage is another than theirs.
+    """
+    manifest, pipeline = workspace.manifest(stage), pipeline_stage(workspace, stage)
+    if pipeline == stage:
+        return model_digest(manifest)
+    base = model_digest(workspace.manifest(pipeline))
+    if manifest.get("inputs", {}).get("model", base) != base:
+        raise RayboothError(
+            f"{stage} in the storage {workspace.storage} belongs to another base model than the one that lies there now: "
+            "run 'raybooth prepare' with the base model of before, or 'raybooth run' to fine-tune this one."
+        )
+    return digest([model_digest(manifest), base])
+
+
 def for_inference(folder: Path, parts: Iterable[str]) -> Loaded:
     """A model to draw and to encode with, on the GPU if there is one."""
     import torch
@@ -91,7 +109,7 @@ def opened(storage: str, model_stage: str) -> tuple[Family, Loaded]:
 
 
 @_explained("Drawing", "a smaller cluster.sample_batch, fewer cluster.samplers where they share a machine, a smaller base.resolution.")
-def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, model_digest: str) -> Work:
+def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, of: str) -> Work:
     """Draws rows of (prompt, seed) as PNG files that say what they are."""
     from PIL import Image
 
@@ -102,7 +120,7 @@ def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, mode
     def work(rows: list[Row]) -> list[bytes]:
         pictures = draw([r["prompt"] for r in rows], [r["seed"] for r in rows])
         return [
-            png(Image.fromarray(p), prompt=r["prompt"], seed=str(r["seed"]), model=model_digest)
+            png(Image.fromarray(p), prompt=r["prompt"], seed=str(r["seed"]), model=of)
             for p, r in zip(pictures, rows, strict=True)
         ]  # fmt: skip
 
@@ -110,8 +128,11 @@ def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, mode
 
 
 @_explained("Encoding", "fewer cluster.samplers where they share a machine, a smaller base.resolution.")
-def encoder(storage: str, prompts: bool) -> Work:
-    """Encodes rows with a `picture` (PNG) to their posterior's mean and std, rows with a `prompt`, if there are any, to their conditioning."""
+def encoder(storage: str, prompts: bool, of: str) -> Work:
+    """Encodes rows with a `picture` (PNG) to their posterior's mean and std, rows with a `prompt`, if there are any, to their conditioning.
+
+    `of` is the digest of the model, for who keeps the work: with other weights it is another.
+    """
     import torch
     from safetensors.torch import save
 
@@ -136,8 +157,8 @@ def encoder(storage: str, prompts: bool) -> Work:
 
 
 @_explained("Scoring", "fewer cluster.samplers where they share a machine, smaller models as evaluate.dino and evaluate.clip.")
-def featurizer(storage: str) -> Work:
-    """Rows with a `picture` to its features by both encoders, rows with a `prompt` to CLIP's, as safetensors."""
+def featurizer(storage: str, of: str) -> Work:
+    """Rows with a `picture` to its features by both encoders, rows with a `prompt` to CLIP's, as safetensors. `of` as encoder() has it."""
     import torch
     from PIL import Image
     from safetensors.torch import save

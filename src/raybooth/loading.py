@@ -10,7 +10,6 @@ from raybooth.cluster.rows import threads_of
 from raybooth.cluster.session import of_this_machine
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
-from raybooth.manifest import model_digest
 from raybooth.photos import contact_sheet, png
 from raybooth.sections import Sampling
 from raybooth.workspace import Workspace
@@ -32,11 +31,11 @@ class Model:
 
     Attributes:
         config: of the run.
-        digest: of the weights, as pictures carry it.
+        digest: of what draws, as pictures carry it.
     """
 
     def __init__(self, storage: str | Path):
-        from raybooth.jobs import opened, pipeline_stage, stage_folder
+        from raybooth.jobs import model_of, opened, pipeline_stage, stage_folder
         from raybooth.sample import Sampler
 
         storage = str(storage)
@@ -44,8 +43,8 @@ class Model:
             raise RayboothError(f"There is no storage {storage}: give the folder or URI of a finished run.")
         workspace = Workspace(storage)
         workspace.pull("config.json")
-        manifest = workspace.manifest("fine-tuned-model")
-        self.config, self.digest = configuration.load(workspace.root / "config.json"), model_digest(manifest)
+        self.digest = model_of(workspace, "fine-tuned-model")
+        self.config = configuration.load(workspace.root / "config.json")
         pipeline = workspace.manifest(pipeline_stage(workspace, "fine-tuned-model"))
         self._threads = threads_of(of_this_machine(), sum(o["bytes"] for o in pipeline["outputs"].values()))
         family, loaded = opened(storage, "fine-tuned-model")

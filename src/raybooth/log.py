@@ -6,7 +6,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,9 +42,9 @@ class Log:
         self.workspace, self.images, self.flops, self.path = workspace, images, flops, workspace.root / "metrics.jsonl"
         self.rows: list[Row] = [*rows]
         self.writes = trackers is not None
-        self.trackers = [_started(name, workspace, digest([workspace.uri, key])[:16], start) for name in trackers or ()]
+        self.trackers = {name: _started(name, workspace, digest([workspace.uri, key])[:16], start) for name in trackers or ()}
         self.times: list[tuple[int, float]] = []
-        self.say, self.trouble, self.told = say, "", False
+        self.say, self.trouble, self.told = say, "", set[str]()
         self.pushed: dict[str, int] = {}
         self.pusher = Background(self._push, "readings") if self.writes and workspace.remote else None
 
@@ -58,8 +58,9 @@ class Log:
         if self.writes:
             write_atomically(self.path, "".join(json.dumps(r) + "\n" for r in self.rows).encode())
             numbers = {k: v for k, v in row.items() if k != "step" and v is not None}
-            for log, _ in self.trackers:
-                log(step, numbers)
+            for name, (log, _) in self.trackers.items():
+                with self._spared(name):
+                    log(step, numbers)
         if self.pusher:
             self.pusher.ask()
             self._tell()
@@ -76,11 +77,23 @@ class Log:
         except Exception as error:  # whatever the store says: the run is worth more than its readings
             self.trouble = str(error)
 
+    @contextlib.contextmanager
+    def _spared(self, tracker: str) -> Iterator[None]:
+        """What goes wrong with a tracker goes on the screen, and the run goes on."""
+        try:
+            yield
+        except Exception as error:  # whatever its package raises
+            self._note(tracker, f"readings do not arrive at {tracker}; all are in {self.path.name}: {error}")
+
     def _tell(self) -> None:
+        if self.trouble:
+            self._note("storage", f"readings do not arrive in the storage, and stay on this machine until they do: {self.trouble}")
+
+    def _note(self, of: str, text: str) -> None:
         """Once: it is tried again with every reading."""
-        if self.trouble and not self.told:
-            self.told = True
-            self.say({"note": f"readings do not arrive in the storage, and stay on this machine until they do: {self.trouble}"})
+        if of not in self.told:
+            self.told.add(of)
+            self.say({"note": text})
 
     def rate(self) -> float | None:
         """Steps a second, after the first reading: what comes before it is warming up."""
@@ -90,8 +103,9 @@ class Log:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        for _, close in self.trackers:
-            close(kind is None)
+        for name, (_, close) in self.trackers.items():
+            with self._spared(name):
+                close(kind is None)
         if self.pusher:
             self.pusher.ask()
             self.pusher.wait()

@@ -56,7 +56,7 @@ class Remote:
 
     def get(self, name: str, file: Path) -> None:
         """Copy a file from there into `file`, piece by piece: it may be larger than the memory."""
-        with explained_if_full(str(file.parent)), self._explained("read"):
+        with explained_if_full(f"The folder {file.parent}"), self._explained("read"):
             self._fs.get_file(f"{self._base}/{name}", str(file))
 
     def put(self, name: str, file: Path) -> None:

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +16,9 @@ from raybooth import evaluation, plots, selection
 from raybooth.drawing import by_prompt, output_prompts
 from raybooth.errors import RayboothError
 from raybooth.manifest import write_atomically
-from raybooth.naming import settle_token
 from raybooth.score import Score
 from raybooth.sections import Prior
 from raybooth.session import Run, settings_of
-from raybooth.stages import STAGES
 
 FILE = "report.html"
 SIDE, PROMPTS, PER_PROMPT, OF_CLASS, PHOTOGRAPHS, COLUMNS = 192, 100, 4, 8, 24, 12
@@ -209,18 +206,3 @@ def _uri(path: Path, side: int) -> str:
     data = io.BytesIO()
     small.save(data, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-
-
-ALL = {**STAGES, "evaluate": evaluation.evaluate, "report": report}
-"""Every verb that is a function of a run."""
-
-
-def do(run: Run, names: Iterable[str]) -> None:
-    """Those verbs, in order. A whole run that asks for much of a cluster looks for it first: what is refused has changed nothing."""
-    names = list(names)
-    if names[0] == "prepare" and len(names) > 1 and run.config.cluster.is_demanding:
-        _ = run.ray
-    for name in names:
-        if name != "prepare":
-            settle_token(run)
-        ALL[name](run)

@@ -111,7 +111,7 @@ def encode(run: Run) -> None:
     work = [{"name": n, **_read_row(run, rows[n])} for n in rows if n in missing]
     if work:
         done = map_rows(
-            partial(jobs.encoder, run.workspace.uri, any("prompt" in row for row in work)), work, batch=16, have=run.ray,
+            partial(jobs.encoder, run.workspace.uri, any("prompt" in row for row in work), stage.inputs["model"]), work, batch=16, have=run.ray,
             retries=run.config.cluster.retries, samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, "base-model"),
         )  # fmt: skip
         for name, data in run.progress(done, len(work), "encode", "row"):
@@ -158,11 +158,13 @@ def finetune(run: Run) -> None:
     from raybooth.cluster.fit import run_group
 
     config = run.config
-    latents = run.outputs("latents")
+    run.outputs("latents")  # must be here
+    held = _latents(run)[0].held
+    latents = {name: output["sha256"] for name, output in held["outputs"].items()} if held else {}  # of this base model
     rows = {k: [_latent_name(sha) for sha in _pictures(run, f"{k}-images").values()] for k in ("instance", "class")}
     used = [n for names in (*rows.values(), _prompt_names(run)) for n in names]
     if not latents.keys() >= set(used):
-        raise RayboothError("The latents do not belong to the present pictures: run 'raybooth encode' first, or 'raybooth run' for all.")
+        raise RayboothError("The latents do not belong to the present base model and pictures: run 'raybooth encode' first, or 'raybooth run' for all.")
     prompts = {"instance": config.subject.prompt, "class": config.class_prompt}
     without = {"log_every", "trackers", "checkpoint_every", "checkpoints"} | (set() if config.finetune.text_encoder else {"text_encoder_lr"})
     inputs = {

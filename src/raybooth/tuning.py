@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raybooth.cluster.fit import LESS_MEMORY
 from raybooth.disk import explained_if_full
+from raybooth.errors import LESS_MEMORY
 from raybooth.families import Family, family_of
 from raybooth.jobs import Row, explained_if_out_of_memory, prompt_name, stage_folder
 from raybooth.log import Log
@@ -69,7 +69,7 @@ def finetuner(
         due = (readings[-1]["step"] // every + 1) * every if readings else 0  # as if it had never stopped
         training = fit(family, loaded, data, settings(family, how, group.device, seed), parallel, start)
         del start  # for fit() to let go of: a checkpoint is as large as what is trained
-        with log, explained_if_full(storage):
+        with log, explained_if_full(f"The storage {storage}"):
             with out_of_memory_explained():
                 for step in training:
                     if step.metrics:
@@ -123,7 +123,7 @@ def exporter(storage: str, checkpoint: str, target: str) -> Callable[[list[Row]]
         dtype = torch.bfloat16 if finetune.precision == "bf16-weights" else torch.float32
         loaded = load(family, base, family.trainable(finetune.text_encoder), dtype)
         shutil.rmtree(workspace.root / target, ignore_errors=True)
-        with explained_if_full(storage):
+        with explained_if_full(f"The storage {storage}"):
             save_trained(family, base, restore(family, loaded, folder), finetune.method, workspace.root / target)
         workspace.push_tree(target)
         return [b"" for _ in rows]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import tempfile
 import threading
 import time
@@ -10,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from raybooth.cluster.allocator import keep_freed_memory
-from raybooth.cluster.session import Resources, causes, check_workers, import_quickly, own_errors
-from raybooth.errors import RayboothError
+from raybooth.cluster.session import Resources, causes, check_workers, import_quickly, last_line, own_errors
+from raybooth.errors import LESS_MEMORY, RayboothError
 
 Say = Callable[[dict[str, Any]], None]
 Loop = Callable[["Group", Say], Any]
@@ -21,12 +22,6 @@ DDP: dict[str, Any] = {
     "broadcast_buffers": False,  # before every pass; they are all workers' own from the beginning, and none changes
 }
 """What torch's DistributedDataParallel is told."""
-LESS_MEMORY = (
-    "a smaller finetune.batch (or more finetune.accumulate), finetune.method = 'lora', finetune.gradient_checkpointing = true, "
-    "finetune.optimizer = 'adamw8bit'. With any of these the fine-tuning begins anew: checkpoints are kept, but "
-    "belong to the settings that they were made with."
-)
-"""What takes less, in this order: whether it was an allocation that failed, or the machine that killed a worker."""
 
 
 class Group:
@@ -122,7 +117,7 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
                 if attempt == retries:
                     raise RayboothError(
                         f"Fine-tuning lost a worker {retries + 1} time{'s' * (retries > 0)}, perhaps for lack of memory: look at what 'ray logs' says. "
-                        f"Of the last Ray says: {_last_line(loss)} "
+                        f"Of the last Ray says: {last_line(loss)} "
                         "The same command goes on from the last checkpoint, with fewer cluster.workers too where they share a machine. "
                         f"What needs less memory, in this order: {LESS_MEMORY}"
                     ) from error
@@ -135,28 +130,32 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
 def _count_what_is_left() -> None:
     """Ray counts every 20 seconds what an elastic group may have: until then it would be given a node that is gone, and wait a minute for it."""
     import ray
-    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
     from ray.exceptions import RayError
 
-    with contextlib.suppress(RayError):  # then it takes the minute
+    with contextlib.suppress(RayError, ImportError, AttributeError, TypeError):  # then, or with a Ray that has it elsewhere, it takes the minute
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+
         ray.get(get_or_create_autoscaling_coordinator().get_reserved_resources.remote("", recompute=True), timeout=10)
 
 
 def _loss(error: Exception) -> BaseException | None:
-    """Of a worker, rather than an exception in one: it died, its node did, or another worker found its connection closed. None if it was no such thing."""
+    """Of a worker, rather than an exception in one: it died, its node did, or all that failed found a connection closed. None if it was no such thing."""
     import ray.exceptions as ray_errors
 
     lost = (
         ray_errors.RayActorError, ray_errors.WorkerCrashedError, ray_errors.NodeDiedError, ray_errors.ObjectLostError,
         ray_errors.OutOfMemoryError,  # of the machine: Ray ends a worker before the system does
     )  # fmt: skip
-    return next((e for e in causes(error) if isinstance(e, lost) or "gloo" in str(e).lower() or "NCCL" in str(e)), None)
+    all_causes = list(causes(error))
+    if died := next((e for e in all_causes if isinstance(e, lost)), None):
+        return died
+    failures = [failure for e in all_causes for failure in (getattr(e, "worker_failures", None) or {}).values()] or all_causes
+    # One that made a mistake closes the others' connections.
+    return failures[0] if failures and all(_CONNECTION.search(str(failure)) for failure in failures) else None
 
 
-def _last_line(error: BaseException) -> str:
-    """What is wrong, of a text of many lines, as a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[-1][:300].rstrip(".") + "."
+_CONNECTION = re.compile(r"\bgloo\b|\bNCCL\b", re.IGNORECASE)
+"""What torch says of a connection between workers names its library."""
 
 
 def _in_worker(config: dict[str, Any]) -> Any:

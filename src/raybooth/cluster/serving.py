@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, Protocol
 
 from raybooth.cluster.rows import SMALL, threads_of
-from raybooth.cluster.session import Resources, causes, import_quickly
+from raybooth.cluster.session import Resources, causes, import_quickly, last_line
 from raybooth.errors import RayboothError
 
 
@@ -82,7 +82,11 @@ def served(
     # No proxies of Ray's: they listen, and they read whole bodies before anybody can refuse them.
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR", "enable_access_log": False})
     try:
-        handle = serve.run(deployment.bind(pickle.dumps(make), threads_of(have, model_bytes)), name=name, route_prefix=None)
+        try:
+            handle = serve.run(deployment.bind(pickle.dumps(make), threads_of(have, model_bytes)), name=name, route_prefix=None)
+        except RuntimeError as error:  # several tries have failed: why the last one did its deployment knows
+            told = [d.message for d in serve.status().applications[name].deployments.values() if d.message]
+            raise RayboothError(f"No replica can be made: {last_line(told[0] if told else error)}") from error
         try:
             yield Served(handle, name)
         finally:

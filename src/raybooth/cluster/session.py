@@ -184,6 +184,12 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         waiting += [e for e in inner if isinstance(e, BaseException)]
 
 
+def last_line(error: BaseException | str) -> str:
+    """What is wrong, of an error's text of many lines, as a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1][:300].rstrip(".") + "."
+
+
 def check_workers(workers: int, gpus_per_worker: float | None, have: Resources) -> float:
     """GPUs a worker gets.
 

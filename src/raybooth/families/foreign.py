@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raybooth.errors import RayboothError
 from raybooth.families.base import Family, Loaded
-from raybooth.families.lora import WEIGHTS, load_adapters
+from raybooth.families.lora import WEIGHTS, described, load_adapters
 from raybooth.families.lowrank import LowRank, even, file_name, layers_of, names_of
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def write(family: Family, low: LowRank, target: Path) -> None:
         # PEFT takes the ends of names, so these fit with `text_model.` and without.
         names = [layer.removeprefix("text_model.") for layer in low.parts[part]]
         layers[f"{part}_lora_layers"] = tensors
-        layers[f"{part}_lora_adapter_metadata"] = LoraConfig(r=low.rank, lora_alpha=low.rank, target_modules=sorted(names)).to_dict()
+        layers[f"{part}_lora_adapter_metadata"] = described(LoraConfig(r=low.rank, lora_alpha=low.rank, target_modules=names))
     getattr(diffusers, family.pipeline).save_lora_weights(target, weight_name=WEIGHTS, **layers)
 
 
@@ -132,14 +133,21 @@ def matrices(family: Family, modules: "Modules", file: Path) -> "Matrices":
 
 
 def merge(family: Family, loaded: Loaded, file: Path) -> None:
-    """Add the LoRA of `file` to the weights of the loaded parts: drawing then costs what the base does.
+    """Add the LoRA of `file` to the weights of the loaded parts: drawing then costs what the base does. To those in bfloat16 as `load_adapters` does.
 
     Raises:
         RayboothError: as `read`.
     """
     if is_dora(file):
         return load_adapters(family, loaded, file)
-    for part, pairs in read(family, loaded.modules, file).parts.items():
+    import torch
+
+    low = read(family, loaded.modules, file)
+    if next(loaded.modules[family.denoiser].parameters()).dtype is torch.bfloat16:
+        with tempfile.TemporaryDirectory() as scratch:
+            write(family, low, Path(scratch))
+            return load_adapters(family, loaded, Path(scratch))
+    for part, pairs in low.parts.items():
         layers = layers_of(part, loaded.modules[part])
         for name, (down, up) in pairs.items():
             weight = layers[name].weight

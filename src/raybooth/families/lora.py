@@ -124,11 +124,11 @@ def save_adapters(family: Family, modules: Mapping[str, nn.Module], target: Path
     for part, module in modules.items():
         adapted: Any = module
         layers[f"{part}_lora_layers"] = get_peft_model_state_dict(adapted)
-        layers[f"{part}_lora_adapter_metadata"] = _described(adapted.peft_config["default"])
+        layers[f"{part}_lora_adapter_metadata"] = described(adapted.peft_config["default"])
     getattr(diffusers, family.pipeline).save_lora_weights(target, weight_name=WEIGHTS, **layers)
 
 
-def _described(how: Any) -> dict[str, Any]:
+def described(how: Any) -> dict[str, Any]:
     """A file's header of its adapters: the same for equal ones, whose targets PEFT has as a set, and without the folder that the base was in."""
     values: dict[str, Any] = how.to_dict()
     return values | {"base_model_name_or_path": None, "target_modules": sorted(values["target_modules"])}
@@ -142,9 +142,9 @@ def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:
     Raises:
         RayboothError: if none of them is of this model.
     """
-    _put_in(family, loaded.modules, folder)
+    of = _put_in(family, loaded.modules, folder)
     layers = [layer for module in loaded.modules.values() for layer in module.modules() if _is_adapted(layer)]
-    if not layers:
+    if not layers and of <= loaded.modules.keys():  # they may be of parts that are not loaded
         raise RayboothError(f"The adapters in {folder} are none of {family.name}'s as diffusers names them: they would change nothing.")
     for layer in layers:
         adapted: Any = layer
@@ -152,18 +152,22 @@ def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:
             layer.merge()
 
 
-def _put_in(family: Family, modules: Mapping[str, nn.Module], folder: Path) -> None:
+def _put_in(family: Family, modules: Mapping[str, nn.Module], folder: Path) -> set[str]:
+    """Returns the parts that the file has adapters for; those of `modules` have them now."""
     import diffusers
 
     source, name = (folder.parent, folder.name) if folder.suffix == ".safetensors" else (folder, WEIGHTS)
     pipeline = getattr(diffusers, family.pipeline)
     state, *rest, metadata = pipeline.lora_state_dict(source, weight_name=name, return_lora_metadata=True)
     alphas = rest[0] if rest else None
-    denoiser: Any = modules[family.denoiser]
-    denoiser.load_lora_adapter(state, prefix=family.denoiser, network_alphas=alphas, metadata=metadata)
-    for part in family.trainable_encoders:
-        if any(k.startswith(f"{part}.") for k in state):
-            pipeline.load_lora_into_text_encoder(state, alphas, modules[part], prefix=part, metadata=metadata)
+    of = {part for part in family.trainable(text_encoder=True) if any(k.startswith(f"{part}.") for k in state)}
+    for part in of & modules.keys():
+        module: Any = modules[part]
+        if part == family.denoiser:
+            module.load_lora_adapter(state, prefix=part, network_alphas=alphas, metadata=metadata)
+        else:
+            pipeline.load_lora_into_text_encoder(state, alphas, module, prefix=part, metadata=metadata)
+    return of
 
 
 def load_merged(family: Family, base: Path, folder: Path, parts: Iterable[str]) -> Loaded:

@@ -23,6 +23,8 @@ _SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "euler": ("EulerDiscreteScheduler", {}),
 }
+_ANY_STRIDE = ("dpmsolver++", "euler")
+"""Samplers that read their strides from the timesteps; the others have whole ones of equal length."""
 _OTHER_NOISE = ("EDM", "FlowMatch")  # schedulers of finetunes that are no DDPM; by their configurations' names read as one they would be taught nonsense
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -102,18 +104,22 @@ def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], 
     """Deterministic samplers only: a picture depends on its initial latents and on nothing drawn on the way.
 
     Raises:
-        RayboothError: if the model's noise has no so many steps.
+        RayboothError: if the model's noise has no so many steps, or so many would not begin with it.
     """
     import diffusers
 
     kind, extra = _SAMPLERS[name]
-    if name == "dpmsolver++" and steps > 100:
-        extra = {**extra, "timestep_spacing": "linspace"}  # strides of "leading" are whole: of 1000, 200 steps would leave out the first 199
+    if steps > 100 and name in _ANY_STRIDE:
+        extra = {**extra, "timestep_spacing": "linspace"}
     made = getattr(diffusers, kind).from_config(_ddim(folder).config, **extra)
     try:
         made.set_timesteps(steps, device=device)
     except (ValueError, IndexError):
         raise RayboothError(f"{steps} steps are more than {name} can take with this model: lower prior.steps, or generate.steps.") from None
+    noise = int(made.config.num_train_timesteps)
+    if steps > 100 and made.timesteps[0] < 0.9 * noise:  # strides are whole: of 1000, 501 steps leave out the first 499
+        fewer = next(n for n in range(steps, 0, -1) if (n - 1) * (noise // n) >= 0.9 * noise)
+        raise RayboothError(f"{steps} steps of {name} would begin amid the noise: set prior.steps, or generate.steps, to {fewer}, or take dpmsolver++.")
     return made
 
 

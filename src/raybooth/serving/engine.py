@@ -66,7 +66,7 @@ class Engine:
 
     def group(self, row: Row) -> tuple[str, int]:
         """Rows of one group and of equal settings may be drawn together; and how many of them."""
-        return ("", self.batch) if self.shared(row.subject) else (row.subject.model, row.subject.batch)
+        return ("", self.batch) if self.shared(row.subject) else (_key(row.subject), row.subject.batch)
 
     def draw(self, rows: Sequence[Row], sampling: Sampling, watch: Watch | None = None) -> np.ndarray:
         """(n, h, w, 3) uint8 pictures of rows of one group, at most a batch.
@@ -78,7 +78,7 @@ class Engine:
         for row in rows:
             self.ready(row.subject)
             adapters.append(row.subject.model if self.shared(row.subject) and row.subject.kind == "lora" else "")
-        sampler = self.sampler if self.shared(rows[0].subject) else self._models[rows[0].subject.model]
+        sampler = self.sampler if self.shared(rows[0].subject) else self._models[_key(rows[0].subject)]
 
         def look(step: int, clean: torch.Tensor) -> None:
             if watch:
@@ -105,7 +105,7 @@ class Engine:
             raise RayboothError(f"The model '{subject.id}' cannot be loaded: {error}") from error
 
     def _load_whole(self, subject: Subject) -> None:
-        if subject.model not in self._models:
+        if _key(subject) not in self._models:
             while len(self._models) >= self.whole:
                 self._models.popitem(last=False)
             folder = subject.base_folder if subject.kind == "lora" else subject.weights
@@ -117,8 +117,13 @@ class Engine:
             elif subject.kind == "lora":
                 load_adapters(family, loaded, subject.weights)
             _check(subject)
-            self._models[subject.model] = Sampler(family, loaded, subject.sampling, subject.batch)
-        self._models.move_to_end(subject.model)
+            self._models[_key(subject)] = Sampler(family, loaded, subject.sampling, subject.batch)
+        self._models.move_to_end(_key(subject))
+
+
+def _key(subject: Subject) -> str:
+    """Of a model of its own: the same adapters may lie on several bases."""
+    return f"{subject.base} {subject.model}"
 
 
 def _is_file(subject: Subject) -> bool:

@@ -1,0 +1,22 @@
+"""Every verb that is a function of a run, by its name."""
+
+from collections.abc import Iterable
+
+from raybooth.evaluation import evaluate
+from raybooth.naming import settle_token
+from raybooth.reporting import report
+from raybooth.session import Run
+from raybooth.stages import STAGES
+
+ALL = {**STAGES, "evaluate": evaluate, "report": report}
+
+
+def do(run: Run, names: Iterable[str]) -> None:
+    """Those verbs, in order. A whole run that asks for much of a cluster looks for it first: what is refused has changed nothing."""
+    names = list(names)
+    if names[0] == "prepare" and len(names) > 1 and run.config.cluster.is_demanding:
+        _ = run.ray
+    for name in names:
+        if name != "prepare":
+            settle_token(run)
+        ALL[name](run)

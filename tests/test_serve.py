@@ -163,11 +163,11 @@ def test_servers_and_others_share_a_cluster(ray: None):
 
 
 def test_replicas_that_cannot_be_made_say_why(ray: None):
-    gone = "from raybooth.errors import RayboothError; raise RayboothError('The model has gone: fetch it again.')"
+    make: Any = partial(exec, "from raybooth.errors import RayboothError; raise RayboothError('The model has gone: fetch it again.')")
     how: Any = {"have": Resources(2, 0, 1), "model_bytes": 0, "replicas": (1, 1), "batch": 1, "queue": 1, "joined": True}
     with (
         pytest.raises(RayboothError, match=r"^No replica can be made: .*The model has gone: fetch it again\.$"),
-        served(partial(exec, gone), "raybooth-none", **how),
+        served(make, "raybooth-none", **how),
     ):
         pass
 

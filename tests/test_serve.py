@@ -1,6 +1,7 @@
 """`raybooth serve` as people start it: replicas behind Ray Serve, one of which is killed under load, and what it refuses to start with."""
 
 import asyncio
+import gc
 import os
 import re
 import shutil
@@ -19,10 +20,11 @@ from typing import Any
 import httpx2 as httpx
 import psutil
 import pytest
+from ray.exceptions import ActorDiedError
 from stored import make_run
 
 from raybooth.cli import main
-from raybooth.cluster.serving import served
+from raybooth.cluster.serving import _quieten, served
 from raybooth.cluster.session import Resources
 from raybooth.errors import RayboothError
 from raybooth.options import parser
@@ -170,6 +172,19 @@ def test_replicas_that_cannot_be_made_say_why(ray: None):
         served(make, "raybooth-none", **how),
     ):
         pass
+
+
+def test_what_serve_forgets_of_a_lost_replica_is_no_traceback(caplog: pytest.LogCaptureFixture):
+    """Other forgotten mistakes still are one."""
+    _quieten()
+
+    async def forgetful() -> None:
+        for error in (ActorDiedError(), ValueError("a mistake")):
+            asyncio.get_running_loop().create_future().set_exception(error)  # which nobody looks at
+            gc.collect()
+
+    asyncio.run(forgetful())
+    assert [type(r.exc_info[1]) for r in caplog.records if r.name == "asyncio" and r.exc_info] == [ValueError]
 
 
 def test_servers_have_names_of_their_own():

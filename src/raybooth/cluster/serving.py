@@ -64,8 +64,7 @@ def served(
     """
     from ray import serve
 
-    for logger in ("ray.serve", "ray.serve._private"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    _quieten()
     fewest, most = replicas
     deployment = serve.deployment(Drawer).options(
         name="Drawer",
@@ -94,6 +93,19 @@ def served(
     finally:
         if joined:
             serve.delete(name)
+
+
+def _quieten() -> None:
+    for logger in ("ray.serve", "ray.serve._private"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    logging.getLogger("asyncio").addFilter(_is_no_loss)
+
+
+def _is_no_loss(record: logging.LogRecord) -> bool:
+    """Serve asks its replicas how much they have to do, and forgets what it asked of one that is lost: asyncio would tell of that by a traceback."""
+    from ray.exceptions import RayError
+
+    return not (record.exc_info and isinstance(record.exc_info[1], RayError))
 
 
 class Served:

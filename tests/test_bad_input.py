@@ -354,6 +354,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
+def test_the_table_is_long_enough():
+    assert len(TABLE) >= 30
+
+
 def test_a_base_that_may_not_be_read_is_said(tmp_path: Path, toy: Path, photos: Path, capsys, monkeypatch):
     def refused(source: Path, target: Path) -> None:
         raise PermissionError(13, "Permission denied", str(source))

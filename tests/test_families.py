@@ -191,7 +191,7 @@ def test_an_encoder_that_is_never_trained_runs_once_a_prompt(tmp_path: Path, mon
     made: dict[str, dict[str, Any]] = {f"{i}.safetensors": {"picture": png(Image.fromarray(pixels))} for i, pixels in enumerate(noise)}
     made |= {prompt_name(p): {"prompt": p} for p in PROMPTS}
     latents.mkdir()
-    for file, tensors in zip(made, encoder(str(tmp_path), prompts=True, of="a base model")(list(made.values())), strict=True):
+    for file, tensors in zip(made, encoder(str(tmp_path), prompts=True, model="a base model")(list(made.values())), strict=True):
         (latents / file).write_bytes(tensors)
     assert encoded == [1, 1]
     family, names = family_of(folder), list(made)[:3]

@@ -27,10 +27,10 @@ from raybooth.photos import png
 from raybooth.sections import Sampling
 
 MAKERS: dict[str, tuple[Callable[..., Any], str, str, list[str]]] = {
-    "drawing": (partial(sampler, model_stage="base-model", sampling=Sampling(2, 1.0, "ddim", 32), batch=1, of=""), "opened",
+    "drawing": (partial(sampler, model_stage="base-model", sampling=Sampling(2, 1.0, "ddim", 32), batch=1, model=""), "opened",
                 "raybooth.sample.Sampler.draw", ["cluster.sample_batch", "cluster.samplers", "base.resolution"]),
-    "encoding": (partial(encoder, prompts=True, of=""), "for_inference", "raybooth.families.parts.encode_image", ["cluster.samplers", "base.resolution"]),
-    "scoring": (partial(featurizer, of=""), "stage_folder", "", ["cluster.samplers", "evaluate.dino", "evaluate.clip"]),
+    "encoding": (partial(encoder, prompts=True, model=""), "for_inference", "raybooth.families.parts.encode_image", ["cluster.samplers", "base.resolution"]),
+    "scoring": (partial(featurizer, model=""), "stage_folder", "", ["cluster.samplers", "evaluate.dino", "evaluate.clip"]),
 }  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_out_of_memory_names_what_needs_less(storage: str, what: str, monkeypatc
 
 
 def test_a_sentence_from_a_worker_arrives_as_itself(storage: str, ray: None, capfd: pytest.CaptureFixture[str]):
-    make = partial(encoder, f"{storage}/fine-tuned-model", prompts=False, of="")
+    make = partial(encoder, f"{storage}/fine-tuned-model", prompts=False, model="")
     with pytest.raises(RayboothError) as said:
         list(map_rows(make, [{"name": "a"}], batch=1, have=Resources(1, 0, 1), retries=0))
     assert str(said.value).startswith("There is no model folder")

@@ -141,7 +141,7 @@ def test_dora_and_whole_models_are_drawn_by_themselves_as_the_run_draws_them(run
     engine = Engine(subjects[BASE], 16, whole=1)
     for name in ("dora", "whole", "dora"):
         row = rows_of(subjects, name)[0]
-        assert row.subject.model in engine.group(row)[0]
+        assert engine.group(row)[0] == f"{row.subject.base} {row.subject.model}"
         assert np.array_equal(engine.draw([row], row.subject.sampling)[0], merged(row))
         assert len(engine._models) == 1
     assert not Engine(subjects[BASE], 4).shared(subjects["subject-2"]), "too large for the slots"

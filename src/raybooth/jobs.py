@@ -109,7 +109,7 @@ def opened(storage: str, model_stage: str) -> tuple[Family, Loaded]:
 
 
 @_explained("Drawing", "a smaller cluster.sample_batch, fewer cluster.samplers where they share a machine, a smaller base.resolution.")
-def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, of: str) -> Work:
+def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, model: str) -> Work:
     """Draws rows of (prompt, seed) as PNG files that say what they are."""
     from PIL import Image
 
@@ -120,7 +120,7 @@ def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, of: 
     def work(rows: list[Row]) -> list[bytes]:
         pictures = draw([r["prompt"] for r in rows], [r["seed"] for r in rows])
         return [
-            png(Image.fromarray(p), prompt=r["prompt"], seed=str(r["seed"]), model=of)
+            png(Image.fromarray(p), prompt=r["prompt"], seed=str(r["seed"]), model=model)
             for p, r in zip(pictures, rows, strict=True)
         ]  # fmt: skip
 
@@ -128,10 +128,10 @@ def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, of: 
 
 
 @_explained("Encoding", "fewer cluster.samplers where they share a machine, a smaller base.resolution.")
-def encoder(storage: str, prompts: bool, of: str) -> Work:
+def encoder(storage: str, prompts: bool, model: str) -> Work:
     """Encodes rows with a `picture` (PNG) to their posterior's mean and std, rows with a `prompt`, if there are any, to their conditioning.
 
-    `of` is the digest of the model, for who keeps the work: with other weights it is another.
+    `model` is its digest, for who keeps the work: with other weights it is another.
     """
     import torch
     from safetensors.torch import save
@@ -157,8 +157,8 @@ def encoder(storage: str, prompts: bool, of: str) -> Work:
 
 
 @_explained("Scoring", "fewer cluster.samplers where they share a machine, smaller models as evaluate.dino and evaluate.clip.")
-def featurizer(storage: str, of: str) -> Work:
-    """Rows with a `picture` to its features by both encoders, rows with a `prompt` to CLIP's, as safetensors. `of` as encoder() has it."""
+def featurizer(storage: str, model: str) -> Work:
+    """Rows with a `picture` to its features by both encoders, rows with a `prompt` to CLIP's, as safetensors. `model` as encoder() has it."""
     import torch
     from PIL import Image
     from safetensors.torch import save

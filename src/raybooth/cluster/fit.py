@@ -146,12 +146,11 @@ def _loss(error: Exception) -> BaseException | None:
         ray_errors.RayActorError, ray_errors.WorkerCrashedError, ray_errors.NodeDiedError, ray_errors.ObjectLostError,
         ray_errors.OutOfMemoryError,  # of the machine: Ray ends a worker before the system does
     )  # fmt: skip
-    all_causes = list(causes(error))
-    if died := next((e for e in all_causes if isinstance(e, lost)), None):
+    if died := next((e for e in causes(error) if isinstance(e, lost)), None):
         return died
-    failures = [failure for e in all_causes for failure in (getattr(e, "worker_failures", None) or {}).values()] or all_causes
+    failures = [failure for e in causes(error) for failure in (getattr(e, "worker_failures", None) or {}).values()] or [error]
     # One that made a mistake closes the others' connections.
-    return failures[0] if failures and all(_CONNECTION.search(str(failure)) for failure in failures) else None
+    return failures[0] if all(any(_CONNECTION.search(str(e)) for e in causes(failure)) for failure in failures) else None
 
 
 _CONNECTION = re.compile(r"\bgloo\b|\bNCCL\b", re.IGNORECASE)

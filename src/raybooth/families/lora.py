@@ -142,9 +142,9 @@ def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:
     Raises:
         RayboothError: if none of them is of this model.
     """
-    of = _put_in(family, loaded.modules, folder)
+    adapted_parts = _put_in(family, loaded.modules, folder)
     layers = [layer for module in loaded.modules.values() for layer in module.modules() if _is_adapted(layer)]
-    if not layers and of <= loaded.modules.keys():  # they may be of parts that are not loaded
+    if not layers and adapted_parts <= loaded.modules.keys():  # they may be of parts that are not loaded
         raise RayboothError(f"The adapters in {folder} are none of {family.name}'s as diffusers names them: they would change nothing.")
     for layer in layers:
         adapted: Any = layer
@@ -160,14 +160,14 @@ def _put_in(family: Family, modules: Mapping[str, nn.Module], folder: Path) -> s
     pipeline = getattr(diffusers, family.pipeline)
     state, *rest, metadata = pipeline.lora_state_dict(source, weight_name=name, return_lora_metadata=True)
     alphas = rest[0] if rest else None
-    of = {part for part in family.trainable(text_encoder=True) if any(k.startswith(f"{part}.") for k in state)}
-    for part in of & modules.keys():
+    adapted_parts = {part for part in family.trainable(text_encoder=True) if any(k.startswith(f"{part}.") for k in state)}
+    for part in adapted_parts & modules.keys():
         module: Any = modules[part]
         if part == family.denoiser:
             module.load_lora_adapter(state, prefix=part, network_alphas=alphas, metadata=metadata)
         else:
             pipeline.load_lora_into_text_encoder(state, alphas, module, prefix=part, metadata=metadata)
-    return of
+    return adapted_parts
 
 
 def load_merged(family: Family, base: Path, folder: Path, parts: Iterable[str]) -> Loaded:

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from raybooth import config
-from raybooth.plan import GIB, plan
+from raybooth.planning import GIB, plan
 
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,

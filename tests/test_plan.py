@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from toys import MAKERS
 
+import raybooth
 from raybooth import config
 from raybooth.cli import main
 from raybooth.cluster.fit import DDP
@@ -23,7 +24,7 @@ from raybooth.families import family_of
 from raybooth.families.parts import load
 from raybooth.flops import step_flops, without_weights
 from raybooth.method import autocast_dtype, held_in, make_ready
-from raybooth.plan import Plan, plan
+from raybooth.planning import Plan, plan
 from raybooth.sections import Finetune
 from raybooth.train import Parallel, fit
 
@@ -161,7 +162,9 @@ def test_the_command_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixt
         weights.unlink()
     assert json.loads((folder / "model_index.json").read_text())
     assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", "24GiB"]) == 0
-    assert "24GiB: fits" in capsys.readouterr().out
+    assert "24GiB: fits" in (said := capsys.readouterr().out)
+    made = config.load(None, [], subject={"class": "dog"}, base={"model": str(folder)}, storage=str(tmp_path / "none"))
+    assert said.startswith(str(raybooth.plan(made)))
     assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", "0.001GiB"]) == 0
     assert "0.001GiB: does not fit" in (said := capsys.readouterr().out)
     assert "finetune.method = lora with finetune.lr = 1e-4" in said

@@ -74,6 +74,8 @@ def test_the_verb_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["word", "prior", "norm", "nearest", "common", "word"]
     assert len(lines) == 11
+    config = load(None, [], subject={"class": "dog"}, base={"model": "mini"}, storage=str(tmp_path))
+    assert [p["word"] for p in raybooth.token(config)] == [line.split()[0] for line in lines[1:]]
 
 
 def test_the_verb_draws_them(tmp_path: Path, toy: Path, in_process: None):

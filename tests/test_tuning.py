@@ -19,7 +19,7 @@ from raybooth import config
 from raybooth.checkpoint import Checkpoints
 from raybooth.errors import RayboothError
 from raybooth.manifest import files_under
-from raybooth.plan import plan
+from raybooth.planning import plan
 from raybooth.remote import Remote
 from raybooth.sections import Finetune, Lora, Prior
 from raybooth.train import State

@@ -4,11 +4,16 @@ import atexit
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from raybooth import exporting, importing, stages, verbs
+from raybooth import exporting, importing, naming, stages, verbs
+from raybooth.base_model import keep_base, model_configuration
 from raybooth.cluster.session import connected
 from raybooth.config import Config, load
 from raybooth.session import Run, config_in
+
+if TYPE_CHECKING:
+    from raybooth.planning import Plan
 
 
 def connect(address: str | None = None) -> None:
@@ -36,6 +41,24 @@ finetune = _verb("finetune")
 generate = _verb("generate")
 evaluate = _verb("evaluate")
 report = _verb("report")
+
+
+def plan(config: Config) -> "Plan":
+    """What a run of `config` will need, in bytes and FLOPs. Its base must be in its storage (`prepare`), in a local folder, or mini.
+
+    Raises:
+        RayboothError: if it is not, or cannot do what the configuration asks of it.
+    """
+    from raybooth import planning
+
+    return planning.plan(model_configuration(config), config)
+
+
+def token(config: Config) -> list[dict[str, Any]]:
+    """Rare words of the base model to name a subject by, the weakest first (families.tokens.Proposal); fetches the base as `prepare` does."""
+    with Run(config) as made:
+        keep_base(made)
+        return naming.proposals(made)
 
 
 def export(run: Config | str | Path, to: str, output: str | None = None, rank: int | None = None, repo: str | None = None) -> str:

@@ -171,10 +171,9 @@ def _import(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     size = None if args.gpu is None else _bytes(args.gpu)
     config = _config_of_a_model(args)
-    from raybooth.base_model import model_configuration
-    from raybooth.plan import plan
+    from raybooth.api import plan
 
-    planned = plan(model_configuration(config), config)
+    planned = plan(config)
     print(planned)
     if size is not None:
         fits = planned.peak * 1.1 <= size  # CUDA's context and fragmentation

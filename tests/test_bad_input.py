@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from raybooth.cli import main
 from raybooth.workspace import Workspace
@@ -134,6 +136,14 @@ def as_bmp(path: Path) -> bytes:
     return buffer.getvalue()
 
 
+def a_lora(w: World) -> None:
+    save_file({"unet.a.lora_A.weight": np.zeros((4, 8), np.float32)}, w.folder / "lora.safetensors")
+
+
+def base_within(w: World) -> None:
+    shutil.copytree(w.model, w.storage / "base-model")
+
+
 def put(name: str, text: str) -> Callable[[World], None]:
     def write(w: World) -> None:
         (w.folder / name).write_text(text)
@@ -224,6 +234,9 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a photograph of one pixel", lambda w: w.photo("dot.png", image(1, 1)), [], "dot.png is 1 x 1 pixels"),
     ("a thin photograph", lambda w: w.photo("thin.png", image(400, 8)), [], "thin.png is 400 x 8 pixels"),
     ("a decompression bomb", lambda w: w.photo("bomb.png", bomb()), [], "bomb.png has more than 178 million pixels"),
+    ("a photograph that cannot be read to its end", None, ["PHOTOS=/proc/self/mem"], "/proc/self/mem cannot be read (Input/output error): check the path"),
+    ("a name that colours the terminal", lambda w: w.photo("x\n\x1b[31my.png", b"none"), [], "x [31my.png is not a picture"),
+    ("a URL without an answer, whatever the base", None, ["PHOTOS=http://127.0.0.1:9/a.png", "--base=/no/such/model"], "a.png cannot be fetched"),
     ("text named .jpg", lambda w: w.photo("text.jpg", b"hello, I am text"), [], "text.jpg is not a picture"),
     ("the same photograph twice", lambda w: w.photo("twin.png", (w.photos / "0.png").read_bytes()), [], "twin.png is the same photograph as"),
     ("the same picture in another file", lambda w: w.photo("twin.bmp", as_bmp(w.photos / "0.png")), [], "twin.bmp is the same photograph as"),
@@ -233,6 +246,30 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a token with a placeholder", None, ["--token={subject}"], "subject.token = '{subject}' is not possible: it stands in prompts"),
     ("a class of two lines", None, ["--class=dog\ncat"], "where braces and control characters have no place"),
     ("a token that is the class", None, ["--token=Dog"], "subject.token equals subject.class"),
+    (
+        "a base in the storage itself",
+        base_within,
+        ["--base=FOLDER/storage/base-model"],
+        "lies in the storage FOLDER/storage itself",
+    ),
+    ("a LoRA for a base", a_lora, ["--base=FOLDER/lora.safetensors"], "lora.safetensors is a LoRA and no model"),
+    (
+        "an optimizer that is not installed",
+        None,
+        ["--set=finetune.optimizer=prodigy"],
+        "needs prodigyopt, which is not installed: pip install",
+    ),
+    ("a tracker that is not installed", None, ["--set=finetune.trackers=['mlflow']"], "finetune.trackers = 'mlflow' needs mlflow"),
+    ("a list without its end", None, ['--set=generate.prompts=["a {subject}", "b"'], "begins like a TOML list and is none"),
+    ("a list of bare words", None, ["--set=generate.prompts=[a {subject}]"], "begins like a TOML list and is none"),
+    ("a text without its end", None, ["--set=subject.class='dog"], "begins like a TOML value and is none"),
+    ("two settings in one", None, ["--set=seed=1\nfoo=2"], "holds more than one setting"),
+    ("a guidance beyond all", None, ["--set=generate.guidance=1e300"], "generate.guidance"),
+    ("a section in quotes", toml('"subject.class" = "dog"'), ["FOLDER/my.toml"], "stands under a quoted name"),
+    ("an address with one slash", None, ["--storage=s3:/bucket/run"], "s3:/bucket/run is neither a folder nor an address"),
+    ("an address of a host's file", None, ["--storage=file://localhost/tmp/run"], "is neither a folder nor an address"),
+    ("an address of nothing", None, ["--storage=memory://"], "is neither a folder nor an address"),
+    ("a bucket without its package", None, ["--storage=s3://bucket/run"], "pip install 'raybooth[s3]'"),
     ("a base that does not exist", None, ["--base=/no/such/model"], "/no/such/model"),
     ("a base of an unknown user", None, ["--base=~nobody-of-this-name/sd"], "base.model = '~nobody-of-this-name/sd'"),
     ("a base without model_index.json", no_index, [], "has no model_index.json"),
@@ -291,7 +328,7 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a section of another language", None, ["--set=self.x=1"], "self.x is not a known setting"),
     ("an unknown section with a known key", None, ["--set=genrate.prompts=x"], "did you mean generate.prompts?"),
     ("a number of thousands of digits", None, [f"--set=finetune.steps={'9' * 5000}"], "finetune.steps = '999"),
-    ("brackets without end", None, [f"--set=finetune.steps={'[' * 5000}"], "finetune.steps = '[[["),
+    ("brackets without end", None, [f"--set=finetune.steps={'[' * 5000}"], "[[[ begins like a TOML list and is none"),
     ("brackets without end in the file", toml(f"seed = {'[' * 5000}"), ["FOLDER/my.toml"], "is not valid TOML"),
     ("keys without end", None, [f"--set=finetune.steps{'.a' * 5000}=1"], "finetune.steps = "),
     ("keys without end in the file", toml(f"finetune.steps{'.a' * 5000} = 1"), ["FOLDER/my.toml"], "finetune.steps = "),

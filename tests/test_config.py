@@ -154,6 +154,7 @@ def test_prompts_are_filled_in():
         (["finetune.optimizer=adafactor", "finetune.precision=bf16-weights"], "goes with finetune.optimizer = 'adamw'"),
         (["cluster.gpus_per_worker=0.5", "cluster.workers=2"], "each needs whole GPUs"),
         (["cluster.gpus_per_worker=1.5"], "each needs whole GPUs"),
+        (["finetune.method=lora", "finetune.compile=true", "lora.dropout=0.1"], "does not go with lora.dropout"),
         *(
             ([f"generate.prompts=['a {word} dog']"], "has a placeholder that is not known")
             for word in ("{subject[a]}", "{subject.upper}", "{token:>9}", "{red}")

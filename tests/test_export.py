@@ -305,6 +305,13 @@ def test_what_cannot_be_is_said_in_a_sentence(runs: Callable[..., Path], capsys:
     assert "Traceback" not in said
 
 
+def test_a_link_that_leads_to_itself_is_no_folder(runs: Callable[..., Path], tmp_path: Path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for place in ("loop", "loop/x"):
+        with pytest.raises(RayboothError, match="symbolic link that leads to itself"):
+            raybooth.export(runs("sd1", LORA), "lora", str(tmp_path / place))
+
+
 def test_a_run_that_is_not_complete_has_nothing_to_export(tmp_path: Path, toy: Path):
     with run_of(tmp_path / "run", toy) as run:
         prepare_base(run)

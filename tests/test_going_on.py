@@ -1,10 +1,12 @@
 """What a training leaves for the next, and what it must not leave."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from test_train import PLAIN, changed, data, readied, trained
 
 from raybooth.checkpoint import Checkpoints
@@ -13,7 +15,7 @@ from raybooth.families import family_of
 from raybooth.families.lora import add_adapters
 from raybooth.families.parts import load
 from raybooth.sections import Finetune, Lora
-from raybooth.train import State, fit
+from raybooth.train import Metrics, State, fit
 from raybooth.workspace import Workspace
 
 
@@ -85,3 +87,34 @@ def test_a_broken_state_never_becomes_a_checkpoint(toy: Path):
     steps = fit(family, load(family, toy, ("unet", "text_encoder")), rows, changed(log_every=100))
     with pytest.raises(RayboothError, match="not finite at step 1"):
         next(steps).state()
+
+
+def test_gradients_that_overflow_at_every_step_do_not_pass_for_learning(toy: Path):
+    """The scaler skips such steps and halves its scale, while the losses look as ever."""
+    loaded = readied(toy, PLAIN)
+    loaded.modules["unet"].conv_in.weight.register_hook(lambda grad: grad * float("nan"))
+    steps = fit(family_of(toy), loaded, data(), changed(steps=40, log_every=5, autocast=torch.float16))
+    with pytest.raises(RayboothError, match="overflowed float16 in every step"):
+        list(steps)
+
+
+def test_a_teacher_drops_nothing_of_a_base_that_drops_by_itself(toy: Path):
+    """Under LoRA it is the model in training, whose masks are for all rows of the pass, asked for some of them."""
+
+    def taught() -> list[Metrics | None]:
+        loaded = readied(toy, Finetune(method="lora", text_encoder=False))
+        for block in loaded.modules["unet"].modules():
+            if isinstance(block, ResnetBlock2D):
+                block.dropout = torch.nn.Dropout(p)
+        rows = replace(data(weight=2), teacher=True, conditioning={"text": torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))})
+        lr = {"unet": 0.0}
+        return [step.metrics for step in fit(family_of(toy), loaded, rows, changed(steps=1, log_every=1, text_encoder=False, lr=lr))]
+
+    p = 0.5
+    [dropped] = taught()
+    p = 0.0
+    [whole] = taught()
+    assert dropped is not None
+    assert whole is not None
+    assert whole.prior < 1e-9  # untrained adapters say what the base says
+    assert dropped.prior > 1e-4  # the dropout is the student's alone

@@ -16,7 +16,8 @@ LAYERS = [
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "checkpoint"}, {"teacher"},
     {"families", "dataset", "loss", "noise", "dropout", "optim", "dreambench", "photos", "sources", "hub"},
-    {"config", "workspace", "mirror"}, {"sections"}, {"disk", "remote", "layers", "clock", "manifest", "background"}, {"errors", "prompts", "complaints"},
+    {"config", "workspace", "mirror", "extras"}, {"sections"},
+    {"disk", "remote", "layers", "clock", "manifest", "background"}, {"errors", "prompts", "complaints"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers"}
 LIGHT = {

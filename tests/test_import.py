@@ -163,6 +163,12 @@ def spoilt(how: str, tensors: Tensors) -> Tensors:
         tensors[f"{first}.dora_scale"] = torch.ones(16, 1)
     elif how == "lokr":
         tensors[f"{first}.lokr_w1"] = torch.ones(2, 2)
+    elif how == "empty":
+        tensors[f"{first}.lora_down.weight"], tensors[f"{first}.lora_up.weight"] = torch.zeros(0, 32), torch.zeros(32, 0)
+    elif how == "ranks":
+        tensors[f"{first}.lora_up.weight"] = torch.zeros(32, 5)
+    elif how == "nan":
+        tensors[f"{first}.lora_down.weight"][0, 0] = torch.nan
     elif how == "none":
         return {"unet.something.weight": torch.ones(2, 2)}
     return tensors
@@ -176,6 +182,9 @@ def spoilt(how: str, tensors: Tensors) -> Tensors:
         ("dora", "is a DoRA"),
         ("lokr", "of no layout that diffusers knows"),
         ("none", "holds no LoRA"),
+        ("empty", "has matrices without values"),
+        ("ranks", "are of ranks 4 and 5"),
+        ("nan", "holds values that are not finite"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_no_model(bases: Callable[[str], Path], tmp_path: Path, how: str, named: str):
@@ -184,7 +193,18 @@ def test_what_does_not_fit_is_refused_and_leaves_no_model(bases: Callable[[str],
     with pytest.raises(RayboothError, match=named):
         imported(tmp_path / "run", bases("sd1"), tmp_path / "theirs.safetensors")
     assert not (tmp_path / "run" / "fine-tuned-model" / "manifest.json").exists()
-    assert (tmp_path / "run" / "base-model").exists() == (how in ("shape", "layer", "lokr"))  # what is no LoRA shows before a base is fetched
+    assert (tmp_path / "run" / "base-model").exists() == (how in ("shape", "layer", "lokr", "ranks", "nan"))  # what is no LoRA shows before a base is fetched
+
+
+@pytest.mark.parametrize("pattern", ["(", "([a-z0-9_.]+)+!"])
+def test_a_strangers_regular_expressions_are_not_run(bases: Callable[[str], Path], tmp_path: Path, pattern: str):
+    """The second one would take longer than anybody waits."""
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    told = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {pattern: 3}}
+    tensors = {f"{name}.lora_A.weight": torch.zeros(4, 32), f"{name}.lora_B.weight": torch.zeros(32, 4)}
+    save_file(tensors, tmp_path / "theirs.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+    with pytest.raises(RayboothError, match="is no layer's name"):
+        imported(tmp_path / "run", bases("sd1"), tmp_path / "theirs.safetensors")
 
 
 def test_another_base_a_damaged_file_and_a_storage_with_a_model_of_its_own(bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

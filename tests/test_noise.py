@@ -28,3 +28,16 @@ def test_draws_depend_on_their_key_alone():
     others = [normal((3,), *key) for key in ((2, "noise", 5, 0), (1, "posterior", 5, 0), (1, "noise", 6, 0), (1, "noise", 5, 1), (1, "noise", 50))]
     assert all(not torch.equal(a, other) for other in others)
     assert generator(1, "a", "bc").initial_seed() != generator(1, "ab", "c").initial_seed()
+
+
+def test_min_snr_weighs_as_published_and_pure_noise_too():
+    """Hang et al. 2023, eq. 10: min(SNR, gamma) / SNR. Of models with zero terminal SNR the last timestep has none."""
+    alphas = DDPMScheduler.from_config(make_scheduler().config).alphas_cumprod.clone()
+    alphas[-1] = 0
+    t = torch.tensor([0, 300, 700, 998])
+    snr = alphas[t] / (1 - alphas[t])
+    epsilon, velocity = (Diffusion(alphas, p) for p in ("epsilon", "v_prediction"))
+    assert torch.allclose(epsilon.weight(t, 5.0), torch.minimum(snr, torch.tensor(5.0)) / snr)
+    assert torch.allclose(velocity.weight(t, 5.0), torch.minimum(snr, torch.tensor(5.0)) / (snr + 1))
+    assert epsilon.weight(torch.tensor([999]), 5.0).item() == 1
+    assert velocity.weight(torch.tensor([999]), 5.0).item() == 0

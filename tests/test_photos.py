@@ -1,9 +1,11 @@
 import io
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from raybooth.errors import RayboothError
 from raybooth.photos import Photo, contact_sheet, png, square, views
@@ -145,3 +147,46 @@ def test_what_a_decoder_says_is_part_of_one_sentence(name: str, spoil: bytes | N
     with pytest.raises(RayboothError, match=rf"^{name} is damaged or cut off \(.*\): copy it again") as refused:
         square(Photo(name, damaged), 32)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("tag", [ExifTags.Base.YCbCrPositioning, ExifTags.Base.XResolution, ExifTags.Base.ImageWidth])
+def test_odd_words_of_a_camera_are_no_damage(tag: int):
+    """Its EXIF says which side is up, and something else that is of no kind it may have."""
+    told = sorted([(ExifTags.Base.Orientation, 3, b"\6\0\0\0", 1), (tag, 2, b"odd\0", 4)])
+    entries = b"".join(struct.pack("<HHI", key, kind, count) + value for key, kind, value, count in told)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(told)) + entries + bytes(4)
+    with_it, without = (square(saved(halves(), "JPEG", exif=e), 32) for e in (exif, _turned().tobytes()))
+    assert np.array_equal(np.asarray(with_it), np.asarray(without))
+
+
+def _turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return exif
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_pillows_own(orientation: int):
+    exif = _turned()
+    exif[ExifTags.Base.Orientation] = orientation
+    photo = saved(halves().rotate(20), "PNG", exif=exif.tobytes())
+    theirs = ImageOps.exif_transpose(Image.open(io.BytesIO(photo.data)))
+    assert np.array_equal(np.asarray(square(photo, 64)), np.asarray(square(saved(theirs.copy(), "PNG"), 64)))
+
+
+@pytest.mark.parametrize("spoil", [lambda v: v, lambda v: v * 1.02, lambda v: np.where(v > 0.99, np.nan, v)])
+def test_floats_keep_their_tones(spoil: Callable[[np.ndarray], np.ndarray]):
+    ramp = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (64, 1))
+    grey = np.asarray(square(saved(Image.fromarray(spoil(ramp).astype(np.float32)), "TIFF"), 64))[32, :, 0]
+    assert np.abs(grey[:60].astype(float) - np.linspace(0, 255, 64)[:60]).max() < 8
+
+
+def test_a_program_is_no_photograph():
+    """PostScript, which Pillow hands to Ghostscript."""
+    program = saved(Image.new("RGB", (64, 64)), "EPS")
+    with pytest.raises(RayboothError, match="is not a picture that can be read"):
+        square(Photo("a.png", program.data), 64)
+
+
+def test_a_long_title_is_cut():
+    assert contact_sheet([("very " * 1_000_000, [Image.new("RGB", (8, 8))])]).width < 2000

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
+from toys import make_sd3
 
 from raybooth.errors import RayboothError
-from raybooth.families import family_of, sd
+from raybooth.families import family_of, sd, sd3
 from raybooth.families.parts import load
 from raybooth.mini import FOLDER
 from raybooth.noise import normal
@@ -100,3 +101,20 @@ def test_more_steps_than_there_is_noise_are_refused(tmp_path: Path):
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(change))
     with pytest.raises(RayboothError, match="60 steps are more than ddim can take"):
         sd.scheduler(tmp_path, "ddim", 60, (4, 8, 8), torch.device("cpu"))
+
+
+def test_a_flow_takes_as_many_steps_of_dpm_solver_as_there_are_times(tmp_path: Path):
+    """Where two of its whole timesteps are alike it would begin with the second, and leave its table at the end."""
+    made = sd3.scheduler(make_sd3(tmp_path / "sd3"), "dpmsolver++", 999, (16, 4, 4), torch.device("cpu"))
+    assert made.timesteps[0] == made.timesteps[1]
+    z, ends = torch.ones(1, 16, 4, 4), made.sigmas[1:]
+    for t, sigma in zip(made.timesteps, ends, strict=True):
+        z = made.step(torch.ones_like(z), t, z, return_dict=False)[0]  # a velocity of one: along the flow straight to x0 = 0
+        assert z.mean().item() == pytest.approx(sigma.item(), abs=1e-3)
+
+
+def test_what_is_not_finite_is_no_black_picture(toy: Path):
+    drawing = sampler(toy)
+    next(drawing.loaded.modules["unet"].parameters()).data.fill_(float("nan"))
+    with pytest.raises(RayboothError, match="not finite"):
+        next(drawing.draw(["photo of a dog"], [1]))

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from raybooth.cluster import session
 from raybooth.cluster.session import Resources, connected
 from raybooth.config import Config
+from raybooth.errors import RayboothError
 from raybooth.session import Run, StepLine, settings_of
 
 
@@ -117,3 +119,21 @@ with socket.create_server(("127.0.0.1", 0)) as there:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")} | {"HOME": str(tmp_path / "home")}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert "asks for its token" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_machine_too_busy_for_ray_is_given_another_chance(times: int, monkeypatch: pytest.MonkeyPatch):
+    import ray
+
+    started = []
+
+    def init(**_: object) -> None:
+        started.append(1)
+        if len(started) <= times:
+            raise Exception("The current node timed out during startup.")  # noqa: TRY002: Ray's own
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with nullcontext() if times == 1 else pytest.raises(RayboothError, match=r"Ray cannot be started .* timed out .* try again later"):
+        session._start(None)
+    assert len(started) == 2

@@ -39,9 +39,13 @@ def keep_base(run: Run) -> None:
 
 def _prepare(run: Run, source: Path | None) -> None:
     from raybooth.families.folder import check_weights, plain_name, settle_shards
-    from raybooth.families.single import check_kind
+    from raybooth.families.single import check_kind, refuse_lora
 
     base = run.config.base
+    if source and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(run.workspace.root)):
+        raise RayboothError(
+            f"base.model = '{base.model}' lies in the storage {run.config.storage} itself, where this run's own would replace it: give another --storage."
+        )
     if _has_gone(base, run.held("base-model")):
         check_fits(run.config, run.base_folder)
         return run.say(f"base-model: {base.model} has gone; the copy of it is kept")
@@ -49,6 +53,7 @@ def _prepare(run: Run, source: Path | None) -> None:
     if source is not None and source.is_file():
         check_kind(source)
         check_weights(source.parent, [source.name])
+        refuse_lora(source)
     elif source is not None:
         names = needed_of_folder(source)
         check_fits(run.config, source)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         OTHER.get(args.verb, _run)(args)
     except RayboothError as error:
-        print(f"raybooth: {error}", file=sys.stderr)
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(error))  # names and values may hold line ends, and codes that terminals obey
+        print(f"raybooth: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nraybooth: stopped. What was complete is kept; the same command goes on from there.", file=sys.stderr)
@@ -193,8 +195,6 @@ def _for_less_memory(config: "Config") -> str:
 
 
 def _bytes(text: str) -> int:
-    import re
-
     found = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(GiB|GB|G)?\s*", text, re.IGNORECASE)
     if not found or not float(found[1]):
         raise RayboothError(f"--gpu {text} is not a size: write it as 24GiB.")

@@ -31,6 +31,8 @@ def _shown(given: Any) -> str:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     """By the setting's own name first, then by its section's too."""
+    if name in known:
+        return ": it stands under a quoted name, write it without the quotes."
     own = name.lower().rpartition(".")[2]
     alike = difflib.get_close_matches(own, {k.rpartition(".")[2] for k in known}, 1, 0.75)
     near = [k for k in known if k.rpartition(".")[2] in alike] or difflib.get_close_matches(name.lower(), known, 1, 0.5)

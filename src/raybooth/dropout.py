@@ -22,7 +22,7 @@ class RowDropout(nn.Module):
         self.p, self.name, self.keys = p, name, keys
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not (self.training and torch.is_grad_enabled()):  # without gradients it is the base model that is asked, as a teacher of other rows
             return x
         kept = torch.stack([self._mask(x[0], key) for key in self.keys])
         return x * kept / (1 - self.p)

@@ -1,5 +1,6 @@
 """The fine-tuned model for other programs: a diffusers folder, a LoRA in two layouts, one checkpoint file, a repository of the hub."""
 
+import os
 import re
 import shutil
 import tempfile
@@ -210,7 +211,7 @@ def _stage(model: Model, to: str, output: str | None) -> Stage:
     inputs = {"export": to, "model": run.model_digest("fine-tuned-model"), "base": run.model_digest("base-model"), "rank": model.rank, "name": model.name}
     if output is None:
         return run.workspace.stage(f"exports/{to}", inputs)
-    place = path_of(output, "--output").resolve()
+    place = Path(os.path.realpath(path_of(output, "--output")))  # resolve() fails at links that lead to themselves
     if "://" in output or place.is_file():
         raise RayboothError(f"--output {output} is not a folder: give the path of one, it need not exist.")
     stage = Workspace(str(place.parent)).stage(place.name, inputs)

@@ -20,6 +20,8 @@ def import_lora(run: Run, lora: str | Path) -> Path:
     from raybooth.families.foreign import plain_rank, read, write
     from raybooth.families.lowrank import hollow
 
+    if "://" in str(lora):
+        raise RayboothError(f"{lora} is an address: download it first, and give the file.")
     file = path_of(str(lora), "the LoRA")
     plain_rank(file)  # what is no LoRA shows before a base model is fetched
     run.refuse_others_files()

@@ -61,9 +61,17 @@ def parsed_override(text: str, texts: Container[str] = ()) -> dict[str, Any]:
     if not equals or not all(part.strip() and part.isprintable() for part in key.split(".")):
         raise RayboothError(f"--set {text} is not of the form section.key=value, as in --set finetune.steps=200.")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
+        held = tomllib.loads(f"value = {value}")
     except (ValueError, RecursionError):
-        parsed = value  # a bare word is a string
+        if value.lstrip().startswith(("[", "{", '"', "'")):
+            raise RayboothError(
+                f"--set {text[:100]} begins like a TOML {'list' if value.lstrip()[0] == '[' else 'value'} and is none: put texts in quotes, and all of it "
+                "in others, as in --set 'generate.prompts=[\"{subject} at night\"]'."
+            ) from None
+        held = {"value": value}  # a bare word is a string
+    if len(held) > 1:
+        raise RayboothError(f"--set {text} holds more than one setting: give each a --set of its own.")
+    parsed = held["value"]
     if key.strip() in texts and not isinstance(parsed, str | list | dict):
         parsed = value.strip()
     for part in reversed(key.strip().split(".")):

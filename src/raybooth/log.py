@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from raybooth.background import Background
 from raybooth.errors import RayboothError
+from raybooth.extras import missing
 from raybooth.manifest import digest, files_under, write_atomically
 from raybooth.workspace import Workspace
 
@@ -180,7 +181,7 @@ def _installed(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise RayboothError(f"finetune.trackers names '{name}', which is not installed: pip install 'raybooth[{name}]', or leave it out.") from None
+        raise missing("finetune.trackers", name) from None
 
 
 TRACKERS: dict[str, Callable[[Workspace, str, int], Tracker]] = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}

@@ -26,8 +26,11 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's content."""
     found = hashlib.sha256()
     with path.open("rb", buffering=0) as f:
-        while block := f.read(BLOCK):
-            found.update(block)
+        try:
+            while block := f.read(BLOCK):
+                found.update(block)
+        except OSError as error:  # of a failing disk: the system does not say which file it was
+            raise OSError(error.errno, error.strerror, str(path)) from None
     return found.hexdigest()
 
 

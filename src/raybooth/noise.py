@@ -32,8 +32,10 @@ def normal(shape: Sequence[int], *key: str | int) -> Tensor:
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """From the CPU to `device`, without waiting for what that has still to do: CUDA keeps a copy until it gets there."""
-    return values.to(device, non_blocking=True)
+    """From the CPU to `device`, without waiting for what that has still to do. CUDA waits for more than a few KB that are not in pinned memory, which
+    torch keeps until they are there.
+    """
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 @contextlib.contextmanager
@@ -76,8 +78,8 @@ class Diffusion:
             return torch.ones(t.shape, device=t.device)
         alpha = self.alphas_cumprod.to(t.device)[t]
         snr = alpha / (1 - alpha)
-        # As a weight of the squared error of noise, or of velocity (which itself weighs SNR + 1).
-        return snr.clamp(max=gamma) / (snr if self.prediction == "epsilon" else snr + 1)
+        # As a weight of the squared error of noise, min(SNR, gamma) / SNR without its 0 / 0, or of velocity (which itself weighs SNR + 1).
+        return (gamma / snr).clamp(max=1) if self.prediction == "epsilon" else snr.clamp(max=gamma) / (snr + 1)
 
     def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha = self.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)

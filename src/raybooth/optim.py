@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raybooth.errors import RayboothError
+from raybooth.extras import missing
 from raybooth.noise import generator
 
 Groups = list[dict[str, Any]]
@@ -38,8 +39,7 @@ def make_optimizer(name: str, groups: Groups, weight_decay: float, seed: int) ->
 
         return Prodigy(groups, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)
     except ImportError:
-        extra = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}[name]
-        raise RayboothError(f"finetune.optimizer = '{name}' needs {extra}: pip install 'raybooth[{name}]', or choose adamw.") from None
+        raise missing("finetune.optimizer", name) from None
 
 
 def state_like(name: str, p: Tensor) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """People's photographs to RGB squares: every format, orientation and colour space that cameras and phones write."""
 
+import contextlib
 import hashlib
 import io
 import warnings
@@ -10,12 +11,20 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from raybooth.errors import RayboothError
 from raybooth.manifest import file_digest
 
 SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2"])
+FORMATS = frozenset(["JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "HEIF", "AVIF", "JPEG2000"])
+"""Whatever a file is called. Pillow knows others; PostScript it hands to another program."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""EXIF's orientations."""
+LONGEST_TITLE = 200  # characters
 SMALLEST_SIDE = 32  # pixels; below it there is nothing to learn from
 
 
@@ -83,7 +92,7 @@ def _opened(photo: Photo) -> Image.Image:
         image.load()
         if image.format in ("JPEG", "MPO"):
             _check_jpeg(data)
-        return ImageOps.exif_transpose(image)
+        return _upright(image)
     except RayboothError:
         raise
     except Image.DecompressionBombError:
@@ -98,9 +107,19 @@ def _opened(photo: Photo) -> Image.Image:
 
 
 def _recognised(data: bytes) -> Image.Image:
+    Image.init()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=sorted(FORMATS & Image.OPEN.keys()))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """By its EXIF orientation, where that can be read. Pillow's exif_transpose() writes all the rest anew too, and fails at what some cameras put there."""
+    orientation = 1
+    with contextlib.suppress(Exception):
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _check_jpeg(data: bytes) -> None:
@@ -144,10 +163,10 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and floating-point greyscale to 8 bits over the range of its kind."""
-    values = np.asarray(image, dtype=np.float64)
+    """16-bit, 32-bit and floating-point greyscale to 8 bits over the range of its kind. Floats of 0 to 1 may have lights a little above."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
     top = values.max(initial=0)
-    full = 1.0 if image.mode == "F" and top <= 1 else 255.0 if top <= 255 and image.mode != "I;16" else 65535.0 if top <= 65535 else top
+    full = 1.0 if image.mode == "F" and top <= 2 else 255.0 if top <= 255 and image.mode != "I;16" else 65535.0 if top <= 65535 else top
     return Image.fromarray(np.clip(values / full * 255 + 0.5, 0, 255).astype(np.uint8))
 
 
@@ -164,11 +183,12 @@ def png(image: Image.Image, **text: str) -> bytes:
 
 
 def contact_sheet(rows: list[tuple[str, list[Image.Image]]], cell: int = 128) -> Image.Image:
-    """One picture of many: a row each, under its title."""
+    """One picture of many: a row each, under its title, of which a long one is cut."""
     from PIL import ImageDraw, ImageFont
 
     gap, title = 6, 18
     columns = max((len(images) for _, images in rows), default=1)
+    rows = [(text if len(text) <= LONGEST_TITLE else f"{text[: LONGEST_TITLE - 3]}...", images) for text, images in rows]
     font = ImageFont.load_default(13)
     width = max(columns * (cell + gap) + gap, *(int(font.getlength(t)) + 2 * gap for t, _ in rows))
     sheet = Image.new("RGB", (width, len(rows) * (cell + gap + title) + gap), "white")

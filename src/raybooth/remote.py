@@ -8,6 +8,9 @@ from pathlib import Path
 from raybooth.disk import explained_if_full
 from raybooth.errors import RayboothError
 
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""raybooth's extra for the stores of a scheme."""
+
 
 class Remote:
     """Files by their names below `uri`.
@@ -85,6 +88,9 @@ class Remote:
         try:
             yield
         except Exception as error:  # every store has errors of its own
+            scheme = self.uri.partition("://")[0]
+            if isinstance(error, ImportError) and scheme in EXTRAS:
+                raise RayboothError(f"The storage {self.uri} needs a package that is not installed: pip install 'raybooth[{EXTRAS[scheme]}]'.") from error
             reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
             raise RayboothError(
                 f"The storage {self.uri} cannot be {done} ({reason}): check the address, the network and your rights there, or give a folder with --storage."

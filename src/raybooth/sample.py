@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded
 from raybooth.families.parts import decode
 from raybooth.noise import normal
@@ -73,6 +74,8 @@ class Sampler:
             if watch:
                 watch(done, self.loaded.objective.clean(x, out, t.expand(len(x))))
             z = scheduler.step(out, t, z, return_dict=False)[0]
+        if not z.isfinite().all():  # it would be black pictures
+            raise RayboothError("What the model draws is not finite (NaN): its weights are damaged, or the guidance is too high for it.")
         return self.decoded(z)
 
     def _conditioning(self, rows: Sequence[tuple[str, str]], sampling: Sampling) -> dict[str, Tensor]:

@@ -46,7 +46,9 @@ def gather(sources: Sequence[str], storage: Path | None = None) -> Gathered:
             found.add(path, str(path))
         return _checked(found.gathered, sources)
     except OSError as error:
-        raise RayboothError(f"{_readable(str(error.filename))} cannot be read: {error.strerror}.") from None
+        raise RayboothError(
+            f"{_readable(str(error.filename))} cannot be read ({error.strerror}): check the path given with --photos, its disk, and your right to read it."
+        ) from None
 
 
 def _existing(source: str) -> Path:

@@ -1,7 +1,7 @@
 """The stages, in order. Each reads what the ones before it left in the storage, and does only what is missing."""
 
 import tempfile
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from raybooth.checkpoint import Checkpoints
 from raybooth.drawing import SHEET, class_rows, draw, model_bytes, output_rows, resolution
 from raybooth.encoder_files import prepare_encoders
 from raybooth.errors import RayboothError
+from raybooth.extras import check_installed
 from raybooth.manifest import digest, files_under
 from raybooth.naming import settle_token
 from raybooth.photos import SUFFIXES, Photo, contact_sheet, png, refuse_duplicates, views
@@ -25,45 +26,54 @@ def prepare(run: Run) -> None:
     """The base model and the instance images. The configuration is kept when both are there: one that was refused changes nothing."""
     run.workspace.check_writable()
     run.refuse_others_files()
-    here = local_photos(run)  # a wrong path shows before gigabytes are fetched
-    prepare_base(run)
-    settle_token(run)
-    prepare_photos(run, here)
+    if run.config.cluster.address is None:  # on a cluster it is for its machines to have
+        check_installed(run.config.finetune)
+    with tempfile.TemporaryDirectory() as scratch:
+        photos = _Photos(run, Path(scratch))
+        if not run.held("instance-images"):  # what cannot be had shows before gigabytes are fetched
+            _ = photos.there
+        prepare_base(run)
+        settle_token(run)
+        prepare_photos(run, photos)
     if run.config.evaluate.select != "last":
         prepare_encoders(run)  # what cannot be fetched shows before hours of work
     run.save_config()
 
 
-def local_photos(run: Run) -> Gathered:
-    """Those of the run's photographs that lie on this machine."""
-    given = run.config.subject.photos
-    local = [s for s in given if not is_remote(s)]
-    return gather(local, run.workspace.root) if local or not given else Gathered()
+class _Photos:
+    """A run's photographs: `here`, on this machine, and `there`, which are fetched when they are first asked for."""
+
+    def __init__(self, run: Run, scratch: Path):
+        given = run.config.subject.photos
+        local = [s for s in given if not is_remote(s)]
+        self.remote, self._scratch = [s for s in given if is_remote(s)], scratch
+        self.here = gather(local, run.workspace.root) if local or not given else Gathered()
+
+    @cached_property
+    def there(self) -> Gathered:
+        return fetch(self.remote, partial(_dataset, self._scratch)) if self.remote else Gathered()
 
 
-def prepare_photos(run: Run, here: Gathered) -> None:
-    """People's photographs to instance images: upright RGB squares of the base's resolution. Those `here` come before those that are fetched."""
+def prepare_photos(run: Run, photos: _Photos) -> None:
+    """People's photographs to instance images: upright RGB squares of the base's resolution. Those of this machine come first."""
     subject, side = run.config.subject, resolution(run)
-    remote = [s for s in subject.photos if is_remote(s)]
     # A remote source stands for itself: what was fetched once is kept, and nothing is fetched to see whether it changed.
     inputs = {
-        "photos": [p.sha256 for p in here.photos],
-        "remote": remote,
+        "photos": [p.sha256 for p in photos.here.photos],
+        "remote": photos.remote,
         "resolution": side,
         "crops": [subject.crops, run.config.seed if subject.crops else None, subject.flip],
     }
     stage = run.workspace.stage("instance-images", inputs)
-    _say_skipped(run, here)
+    _say_skipped(run, photos.here)
     held = stage.held
     if held and stage.done():
         return run.say(f"instance-images: {len(held['facts']['pictures'])} pictures, up to date")
-    with tempfile.TemporaryDirectory() as scratch:
-        there = fetch(remote, partial(_dataset, Path(scratch))) if remote else Gathered()
-        _say_skipped(run, there)
-        photos = here.photos + there.photos
-        images = [(photo, views(photo, side, subject.crops, subject.flip, str(run.config.seed))) for photo in photos]
-        refuse_duplicates((photo, squares[0].tobytes()) for photo, squares in images)
-        _write_instances(run, stage, images, here.skipped + there.skipped)
+    _say_skipped(run, photos.there)
+    given = photos.here.photos + photos.there.photos
+    images = [(photo, views(photo, side, subject.crops, subject.flip, str(run.config.seed))) for photo in given]
+    refuse_duplicates((photo, squares[0].tobytes()) for photo, squares in images)
+    _write_instances(run, stage, images, photos.here.skipped + photos.there.skipped)
 
 
 def _dataset(scratch: Path, spec: str) -> Path:

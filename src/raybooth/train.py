@@ -232,7 +232,7 @@ class _Loop:
         if passes > 1 and self.settings.text_encoder:
             with autocast(self.device, self.settings.autocast):
                 words = self.module.encode(used)
-            copies = {k: v.detach().requires_grad_() for k, v in words.items()}
+            copies = {k: v.detach().requires_grad_(v.requires_grad) for k, v in words.items()}
         for i in range(passes - 1):
             # Gradients are exchanged once a step.
             with self.model.no_sync() if isinstance(self.model, nn.parallel.DistributedDataParallel) else nullcontext():
@@ -261,6 +261,11 @@ class _Loop:
             raise RayboothError(
                 f"The loss is not finite at step {self.done}: lower finetune.lr, set finetune.precision = 'fp32', or look for a broken photograph "
                 "in the contact sheet. Checkpoints are from before, but of these settings and photographs: with others the fine-tuning begins anew."
+            )
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:  # halved at every step that it has skipped: none of them has learnt anything
+            raise RayboothError(
+                f"Gradients have overflowed float16 in every step of late, up to step {self.done}: set finetune.precision = 'bf16', or 'fp32', "
+                "with which the fine-tuning begins anew, or lower finetune.lr."
             )
         self.seen, self.read_at = torch.zeros_like(self.seen), self.done
         return Metrics(loss, instance, prior, norm, self.optimizer.param_groups[0]["lr"])

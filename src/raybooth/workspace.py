@@ -9,6 +9,7 @@ import contextlib
 import getpass
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -158,6 +159,18 @@ class Stage:
         return path.stat().st_size > 4 * BLOCK or file_digest(path) == described["sha256"]
 
 
+def _check_address(storage: str) -> None:
+    """A slip in an address would make a folder of its name.
+
+    Raises:
+        RayboothError: if it is neither a path nor the address of a place.
+    """
+    scheme, is_address, place = storage.partition("://")
+    one_slash = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", storage)
+    if one_slash or (is_address and (not scheme or not place.strip("/") or (scheme.lower() == "file" and not place.startswith("/")))):
+        raise RayboothError(f"The storage {storage} is neither a folder nor an address: write a path, or an address such as s3://bucket/run.")
+
+
 class Workspace:
     """One storage. A URI is mirrored in a folder of this machine: read from there, written through.
 
@@ -166,6 +179,7 @@ class Workspace:
     """
 
     def __init__(self, storage: str):
+        _check_address(storage)
         self.storage = storage
         self.worked = Worked()
         self.remote = Remote(storage) if "://" in storage else None

@@ -100,10 +100,30 @@ def _start(address: str | None) -> None:
             if address:
                 ray.init(address=address, **quiet)
             else:
-                with _environment(allocator.environment()):
-                    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+                _start_here(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise _no_cluster(address, error) from None
+
+
+def _start_here(**how: Any) -> None:
+    """On a machine that is very busy it may not be there within the half minute that it has: once more then.
+
+    Raises:
+        RuntimeError: if that does not help.
+    """
+    import ray
+
+    with _environment(allocator.environment()):
+        for last in (False, True):
+            try:
+                ray.init(address="local", **how)
+                return
+            except Exception as error:
+                if type(error) is not Exception:  # of that Ray makes no error of a kind
+                    raise
+                ray.shutdown()
+                if last:
+                    raise RuntimeError(f"{error} If the machine is busy, try again later") from None
 
 
 def _have_a_token() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -64,6 +65,8 @@ def plain_rank(file: Path) -> int:
     downs = [shape for name, shape in held.items() if _is_down(name) and len(shape) > 1]
     if not downs:
         raise RayboothError(f"{file} holds no LoRA: its tensors are not the pairs of matrices that one is made of.")
+    if any(0 in shape for shape in held.values()):
+        raise RayboothError(f"The LoRA {file} has matrices without values: make it again with a rank of 1 or more.")
     magnitudes = _magnitudes(held)
     if not all(map(_is_read, magnitudes)):
         raise _dora(file)
@@ -114,7 +117,9 @@ def read(family: Family, modules: "Modules", file: Path) -> LowRank:
         parts = {part: _pairs(part, own, how) for part, own in peft.items()}
     except (ValueError, KeyError, IndexError, RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise RayboothError(f"The LoRA {file} is of no layout that diffusers knows for {family.name} ({reason}).") from None
+        raise RayboothError(
+            f"The LoRA {file} is of no layout that diffusers knows for {family.name} ({reason}): give one that was made for such a model."
+        ) from None
     _check(parts, known, file, len(state))
     return even(parts)
 
@@ -219,12 +224,13 @@ def _pairs(part: str, own: "State", how: dict[str, Any]) -> "dict[str, Pair]":
 
 
 def _scale(how: dict[str, Any], layer: str, rank: int) -> float:
-    from peft.utils.other import get_pattern_key
-
+    """PEFT's patterns are regular expressions; a stranger's are not run: what LoRAs are saved with are names, or their ends."""
     if "lora_alpha" not in how:
         return 1.0
     patterns: dict[str, float] = how.get("alpha_pattern") or {}
-    alpha: float = patterns.get(get_pattern_key(list(patterns), layer), how["lora_alpha"])
+    if odd := next((p for p in patterns if not re.fullmatch(r"[\w.]+", p)), None):
+        raise ValueError(f"its alpha_pattern '{odd}' is no layer's name")
+    alpha: float = next((a for p, a in patterns.items() if f".{layer}".endswith(f".{p}")), how["lora_alpha"])
     return alpha / (rank**0.5 if how.get("use_rslora") else rank)
 
 
@@ -237,7 +243,11 @@ def _check(parts: "Matrices", known: Shapes, file: Path, tensors: int) -> None:
             if layer not in known[part]:
                 raise refused(f"it changes {part}.{layer}, which the model does not have")
             own, wanted = (up.shape[0], *down.shape[1:]), known[part][layer]
-            if own != wanted or up.shape[1] != down.shape[0]:
+            if up.shape[1] != down.shape[0]:
+                raise refused(f"the two matrices of its {part}.{layer} are of ranks {down.shape[0]} and {up.shape[1]}")
+            if not (down.isfinite().all() and up.isfinite().all()):
+                raise RayboothError(f"The LoRA {file} holds values that are not finite in {part}.{layer}: its training had failed, use an earlier state of it.")
+            if own != wanted:
                 raise refused(f"its {part}.{layer} is for a weight of {own}, the model's is {wanted}")
     used = 2 * sum(map(len, parts.values()))
     if not used or used != tensors:

@@ -76,6 +76,7 @@ def flow_scheduler(folder: Path, name: str, steps: int, device: "torch.device", 
     elif name == "dpmsolver++":
         made = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
         made.set_timesteps(steps, device=device)
+        made.set_begin_index(0)  # looked up by whole timesteps, of which hundreds of steps have two alike, it would be the second
     else:
         raise RayboothError(f"The sampler '{name}' is not one for flow-matching models such as {folder}: choose euler or dpmsolver++.")
     return made

@@ -25,7 +25,7 @@ def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Ten
     pipe = parts.text_pipeline(loaded, FAMILY.pipeline)
     device = next(loaded.modules["text_encoder"].parameters()).device
     text, _, pooled, _ = pipe.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
-    if read_index(loaded.folder).get("force_zeros_for_empty_prompt", True):
+    if not all(prompts) and read_index(loaded.folder).get("force_zeros_for_empty_prompt", True):  # none is, in training: no step waits for this
         said = torch.tensor([bool(p) for p in prompts], device=device)
         text, pooled = text * said[:, None, None], pooled * said[:, None]
     return {"text": text, "pooled": pooled}

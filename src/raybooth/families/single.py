@@ -23,6 +23,15 @@ def check_kind(file: Path) -> None:
         )
 
 
+def refuse_lora(file: Path) -> None:
+    """
+    Raises:
+        RayboothError: if it is one.
+    """
+    if any("lora" in name for name in _shapes(file)):
+        raise RayboothError(f"{file} is a LoRA and no model: give the model that it was made for, and draw with both after 'raybooth import {file}'.")
+
+
 def unpack(file: Path, configuration: str | None, target: Path) -> None:
     """Write `file` as a diffusers folder into `target`, by diffusers' from_single_file.
 

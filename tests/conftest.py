@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_OFFLINE", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each half; workers of runs have their own number
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait take the cores from the other half of the tests
 os.environ["HF_ENDPOINT"] = os.environ.get("RAYBOOTH_TEST_ENDPOINT", "http://127.0.0.1:9")  # no test reaches the real hub
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="raybooth-tests-")  # mirrors of remote storages; before Ray starts, for its workers to have it too

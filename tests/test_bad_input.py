@@ -316,6 +316,8 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a rate that is not a number", None, ["--set=finetune.lr=nan"], "finetune.lr = nan"),
     ("a rate of zero", None, ["--set=finetune.lr=0"], "finetune.lr = 0"),
     ("an unknown key", None, ["--set=finetune.stepz=3"], "did you mean finetune.steps?"),
+    ("a setting without its section", None, ["--set=steps=3"], "did you mean prior.steps or finetune.steps or generate.steps?"),
+    ("a section as a value", None, ["--set=base=mini"], "it is a section of settings such as base.model"),
     ("an unknown section", None, ["--set=training.steps=3"], "did you mean"),
     ("a setting without a value", None, ["--set=seed"], "section.key=value"),
     ("an unknown scheduler", None, ["--set=prior.scheduler=magic"], "prior.scheduler = 'magic'"),

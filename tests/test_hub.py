@@ -201,9 +201,9 @@ def test_what_the_hub_does_not_have_is_named(hub: Hub, tmp_path: Path, more: lis
         (503, "", b"", "check the network"),
     ],
 )
-def test_what_answers_in_place_of_the_hub_is_told_apart(hub: Hub, tmp_path: Path, status: int, error: str, body: bytes, told: str):
+def test_what_answers_in_place_of_the_hub_is_told_apart(hub: Hub, tmp_path: Path, photos: Path, status: int, error: str, body: bytes, told: str):
     hub.instead = status, error, body
-    done = prepare(hub, tmp_path / "run")
+    done = prepare(hub, tmp_path / "run", photos=str(photos))
     assert done.returncode == 2
     assert told in done.stderr
     assert "me/toy" in done.stderr

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from raybooth.config import Config
 from raybooth.disk import explained_if_full, explained_if_unreadable, path_of
 from raybooth.errors import RayboothError
-from raybooth.manifest import digest, files_under, read_manifest
+from raybooth.manifest import digest, file_digest, files_under, read_manifest
 from raybooth.sections import Base
 from raybooth.session import Run, folder_here, kept_config
 from raybooth.workspace import Stage
@@ -83,6 +83,8 @@ def _inputs(base: Base, source: Path | None) -> dict[str, Any]:
     """From what the base model in a storage follows."""
     if source is None:
         return {"repo": base.model, "revision": base.pinned_revision}
+    if base.model == "mini":  # by content: installed anew it is the same
+        return {"files": {name: file_digest(source / name) for name in needed_of_folder(source)}}
     if source.is_file():
         return {"files": stats(source.parent, [source.name]), "configuration": base.configuration}
     return {"files": stats(source, needed_of_folder(source))}
@@ -106,7 +108,7 @@ def other_base(base: Base, held: dict[str, Any] | None) -> str | None:
         return None
     name, revision = held["facts"]["source"], held["inputs"].get("revision")
     name = f"{name}@{revision}" if revision else name
-    return f"{name} as it was before" if name in (_named(base), _place(base)) else name
+    return f"{name} as it was before its files changed" if name in (_named(base), _place(base)) else name
 
 
 def _named(base: Base) -> str:

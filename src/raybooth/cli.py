@@ -1,9 +1,14 @@
 """The command line: a verb for each stage, for all together, and for what comes before and after. Nothing heavy is imported before it is needed."""
 
 import argparse
+import contextlib
 import os
 import re
+import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +18,7 @@ from raybooth.options import parser
 
 if TYPE_CHECKING:
     from raybooth.config import Config
+    from raybooth.session import Run
 
 
 FIRST = ("prepare", "plan", "token", "import")
@@ -59,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     _quieten()
     import_quickly()
     try:
-        OTHER.get(args.verb, _run)(args)
+        with _stopped_by(signal.SIGTERM):
+            OTHER.get(args.verb, _run)(args)
     except RayboothError as error:
         line = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(error))  # names and values may hold line ends, and codes that terminals obey
         print(f"raybooth: {line}", file=sys.stderr)
@@ -68,6 +75,19 @@ def main(argv: list[str] | None = None) -> int:
         print("\nraybooth: stopped. What was complete is kept; the same command goes on from there.", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _stopped_by(number: signal.Signals) -> Iterator[None]:
+    """As by Ctrl-C: batch systems and containers send another signal."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def _quieten() -> None:
@@ -90,7 +110,7 @@ def _run(args: argparse.Namespace) -> None:
     with Run(config) as run:
         do(run, STAGES if args.verb == "run" else [args.verb])
         if args.verb == "run":
-            _tell(run.workspace.root)
+            _tell(run)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -136,16 +156,16 @@ def _token(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from raybooth.bench import bench, root_of
 
+    if args.what == "mini" and (args.subjects or args.base):
+        raise RayboothError("bench mini has subjects and a base of its own: leave --subjects and --base out.")
+    if args.what == "dreambench" and args.subjects is None:
+        raise RayboothError("bench dreambench needs --subjects DIR: a copy of the DreamBooth dataset, with prompts_and_classes.txt.")
     root = root_of(args.storage)
     if args.what == "mini":
         from raybooth import minibench
 
-        if args.subjects or args.base:
-            raise RayboothError("bench mini has subjects and a base of its own: leave --subjects and --base out.")
         overrides = [*minibench.PROTOCOL, *args.set]
         print(bench(minibench.subjects_in(root), minibench.RECIPES, root, overrides, "mini", lambda: {minibench.PERFECT: minibench.perfect()}))
-    elif args.subjects is None:
-        raise RayboothError("bench dreambench needs --subjects DIR: a copy of the DreamBooth dataset, with prompts_and_classes.txt.")
     else:
         from raybooth.dreambench import subjects_of
 
@@ -201,8 +221,10 @@ def _bytes(text: str) -> int:
     return int(float(found[1]) * (10**9 if (found[2] or "").upper() == "GB" else 1 << 30))
 
 
-def _tell(root: Path) -> None:
-    print(f"\npictures  {root / 'output-images'}\nmodel     {root / 'fine-tuned-model'}  (opens in plain diffusers)\nall       {root}")
+def _tell(run: "Run") -> None:
+    how = "opens in plain diffusers" if (run.model_folder / "model_index.json").exists() else "adapters for the base model"
+    print(f"\npictures  {run.workspace.root / 'output-images'}\nmodel     {run.model_folder}  ({how})\nall       {run.config.storage}")
+    print(f"one page  raybooth report --storage {shlex.quote(run.config.storage)}")
 
 
 OTHER = {

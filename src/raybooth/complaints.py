@@ -18,6 +18,8 @@ def sentence(error: ValidationError, known: Sequence[str]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not where:
         return f"{message}."
+    if problem["type"] == "model_type":
+        message = f"it is a section of settings such as {next(k for k in known if k.startswith(f'{where}.'))}"
     return f"{where} = {_shown(problem['input'])} is not possible: {message[0].lower()}{message[1:]}."
 
 
@@ -35,6 +37,8 @@ def _nearest(name: str, known: Sequence[str]) -> str:
         return ": it stands under a quoted name, write it without the quotes."
     own = name.lower().rpartition(".")[2]
     alike = difflib.get_close_matches(own, {k.rpartition(".")[2] for k in known}, 1, 0.75)
+    if sum(k.endswith(f".{own}") for k in known) > 1 and "." not in name:  # of several sections
+        return f"; did you mean {' or '.join(k for k in known if k.endswith(f'.{own}'))}?"
     near = [k for k in known if k.rpartition(".")[2] in alike] or difflib.get_close_matches(name.lower(), known, 1, 0.5)
     best = difflib.get_close_matches(name.lower(), near, 1, 0)
     return f"; did you mean {best[0]}?" if best else f": the sections are {', '.join(dict.fromkeys(k.partition('.')[0] for k in known))}."

@@ -105,7 +105,7 @@ def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: lis
             stage.write(file, data)
     stage.write(SHEET, png(contact_sheet(_titled(stage, rows))))
     stage.finish({"pictures": names, "rows": {r["name"]: {"prompt": r["prompt"], "seed": r["seed"]} for r in rows}})
-    run.say(f"{name}: {len(names)} pictures; look at {stage.folder / SHEET}")
+    run.say(f"{name}: {len(names)} picture{'s' * (len(names) > 1)}; look at {stage.folder / SHEET}")
 
 
 def _titled(stage: Stage, rows: list[dict[str, Any]], columns: int = 8, most: int = 64) -> list[tuple[str, list[Image.Image]]]:

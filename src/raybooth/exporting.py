@@ -212,6 +212,8 @@ def _stage(model: Model, to: str, output: str | None) -> Stage:
     if output is None:
         return run.workspace.stage(f"exports/{to}", inputs)
     place = Path(os.path.realpath(path_of(output, "--output")))  # resolve() fails at links that lead to themselves
+    if place.is_symlink():
+        raise RayboothError(f"--output {output} is a symbolic link that leads to itself: give another folder.")
     if "://" in output or place.is_file():
         raise RayboothError(f"--output {output} is not a folder: give the path of one, it need not exist.")
     stage = Workspace(str(place.parent)).stage(place.name, inputs)

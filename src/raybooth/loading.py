@@ -11,6 +11,7 @@ from raybooth.cluster.session import of_this_machine
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
 from raybooth.photos import contact_sheet, png
+from raybooth.prompts import unknown_words
 from raybooth.sections import Sampling
 from raybooth.workspace import Workspace
 
@@ -62,6 +63,8 @@ class Model:
         """
         from PIL import Image
 
+        if unknown := unknown_words(prompt):
+            raise RayboothError(f"The prompt '{prompt}' has a placeholder that is not known, {unknown[0]}: use {{subject}}, {{token}} or {{class}}.")
         sampler, seeds = self._sampler, range(seed, seed + n)
         sampling, text = sampler.sampling.changed(steps, guidance), self.config.fill(prompt)
         for name, value, most in (("n", n, 10_000), ("steps", sampling.steps, 999)):

@@ -98,7 +98,8 @@ def fetch(sources: Sequence[str], dataset: Callable[[str], Path]) -> Gathered:
 def _checked(gathered: Gathered, sources: Sequence[str]) -> Gathered:
     if not gathered.photos:
         seen = "".join(f"; {name}: {reason}" for name, reason in gathered.skipped[:3])
-        raise RayboothError(f"There are no photographs in {', '.join(sources) or 'nothing'}{seen}. Give three to ten pictures of the subject with --photos.")
+        where = f" in {', '.join(sources)}" if sources else ""
+        raise RayboothError(f"There are no photographs{where}{seen}: give three to ten pictures of the subject with --photos.")
     refuse_duplicates((photo, photo.sha256) for photo in gathered.photos)  # before any is decoded
     return gathered
 

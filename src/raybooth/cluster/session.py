@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -95,6 +96,7 @@ def _start(address: str | None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     _refuse_silence(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    stopped = signal.getsignal(signal.SIGTERM)
     try:
         with _native_stderr_silent():
             if address:
@@ -103,6 +105,8 @@ def _start(address: str | None) -> None:
                 _start_here(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise _no_cluster(address, error) from None
+    if callable(stopped):  # Ray's core has put its own in the place of it, which ends the process with a dump of its stack
+        signal.signal(signal.SIGTERM, stopped)
 
 
 def _start_here(**how: Any) -> None:

@@ -55,7 +55,7 @@ def load(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.dtype
 
     index, modules, tokenizers = read_index(folder), {}, {}
     for part in parts:
-        with _explained(folder / part):
+        with _explained(folder / part), quietly():
             modules[part] = _weighted(_kind(index, part), folder / part, torch.float32 if part == "vae" else dtype or torch.float32)
     for name in (n for n in index if n.startswith("tokenizer") and index[n][0]):
         with _explained(folder / name):

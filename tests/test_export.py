@@ -312,6 +312,11 @@ def test_a_link_that_leads_to_itself_is_no_folder(runs: Callable[..., Path], tmp
             raybooth.export(runs("sd1", LORA), "lora", str(tmp_path / place))
 
 
+def test_what_a_run_leaves_is_called_what_it_is(runs: Callable[..., Path]):
+    said = [Run(load_config(runs("sd1", how) / "config.json")).model_form for how in (None, LORA)]
+    assert said == ["opens in plain diffusers", "adapters for the base model, for load_lora_weights"]
+
+
 def test_a_run_that_is_not_complete_has_nothing_to_export(tmp_path: Path, toy: Path):
     with run_of(tmp_path / "run", toy) as run:
         prepare_base(run)

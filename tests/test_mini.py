@@ -1,6 +1,7 @@
 """mini by itself: its world, its files, and what it draws."""
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
+from raybooth import config
+from raybooth.base_model import prepare_base
 from raybooth.encoders import clip, vit
 from raybooth.mini import FOLDER
 from raybooth.mini.places import PLACES
@@ -16,6 +19,7 @@ from raybooth.mini.things import KINDS
 from raybooth.mini.trainer import Trainer, learning_rate
 from raybooth.mini.world import caption, random_scene, render, subject_scenes
 from raybooth.score import among, to_subject
+from raybooth.session import Run
 
 
 def test_the_world_is_wide_and_its_pictures_come_from_their_numbers():
@@ -50,6 +54,18 @@ def test_the_weights_are_safetensors_and_small():
     assert sum(p.stat().st_size for p in files) <= 40_000_000
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".md"}
     assert "python -m raybooth.mini --train" in (FOLDER / "README.md").read_text()
+
+
+def test_installed_anew_it_is_the_same_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its files have other dates then; a run on it goes on."""
+    run = Run(config.load(None, [], subject={"class": "dog"}, base={"model": "mini"}, storage=str(tmp_path / "run")), quiet=True)
+    said: list[str] = []
+    monkeypatch.setattr(run, "say", said.append)
+    for place in ("before", "after"):
+        folder = shutil.copytree(FOLDER, tmp_path / place, copy_function=shutil.copyfile)
+        monkeypatch.setattr("raybooth.families.mini_folder", lambda folder=folder: folder)
+        prepare_base(run)
+    assert said == ["base-model: up to date"]
 
 
 def test_the_text_encoder_is_clips_text_tower():

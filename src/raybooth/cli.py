@@ -203,12 +203,14 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _for_less_memory(config: "Config") -> str:
-    """What of it is not set already."""
-    how = config.finetune
+    """What of it (errors.LESS_MEMORY) is not set already."""
+    how, workers = config.finetune, config.workers[0]
     steps = {
-        "lower finetune.batch": how.batch > config.workers[0],
-        "set finetune.gradient_checkpointing": not how.gradient_checkpointing,
+        "lower finetune.batch": how.batch > workers,
+        "raise finetune.accumulate": how.batch > workers * how.accumulate,
         "set finetune.method = lora with finetune.lr = 1e-4": how.method != "lora",
+        "set finetune.gradient_checkpointing": not how.gradient_checkpointing,
+        "set finetune.optimizer = adamw8bit": how.method != "lora" and how.optimizer == "adamw",
         "take a lower base.resolution": True,
     }
     return ", or ".join(step for step, is_open in steps.items() if is_open)
@@ -222,8 +224,7 @@ def _bytes(text: str) -> int:
 
 
 def _tell(run: "Run") -> None:
-    how = "opens in plain diffusers" if (run.model_folder / "model_index.json").exists() else "adapters for the base model"
-    print(f"\npictures  {run.workspace.root / 'output-images'}\nmodel     {run.model_folder}  ({how})\nall       {run.config.storage}")
+    print(f"\npictures  {run.workspace.root / 'output-images'}\nmodel     {run.model_folder}  ({run.model_form})\nall       {run.config.storage}")
     print(f"one page  raybooth report --storage {shlex.quote(run.config.storage)}")
 
 

@@ -95,7 +95,7 @@ def demo(storage: str, overrides: list[str], quiet: bool = False) -> Scores | No
         sheet = evaluation.before_after(run)
         scores = score(run)
     print(f"\n{scores}\n" if scores else "")
-    print(f"look at   {sheet}\npictures  {run.workspace.root / 'output-images'}\nmodel     {run.model_folder}  (opens in plain diffusers)")
+    print(f"look at   {sheet}\npictures  {run.workspace.root / 'output-images'}\nmodel     {run.model_folder}  ({run.model_form})")
     print(f"one page  raybooth report --storage {shlex.quote(config.storage)}")
     return scores
 

@@ -77,8 +77,13 @@ class Run:
 
     @property
     def model_folder(self) -> Path:
-        """The fine-tuned pipeline: a folder that plain diffusers opens."""
+        """The fine-tuned pipeline, a folder that plain diffusers opens, or adapters."""
         return self.workspace.root / "fine-tuned-model"
+
+    @property
+    def model_form(self) -> str:
+        """What lies in `model_folder`, for people."""
+        return "opens in plain diffusers" if (self.model_folder / "model_index.json").exists() else "adapters for the base model, for load_lora_weights"
 
     def outputs(self, stage: str) -> dict[str, str]:
         """name -> sha256 of what a stage has made.

@@ -250,7 +250,7 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
         "a base in the storage itself",
         base_within,
         ["--base=FOLDER/storage/base-model"],
-        "lies in the storage FOLDER/storage itself",
+        "is what the storage FOLDER/storage itself has made",
     ),
     ("a LoRA for a base", a_lora, ["--base=FOLDER/lora.safetensors"], "lora.safetensors is a LoRA and no model"),
     (

@@ -42,10 +42,8 @@ def _prepare(run: Run, source: Path | None) -> None:
     from raybooth.families.single import check_kind, refuse_lora
 
     base = run.config.base
-    if source and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(run.workspace.root)):
-        raise RayboothError(
-            f"base.model = '{base.model}' lies in the storage {run.config.storage} itself, where this run's own would replace it: give another --storage."
-        )
+    if source and any(Path(os.path.realpath(source)).is_relative_to(os.path.realpath(own)) for own in (run.base_folder, run.model_folder)):
+        raise RayboothError(f"base.model = '{base.model}' is what the storage {run.config.storage} itself has made, and would replace: give another --storage.")
     if _has_gone(base, run.held("base-model")):
         check_fits(run.config, run.base_folder)
         return run.say(f"base-model: {base.model} has gone; the copy of it is kept")

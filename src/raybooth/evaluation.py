@@ -152,9 +152,10 @@ def table(run: Run) -> str:
     """A line a score, for people."""
     lines = [f"{'':<62}{'now':>7}  {'95% interval':>16}  {'base':>6}  {'photographs':>11}"]
     for name, score in read(run).items():
-        low, high, base, own = (f"{x:.3f}" if x is not None else "" for x in (score.low, score.high, score.floor, score.ceiling))
+        low, high, base, own = (f"{x:.3f}" if x is not None else "-" for x in (score.low, score.high, score.floor, score.ceiling))
+        interval = "-" if low == "-" else f"{low} to {high}"
         text = NAMES[name].replace("{class}", run.config.subject.class_name)
-        lines.append(f"{text:<62}{score.value:>7.3f}  {f'{low} to {high}':>16}  {base or '-':>6}  {own or '-':>11}")
+        lines.append(f"{text:<62}{score.value:>7.3f}  {interval:>16}  {base:>6}  {own:>11}")
     return "\n".join(lines)
 
 

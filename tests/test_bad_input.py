@@ -246,12 +246,7 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a token with a placeholder", None, ["--token={subject}"], "subject.token = '{subject}' is not possible: it stands in prompts"),
     ("a class of two lines", None, ["--class=dog\ncat"], "where braces and control characters have no place"),
     ("a token that is the class", None, ["--token=Dog"], "subject.token equals subject.class"),
-    (
-        "a base in the storage itself",
-        base_within,
-        ["--base=FOLDER/storage/base-model"],
-        "is what the storage FOLDER/storage itself has made",
-    ),
+    ("a base in the storage itself", base_within, ["--base=FOLDER/storage/base-model"], "is what the storage FOLDER/storage itself has made"),
     ("a LoRA for a base", a_lora, ["--base=FOLDER/lora.safetensors"], "lora.safetensors is a LoRA and no model"),
     (
         "an optimizer that is not installed",

@@ -175,5 +175,10 @@ def test_a_section_on_top_of_one_that_is_none_does_not_hide_it(tmp_path: Path):
         config.load(None, ["finetune=3", "finetune.steps=3"], subject={"class": "dog"})
 
 
+def test_a_section_in_python_is_no_word():
+    with pytest.raises(RayboothError, match=r"base = 'mini' is not possible: it is a section of settings such as base\.model"):
+        config.Config(subject={"class": "dog"}, base="mini")  # type: ignore[arg-type]
+
+
 def test_switches_stay_switches():
     assert config.load(None, ["subject.class=dog", "subject.flip=true", "finetune.text_encoder=false"]).subject.flip

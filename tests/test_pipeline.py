@@ -178,12 +178,13 @@ def test_a_run_killed_three_times_ends_as_the_unbroken_one_to_the_bit(tmp_path: 
     assert all(path.stat().st_mtime_ns == when for path, when in drawn.items() if "sheet" not in path.name)
 
 
-def test_a_batch_systems_signal_stops_cleanly_as_ctrl_c_does(tmp_path: Path, toy: Path, photos: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_batch_systems_signal_stop_cleanly(tmp_path: Path, toy: Path, photos: Path, number: signal.Signals):
     process = subprocess.Popen(command("run", tmp_path, toy, photos, prior__images=400), stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "class-images").glob(".partial-*/*.png")):
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command goes on" in said

@@ -83,11 +83,9 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path, unbroken: Path, 
     assert contents(tmp_path / "fine-tuned-model") == contents(unbroken / "fine-tuned-model")
 
 
-def test_ctrl_c_stops_two_workers_cleanly_and_one_goes_on(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
-    """By the same command but for the workers. Rows are dealt anew, the batch stays: the same weights within float tolerance."""
+def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
     with_stages_before(unbroken, tmp_path)
-    process = started(tmp_path, toy, photos, cluster__workers=2)
-    assert process.poll() is None
+    process = started(tmp_path, toy, photos)
     started_by_it = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
@@ -95,6 +93,18 @@ def test_ctrl_c_stops_two_workers_cleanly_and_one_goes_on(tmp_path: Path, unbrok
     assert "the same command goes on from there" in said
     assert "Traceback" not in said
     assert not psutil.wait_procs(started_by_it, timeout=20)[1]  # nothing of Ray is left running
+    said = call("finetune", tmp_path, toy, photos, **SETTINGS)
+    assert "goes on from the checkpoint of step" in said
+    assert contents(tmp_path / "fine-tuned-model") == contents(unbroken / "fine-tuned-model")
+
+
+def test_two_workers_become_one_midway(tmp_path: Path, unbroken: Path, toy: Path, photos: Path):
+    """Rows are dealt anew, the batch stays: the same weights within float tolerance."""
+    with_stages_before(unbroken, tmp_path)
+    process = started(tmp_path, toy, photos, cluster__workers=2)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
     said = call("finetune", tmp_path, toy, photos, **SETTINGS)
     assert "goes on from the checkpoint of step" in said
     assert apart(tmp_path, unbroken) < 0.02

@@ -18,8 +18,6 @@ def sentence(error: ValidationError, known: Sequence[str]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not where:
         return f"{message}."
-    if problem["type"] == "model_type":
-        message = f"it is a section of settings such as {next(k for k in known if k.startswith(f'{where}.'))}"
     return f"{where} = {_shown(problem['input'])} is not possible: {message[0].lower()}{message[1:]}."
 
 

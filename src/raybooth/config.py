@@ -44,6 +44,7 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="of every random draw in the run")
 
     def __init__(self, /, **values: Any):  # a setting may be called self
+        _check_sections(values)
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -89,7 +89,7 @@ class Prior(Section):
     )
     distill: bool = Field(False, description="class rows learn the base's predictions, not the noise itself: keeps the class better by a sixth more work")
     steps: int = Field(25, ge=1, le=999, description="denoising steps a picture")
-    guidance: float = Field(7.5, ge=0, le=100, description="classifier-free guidance scale; 1 or less turns it off")
+    guidance: float = Field(7.5, ge=0, le=100, allow_inf_nan=False, description="classifier-free guidance scale; 1 or less turns it off")
     scheduler: SchedulerName = Field("dpmsolver++", description="sampler; the 2023 notebook's is pndm at 50 steps")
 
     @property
@@ -168,7 +168,7 @@ class Generate(Section):
     )  # fmt: skip
     images_per_prompt: Count = Field(4, le=100_000, description="pictures a prompt")
     steps: int = Field(25, ge=1, le=999, description="denoising steps a picture")
-    guidance: float = Field(7.5, ge=0, le=100, description="classifier-free guidance scale")
+    guidance: float = Field(7.5, ge=0, le=100, allow_inf_nan=False, description="classifier-free guidance scale")
     scheduler: SchedulerName = Field("dpmsolver++", description="sampler")
 
 

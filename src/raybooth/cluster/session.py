@@ -8,6 +8,7 @@ import secrets
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,9 @@ def _start(address: str | None) -> None:
                 _start_here(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise _no_cluster(address, error) from None
-    if callable(stopped):  # Ray's core has put its own in the place of it, which ends the process with a dump of its stack
+    if (
+        callable(stopped) and threading.current_thread() is threading.main_thread()
+    ):  # Ray's core has put its own in the place of it, which ends the process with a dump of its stack
         signal.signal(signal.SIGTERM, stopped)
 
 

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from toys import make_sd3
 
 from raybooth.errors import RayboothError
-from raybooth.families import family_of, sd, sd3
+from raybooth.families import family_of, samplers, sd3
 from raybooth.families.parts import load
 from raybooth.mini import FOLDER
 from raybooth.noise import normal
@@ -76,7 +76,7 @@ def test_it_is_what_the_pipeline_of_diffusers_draws(toy: Path, name: str, guidan
 )
 def test_any_number_of_steps_comes_from_noise_to_the_picture(name: str, steps: int):
     """A denoiser that knows the picture is led to it, from the first tenth of the noise."""
-    made = sd.scheduler(FOLDER, name, steps, (4, 8, 8), torch.device("cpu"))
+    made = samplers.scheduler(FOLDER, name, steps, (4, 8, 8), torch.device("cpu"))
     clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     alphas, z = made.alphas_cumprod, noise * made.init_noise_sigma
@@ -91,8 +91,8 @@ def test_any_number_of_steps_comes_from_noise_to_the_picture(name: str, steps: i
 def test_steps_that_would_not_begin_with_the_noise_are_refused(steps: int, instead: int):
     for name in ("ddim", "pndm"):
         with pytest.raises(RayboothError, match=rf"{steps} steps of {name} would begin amid the noise: set .* to {instead}, "):
-            sd.scheduler(FOLDER, name, steps, (4, 8, 8), torch.device("cpu"))
-        assert sd.scheduler(FOLDER, name, instead, (4, 8, 8), torch.device("cpu")).timesteps[0] >= 900
+            samplers.scheduler(FOLDER, name, steps, (4, 8, 8), torch.device("cpu"))
+        assert samplers.scheduler(FOLDER, name, instead, (4, 8, 8), torch.device("cpu")).timesteps[0] >= 900
 
 
 def test_more_steps_than_there_is_noise_are_refused(tmp_path: Path):
@@ -100,7 +100,7 @@ def test_more_steps_than_there_is_noise_are_refused(tmp_path: Path):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(change))
     with pytest.raises(RayboothError, match="60 steps are more than ddim can take"):
-        sd.scheduler(tmp_path, "ddim", 60, (4, 8, 8), torch.device("cpu"))
+        samplers.scheduler(tmp_path, "ddim", 60, (4, 8, 8), torch.device("cpu"))
 
 
 def test_a_flow_takes_as_many_steps_of_dpm_solver_as_there_are_times(tmp_path: Path):

@@ -5,26 +5,17 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raybooth.errors import RayboothError
-from raybooth.families import parts
+from raybooth.families import parts, samplers
 from raybooth.families.base import Facts, Family, Loaded
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from raybooth.noise import Diffusion
 
-_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),  # diffusers' default is for pixels, which end at 1; latents do not
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-}
-_ANY_STRIDE = ("dpmsolver++", "euler")
-"""Samplers that read their strides from the timesteps; the others have whole ones of equal length."""
 _OTHER_NOISE = ("EDM", "FlowMatch")  # schedulers of finetunes that are no DDPM; by their configurations' names read as one they would be taught nonsense
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -50,14 +41,8 @@ def facts(folder: Path) -> Facts:
 def objective(folder: Path) -> "Diffusion":
     from raybooth.noise import Diffusion
 
-    scheduler = _ddim(folder)
+    scheduler = samplers.ddim(folder)
     return Diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)
-
-
-def _ddim(folder: Path) -> Any:
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler.from_pretrained(folder / "scheduler")
 
 
 @parts.configured
@@ -100,29 +85,6 @@ def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mappi
     return loaded.modules["unet"](latents, t, conditioning["text"]).sample
 
 
-def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], device: "torch.device") -> Any:
-    """Deterministic samplers only: a picture depends on its initial latents and on nothing drawn on the way.
-
-    Raises:
-        RayboothError: if the model's noise has no so many steps, or so many would not begin with it.
-    """
-    import diffusers
-
-    kind, extra = _SAMPLERS[name]
-    if steps > 100 and name in _ANY_STRIDE:
-        extra = {**extra, "timestep_spacing": "linspace"}
-    made = getattr(diffusers, kind).from_config(_ddim(folder).config, **extra)
-    try:
-        made.set_timesteps(steps, device=device)
-    except (ValueError, IndexError):
-        raise RayboothError(f"{steps} steps are more than {name} can take with this model: lower prior.steps, or generate.steps.") from None
-    noise = int(made.config.num_train_timesteps)
-    if steps > 100 and made.timesteps[0] < 0.9 * noise:  # strides are whole: of 1000, 501 steps leave out the first 499
-        fewer = next(n for n in range(steps, 0, -1) if (n - 1) * (noise // n) >= 0.9 * noise)
-        raise RayboothError(f"{steps} steps of {name} would begin amid the noise: set prior.steps, or generate.steps, to {fewer}, or take dpmsolver++.")
-    return made
-
-
 FAMILY = Family(
     name="Stable Diffusion 1.x and 2.x",
     pipeline="StableDiffusionPipeline",
@@ -136,8 +98,8 @@ FAMILY = Family(
     conditioning=conditioning,
     encode_text=encode_text,
     predict=predict,
-    scheduler=scheduler,
-    samplers=tuple(_SAMPLERS),
+    scheduler=samplers.scheduler,
+    samplers=tuple(samplers.SAMPLERS),
     min_snr=True,
     half="float16",
     lora_targets=UNET_TARGETS,

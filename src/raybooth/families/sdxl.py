@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raybooth.families import parts, sd
+from raybooth.families import parts, samplers, sd
 from raybooth.families.base import Family, Loaded
 from raybooth.families.folder import read_index
 
@@ -53,8 +53,8 @@ FAMILY = Family(
     conditioning=conditioning,
     encode_text=encode_text,
     predict=predict,
-    scheduler=sd.scheduler,
-    samplers=sd.FAMILY.samplers,
+    scheduler=samplers.scheduler,
+    samplers=tuple(samplers.SAMPLERS),
     min_snr=True,
     half="float16",
     lora_targets=sd.UNET_TARGETS,

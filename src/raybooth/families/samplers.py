@@ -1,0 +1,48 @@
+"""Samplers of models whose noise is a DDPM's: Stable Diffusion up to XL."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raybooth.errors import RayboothError
+
+if TYPE_CHECKING:
+    import torch
+
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),  # diffusers' default is for pixels, which end at 1; latents do not
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+}
+_ANY_STRIDE = ("dpmsolver++", "euler")
+"""Samplers that read their strides from the timesteps; the others have whole ones of equal length."""
+
+
+def ddim(folder: Path) -> Any:
+    """diffusers' DDIMScheduler, which reads every such model's noise."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_pretrained(folder / "scheduler")
+
+
+def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], device: "torch.device") -> Any:
+    """Deterministic samplers only: a picture depends on its initial latents and on nothing drawn on the way.
+
+    Raises:
+        RayboothError: if the model's noise has no so many steps, or so many would not begin with it.
+    """
+    import diffusers
+
+    kind, extra = SAMPLERS[name]
+    if steps > 100 and name in _ANY_STRIDE:
+        extra = {**extra, "timestep_spacing": "linspace"}
+    made = getattr(diffusers, kind).from_config(ddim(folder).config, **extra)
+    try:
+        made.set_timesteps(steps, device=device)
+    except (ValueError, IndexError):
+        raise RayboothError(f"{steps} steps are more than {name} can take with this model: lower prior.steps, or generate.steps.") from None
+    noise = int(made.config.num_train_timesteps)
+    if steps > 100 and made.timesteps[0] < 0.9 * noise:  # strides are whole: of 1000, 501 steps leave out the first 499
+        fewer = next(n for n in range(steps, 0, -1) if (n - 1) * (noise // n) >= 0.9 * noise)
+        raise RayboothError(f"{steps} steps of {name} would begin amid the noise: set prior.steps, or generate.steps, to {fewer}, or take dpmsolver++.")
+    return made

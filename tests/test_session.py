@@ -1,5 +1,6 @@
 """Ray as raybooth starts it, and the line of a fine-tuning that it carries the words of."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -51,8 +52,8 @@ def test_gpus_that_torch_cannot_use_are_left_alone_with_a_word(tmp_path: Path, m
 
 
 def test_the_time_left_counts_from_where_a_group_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    now = 0.0
-    monkeypatch.setattr("tqdm.std.time", lambda: now)
+    now, ticks = 0.0, itertools.count()
+    monkeypatch.setattr("tqdm.std.time", lambda: now + next(ticks) * 1e-6)
     run = Run(Config(subject={"class": "dog"}, finetune={"steps": 100}, storage=str(tmp_path)))  # type: ignore[arg-type]
     with StepLine(run) as line:
 
@@ -69,7 +70,9 @@ def test_the_time_left_counts_from_where_a_group_starts(tmp_path: Path, monkeypa
         after(5, {"note": "a worker was lost, the group starts again"})
         assert "40/100" in after(30, {"start": 40})
         assert "50/100 [00:10<00:50,  1.00s" in after(10, {"step": 50, **reading}).replace("1.00step/s", "1.00s")
-    assert "the group starts again" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the group starts again" in said
+    assert ", -" not in said, "a rate below nought"
 
 
 def test_settings_that_are_kept_hold_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -219,6 +219,7 @@ class StepLine:
 
     def _start(self, step: int) -> None:
         """A group begins, or goes on from a step, which may be an older one: its rate and the time left count from now."""
+        self.bar.initial = 0  # of the group before: reset() shows the line, and would count back from there
         self.bar.reset()
         self.bar.n = self.bar.initial = self.bar.last_print_n = step
         self.bar.refresh()

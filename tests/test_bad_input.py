@@ -1,5 +1,6 @@
 """Bad input: one clear sentence that names the thing, exit status 2, no traceback, and nothing that existed is lost."""
 
+import errno
 import io
 import json
 import os
@@ -401,7 +402,8 @@ def test_a_base_that_may_not_be_read_is_said(tmp_path: Path, toy: Path, photos: 
     assert f"base.model: {toy}" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_said_and_keeps_what_was_complete(tmp_path: Path, toy: Path, photos: Path, capsys, monkeypatch):
+@pytest.mark.parametrize(("number", "told"), [(errno.ENOSPC, "is full"), (errno.EFBIG, "does not take a file of this size")])
+def test_a_disk_that_takes_no_more_is_said_and_keeps_what_was_complete(number: int, told: str, tmp_path: Path, toy: Path, photos: Path, capsys, monkeypatch):
     from raybooth import workspace
 
     storage = tmp_path / "storage"
@@ -410,12 +412,12 @@ def test_a_full_disk_is_said_and_keeps_what_was_complete(tmp_path: Path, toy: Pa
     before = snapshot(storage / "instance-images")
 
     def full(path: Path, data: bytes) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(workspace, "write_atomically", full)
     monkeypatch.setattr(workspace.Workspace, "__init__", _without_probe(workspace.Workspace.__init__, monkeypatch))
     assert main(["prepare", *arguments, "--set", "base.resolution=48"]) == 2
-    assert "is full" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
     assert snapshot(storage / "instance-images") == before
 
 

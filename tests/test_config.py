@@ -56,6 +56,17 @@ def test_what_is_text_stays_as_it_is_written(written: str):
     assert (made.base.revision, made.storage) == (written.strip(), written.strip())
 
 
+@pytest.mark.parametrize("written", ["2024", "2024-01-01", "true", "inf", "{subject} on the moon", "{class}", "['2024', \"x\"]"])
+def test_lists_of_texts_are_texts_too(written: str):
+    made = config.load(None, ["subject.class=dog", f"subject.photos={written}", f"generate.prompts={written}", f"lora.targets={written}"])
+    assert made.subject.photos == made.generate.prompts == made.lora.targets == (["2024", "x"] if written[0] == "[" else [written])
+
+
+def test_a_date_is_shown_as_people_write_it():
+    with pytest.raises(RayboothError, match=r"finetune\.steps = 2024-05-01 is not possible"):
+        config.load(None, ["subject.class=dog", "finetune.steps=2024-05-01"])
+
+
 def test_an_elastic_group_grows_as_far_as_rows_go():
     made = config.load(None, ["subject.class=dog", "cluster.workers=1-4"])
     assert (made.finetune.batch, made.workers) == (2, (1, 2))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFont, ImageOps, PngImagePlugin
 
 from raybooth.errors import RayboothError
-from raybooth.photos import Photo, contact_sheet, png, square, views
+from raybooth.photos import FONTS, Photo, contact_sheet, png, square, views
 
 RED = (200, 30, 40)
 
@@ -186,6 +186,32 @@ def test_a_program_is_no_photograph():
     program = saved(Image.new("RGB", (64, 64)), "EPS")
     with pytest.raises(RayboothError, match="is not a picture that can be read"):
         square(Photo("a.png", program.data), 64)
+
+
+def test_what_programs_note_of_their_edits_is_no_damage():
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", "edit " * 500_000, zip=True)
+    plain, noted = (square(saved(halves(), "PNG", **how), 32) for how in ({}, {"pnginfo": info, "icc_profile": bytes(2_000_000)}))
+    assert plain.tobytes() == noted.tobytes()
+
+
+def test_a_title_of_two_lines_is_one():
+    image = Image.new("RGB", (8, 8))
+    assert contact_sheet([("one\ntwo", [image])]).tobytes() == contact_sheet([("one two", [image])]).tobytes()
+
+
+def test_letters_of_other_languages_are_written_where_there_is_a_font():
+    if not any(map(_has, FONTS)):
+        pytest.skip("no such font on this machine")
+    sheets = {contact_sheet([(word, [Image.new("RGB", (8, 8))])]).tobytes() for word in ("Ü", "Ж", "é", "Ω")}
+    assert len(sheets) == 4, "boxes are all alike"
+
+
+def _has(font: str) -> bool:
+    try:
+        return bool(ImageFont.truetype(font, 12))
+    except OSError:
+        return False
 
 
 def test_a_long_title_is_cut():

@@ -133,7 +133,7 @@ def test_a_machine_too_busy_for_ray_is_given_another_chance(times: int, monkeypa
     def init(**_: object) -> None:
         started.append(1)
         if len(started) <= times:
-            raise Exception("The current node timed out during startup.")  # noqa: TRY002: Ray's own
+            raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from datetime import date, time
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,7 +24,7 @@ def sentence(error: ValidationError, known: Sequence[str]) -> str:
 
 def _shown(given: Any) -> str:
     try:
-        text = repr(given)
+        text = str(given) if isinstance(given, date | time) else repr(given)
     except RecursionError:  # keys in keys without end
         text = "settings in settings"
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -5,7 +5,8 @@ Layers, later ones win: the defaults (for SD 1.x), mini's own when the base is m
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -134,7 +135,13 @@ def override(text: str) -> dict[str, Any]:
     Raises:
         RayboothError: if it is not of that form.
     """
-    return parsed_override(text, [name for name, field in _fields() if field.annotation in (str, str | None)])
+    return parsed_override(text, [name for name, field in _fields() if _is_text(field.annotation)])
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a setting of this type is text, a list of texts, or neither given."""
+    inner = [a for a in get_args(annotation) if isinstance(a, type) or get_args(a)]
+    return annotation in (str, NoneType) or (bool(inner) and all(map(_is_text, inner)))
 
 
 def _where_it_lies(kept: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from raybooth.errors import RayboothError
 _SENTENCES = {
     errno.ENOSPC: "is full: free some space, or give another folder, and run the same command again; what was complete is kept",
     errno.EDQUOT: "is over its quota: free some space, or give another folder, and run the same command again; what was complete is kept",
+    errno.EFBIG: "does not take a file of this size: give a folder on another file system, or raise the limit, and run the same command again",
     errno.EACCES: "is not writable: give a folder that you may write to",
     errno.EPERM: "is not writable: give a folder that you may write to",
     errno.EROFS: "is on a read-only file system: give a folder that you may write to",
@@ -27,7 +28,7 @@ _SENTENCES = {
 }
 _BELOW = {errno.ENOENT: "lacks a file that was there, or should be: run 'raybooth run', which makes again what is missing"}
 """What an error means of a file in the storage, where that is something else."""
-_FULL = {errno.ENOSPC: ("No space left", "os error 28"), errno.EDQUOT: ("Disk quota exceeded", "os error 122")}
+_FULL = {errno.ENOSPC: ("No space left", "os error 28"), errno.EDQUOT: ("Disk quota exceeded", "os error 122"), errno.EFBIG: ("File too large", "os error 27")}
 """How a full disk reads where a library's own error hides the number (safetensors raises no OSError)."""
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 """How flock() says that another process holds a file."""

@@ -31,6 +31,11 @@ def class_rows(run: Run, n: int) -> list[dict[str, Any]]:
     return [{"name": f"{i:05d}.png", "prompt": run.config.class_prompt, "seed": picture_seed(run, "class", i)} for i in range(n)]
 
 
+def class_inputs(run: Run) -> dict[str, Any]:
+    """What makes a stage folder one of pictures of the class, beside the model and the sampler."""
+    return {"prompt": run.config.class_prompt, "seed": run.config.seed}
+
+
 def output_prompts(run: Run) -> list[str]:
     """What is asked for, each once."""
     return list(dict.fromkeys(run.config.fill(p) for p in run.config.generate.prompts))

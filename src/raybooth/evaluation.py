@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from raybooth.drawing import by_prompt, class_rows, draw, drawing, output_rows, photographs
+from raybooth.drawing import by_prompt, class_inputs, class_rows, draw, drawing, output_rows, photographs
 from raybooth.encoder_files import prepare_encoders
 from raybooth.features import features, scored_prompt, shows_subject
 from raybooth.manifest import write_atomically
@@ -59,8 +59,8 @@ def _draw_comparisons(run: Run) -> None:
     config, rows, before = run.config, _class_rows(run), class_before(run)
     draw(run, "before-images", "base-model", config.generate, output_rows(run), {"seed": config.seed})
     if before != "class-images":
-        draw(run, before, "base-model", config.prior, rows, _of_class(run))
-    draw(run, "class-after-images", "fine-tuned-model", config.prior, rows, _of_class(run))
+        draw(run, before, "base-model", config.prior, rows, class_inputs(run))
+    draw(run, "class-after-images", "fine-tuned-model", config.prior, rows, class_inputs(run))
 
 
 def _class_rows(run: Run) -> list[dict[str, Any]]:
@@ -68,13 +68,9 @@ def _class_rows(run: Run) -> list[dict[str, Any]]:
     return class_rows(run, run.config.evaluate.class_images or few)
 
 
-def _of_class(run: Run) -> dict[str, Any]:
-    return {"prompt": run.config.class_prompt, "seed": run.config.seed}
-
-
 def class_before(run: Run) -> str:
     """The stage of what the base draws of the class: the class images, if they are those of this configuration."""
-    stage = drawing(run, "class-images", "base-model", run.config.prior, _of_class(run))
+    stage = drawing(run, "class-images", "base-model", run.config.prior, class_inputs(run))
     return "class-images" if stage.done(r["name"] for r in _class_rows(run)) else "class-before-images"
 
 

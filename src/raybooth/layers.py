@@ -52,7 +52,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def parsed_override(text: str, texts: Container[str] = ()) -> dict[str, Any]:
-    """`section.key=value` as the dictionary that it adds. The settings `texts` are text, though it looks like a number.
+    """`section.key=value` as the dictionary that it adds. The settings `texts` are text or lists of texts, though it looks like a number.
 
     Raises:
         RayboothError: if it is not of that form.
@@ -63,7 +63,7 @@ def parsed_override(text: str, texts: Container[str] = ()) -> dict[str, Any]:
     try:
         held = tomllib.loads(f"value = {value}")
     except (ValueError, RecursionError):
-        if value.lstrip().startswith(("[", "{", '"', "'")):
+        if value.lstrip().startswith(("[", '"', "'") if key.strip() in texts else ("[", "{", '"', "'")):  # a prompt may begin with {subject}
             raise RayboothError(
                 f"--set {text[:100]} begins like a TOML {'list' if value.lstrip()[0] == '[' else 'value'} and is none: put texts in quotes, and all of it "
                 "in others, as in --set 'generate.prompts=[\"{subject} at night\"]'."

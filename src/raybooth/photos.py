@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from raybooth.errors import RayboothError
 from raybooth.manifest import file_digest
@@ -24,6 +24,8 @@ _TURNS = {
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 """EXIF's orientations."""
+FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "Arial.ttf", "arial.ttf")
+"""Of most letters first."""
 LONGEST_TITLE = 200  # characters
 SMALLEST_SIDE = 32  # pixels; below it there is nothing to learn from
 
@@ -108,6 +110,7 @@ def _opened(photo: Photo) -> Image.Image:
 
 def _recognised(data: bytes) -> Image.Image:
     Image.init()
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # large profiles, and what programs note of their edits
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused
         return Image.open(io.BytesIO(data), formats=sorted(FORMATS & Image.OPEN.keys()))
@@ -172,9 +175,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 def png(image: Image.Image, **text: str) -> bytes:
     """The picture as PNG, with `text` as its text chunks. The same picture and text give the same bytes."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
+    info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
     buffer = io.BytesIO()
@@ -184,12 +185,11 @@ def png(image: Image.Image, **text: str) -> bytes:
 
 def contact_sheet(rows: list[tuple[str, list[Image.Image]]], cell: int = 128) -> Image.Image:
     """One picture of many: a row each, under its title, of which a long one is cut."""
-    from PIL import ImageDraw, ImageFont
-
     gap, title = 6, 18
     columns = max((len(images) for _, images in rows), default=1)
+    rows = [(" ".join(text.split()), images) for text, images in rows]
     rows = [(text if len(text) <= LONGEST_TITLE else f"{text[: LONGEST_TITLE - 3]}...", images) for text, images in rows]
-    font = ImageFont.load_default(13)
+    font = _font("".join(text for text, _ in rows))
     width = max(columns * (cell + gap) + gap, *(int(font.getlength(t)) + 2 * gap for t, _ in rows))
     sheet = Image.new("RGB", (width, len(rows) * (cell + gap + title) + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -200,3 +200,11 @@ def contact_sheet(rows: list[tuple[str, list[Image.Image]]], cell: int = 128) ->
             small = image.resize((cell, cell), Image.Resampling.LANCZOS if image.width > cell else Image.Resampling.NEAREST)
             sheet.paste(small, (gap + c * (cell + gap), top + title))
     return sheet
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own has the letters of English alone: for others one of this machine, if there is one."""
+    for name in () if text.isascii() else FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, 12)
+    return ImageFont.load_default(13)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LOOSE = (KEPT, "metrics.jsonl", "before-after.png", "report.html")
 """Files of a storage that lie in no stage's folder."""
+KINDS = ("instance", "class", "output")
+"""Of pictures that a run makes."""
 
 
 class Run:
@@ -105,10 +107,18 @@ class Run:
         return read_manifest(self.workspace.root / stage)
 
     def images(self, what: str = "output") -> list["Image"]:
-        """The pictures of a stage, as PIL images: "instance", "class", "output", or a stage folder's own name."""
+        """The pictures of a stage, as PIL images: "instance", "class", "output", or a stage folder's own name.
+
+        Raises:
+            RayboothError: if there are none.
+        """
         from PIL import Image
 
         stage = what if what.endswith("-images") else f"{what}-images"
+        if self.held(stage) is None and what not in KINDS:
+            raise RayboothError(
+                f"There are no pictures '{what}' in the storage {self.config.storage}: name 'instance', 'class', 'output', or a stage's folder."
+            )
         names = self.facts(stage).get("pictures") or sorted(self.outputs(stage))
         images = []
         for name in names:

@@ -10,7 +10,7 @@ from PIL import Image
 from raybooth import selection
 from raybooth.base_model import prepare_base
 from raybooth.checkpoint import Checkpoints
-from raybooth.drawing import SHEET, class_rows, draw, model_bytes, output_rows, resolution
+from raybooth.drawing import SHEET, class_inputs, class_rows, draw, drawing, model_bytes, output_rows, resolution
 from raybooth.encoder_files import prepare_encoders
 from raybooth.errors import RayboothError
 from raybooth.extras import check_installed
@@ -56,24 +56,24 @@ class _Photos:
 
 def prepare_photos(run: Run, photos: _Photos) -> None:
     """People's photographs to instance images: upright RGB squares of the base's resolution. Those of this machine come first."""
-    subject, side = run.config.subject, resolution(run)
+    subject, how = run.config.subject, _views(run)
     # A remote source stands for itself: what was fetched once is kept, and nothing is fetched to see whether it changed.
-    inputs = {
-        "photos": [p.sha256 for p in photos.here.photos],
-        "remote": photos.remote,
-        "resolution": side,
-        "crops": [subject.crops, run.config.seed if subject.crops else None, subject.flip],
-    }
-    stage = run.workspace.stage("instance-images", inputs)
+    stage = run.workspace.stage("instance-images", {"photos": [p.sha256 for p in photos.here.photos], "remote": photos.remote, **how})
     _say_skipped(run, photos.here)
     held = stage.held
     if held and stage.done():
         return run.say(f"instance-images: {len(held['facts']['pictures'])} pictures, up to date")
     _say_skipped(run, photos.there)
     given = photos.here.photos + photos.there.photos
-    images = [(photo, views(photo, side, subject.crops, subject.flip, str(run.config.seed))) for photo in given]
+    images = [(photo, views(photo, how["resolution"], subject.crops, subject.flip, str(run.config.seed))) for photo in given]
     refuse_duplicates((photo, squares[0].tobytes()) for photo, squares in images)
     _write_instances(run, stage, images, photos.here.skipped + photos.there.skipped)
+
+
+def _views(run: Run) -> dict[str, Any]:
+    """By what photographs become instance images."""
+    subject = run.config.subject
+    return {"resolution": resolution(run), "crops": [subject.crops, run.config.seed if subject.crops else None, subject.flip]}
 
 
 def _dataset(scratch: Path, spec: str) -> Path:
@@ -99,14 +99,14 @@ def _write_instances(run: Run, stage: Stage, images: list[tuple[Photo, list[Imag
     sources = [{"name": photo.name, "sha256": photo.sha256} for photo, _ in images]
     stage.finish({"pictures": list(pictures), "sources": sources, "skipped": skipped}, only=[*pictures, SHEET])
     what = f"{len(pictures)} views of " if len(pictures) > len(images) else ""
-    run.say(f"instance-images: {what}{len(images)} photographs; look at {stage.folder / SHEET}")
+    run.say(f"instance-images: {what}{len(images)} photograph{'s' * (len(images) > 1)}; look at {stage.folder / SHEET}")
 
 
 def class_images(run: Run) -> None:
     """Pictures of the class by the base model, for prior preservation."""
-    prior, prompt = run.config.prior, run.config.class_prompt
+    prior = run.config.prior
     if prior.drawn:
-        draw(run, "class-images", "base-model", prior, class_rows(run, prior.images), {"prompt": prompt, "seed": run.config.seed})
+        draw(run, "class-images", "base-model", prior, class_rows(run, prior.images), class_inputs(run))
 
 
 def encode(run: Run) -> None:
@@ -132,17 +132,39 @@ def encode(run: Run) -> None:
 def _latents(run: Run) -> tuple[Stage, dict[str, dict[str, str]]]:
     """The latents' stage and, by name, what each is made from."""
     stage = run.workspace.stage("latents", {"model": run.model_digest("base-model")})
-    rows = {_latent_name(sha): {"stage": s, "file": f} for s in ("instance-images", "class-images") for f, sha in _pictures(run, s).items()}
+    pictures = {"instance-images": _instance_pictures(run), "class-images": _class_pictures(run)}
+    rows = {_latent_name(sha): {"stage": s, "file": f, "sha256": sha} for s, found in pictures.items() for f, sha in found.items()}
     rows |= {name: {"prompt": p} for name, p in _prompt_names(run).items()}
     return stage, rows
 
 
-def _pictures(run: Run, stage: str) -> dict[str, str]:
-    """File -> sha256 of the pictures that are trained on."""
-    if stage == "class-images" and not run.config.prior.drawn:
+def _instance_pictures(run: Run) -> dict[str, str]:
+    """File -> sha256 of the instance images.
+
+    Raises:
+        RayboothError: if they are not of the present settings.
+    """
+    outputs, made = run.outputs("instance-images"), run.workspace.manifest("instance-images")["inputs"]
+    if any(made.get(k) != v for k, v in _views(run).items()):
+        raise RayboothError("The instance-images were cut by other settings than the present ones: run 'raybooth prepare' first, or 'raybooth run' for all.")
+    return {name: outputs[name] for name in run.facts("instance-images")["pictures"]}
+
+
+def _class_pictures(run: Run) -> dict[str, str]:
+    """File -> sha256 of the class images that are trained on.
+
+    Raises:
+        RayboothError: if they are not of the present settings and base model, or not so many.
+    """
+    prior = run.config.prior
+    if not prior.drawn:
         return {}
-    outputs = run.outputs(stage)
-    return {name: outputs[name] for name in run.facts(stage)["pictures"]}
+    outputs, names = run.outputs("class-images"), [row["name"] for row in class_rows(run, prior.images)]
+    if drawing(run, "class-images", "base-model", prior, class_inputs(run)).held is None or not outputs.keys() >= set(names):
+        raise RayboothError(
+            "The class-images are not those of the present settings and base model: run 'raybooth class-images' first, or 'raybooth run' for all."
+        )
+    return {name: outputs[name] for name in names}
 
 
 def _latent_name(sha256: str) -> str:
@@ -159,7 +181,7 @@ def _prompt_names(run: Run) -> dict[str, str]:
 
 
 def _read_row(run: Run, row: dict[str, str]) -> dict[str, Any]:
-    return row if "prompt" in row else {"picture": run.workspace.output(row["stage"], row["file"]).read_bytes()}
+    return row if "prompt" in row else {"picture": run.workspace.read(row["stage"], row["file"], row["sha256"])}
 
 
 def finetune(run: Run) -> None:
@@ -171,7 +193,8 @@ def finetune(run: Run) -> None:
     run.outputs("latents")  # must be here
     held = _latents(run)[0].held
     latents = {name: output["sha256"] for name, output in held["outputs"].items()} if held else {}  # of this base model
-    rows = {k: [_latent_name(sha) for sha in _pictures(run, f"{k}-images").values()] for k in ("instance", "class")}
+    pictures = {"instance": _instance_pictures(run), "class": _class_pictures(run)}
+    rows = {k: [_latent_name(sha) for sha in found.values()] for k, found in pictures.items()}
     used = [n for names in (*rows.values(), _prompt_names(run)) for n in names]
     if not latents.keys() >= set(used):
         raise RayboothError("The latents do not belong to the present base model and pictures: run 'raybooth encode' first, or 'raybooth run' for all.")
@@ -222,6 +245,9 @@ def finetune(run: Run) -> None:
 
 def generate(run: Run) -> None:
     """Pictures of every prompt by the fine-tuned model."""
+    taught = run.workspace.manifest("fine-tuned-model")["inputs"].get("prompts", {}).get("instance", run.config.subject.prompt)
+    if taught != run.config.subject.prompt:
+        run.say(f"output-images: the model was taught '{taught}', and the subject is '{run.config.subject.prompt}' by now: 'raybooth run' would teach that.")
     draw(run, "output-images", "fine-tuned-model", run.config.generate, output_rows(run), {"seed": run.config.seed})
 
 

@@ -7,6 +7,7 @@ before survives until then. Files that no manifest names are the user's and are 
 
 import contextlib
 import getpass
+import hashlib
 import json
 import os
 import re
@@ -249,6 +250,20 @@ class Workspace:
                 f"{first}run 'raybooth {_VERBS.get(stage, stage)}' to make it again, or 'raybooth run' for all."
             )
         return path
+
+    def read(self, stage: str, name: str, sha256: str) -> bytes:
+        """An output as its manifest has it.
+
+        Raises:
+            RayboothError: if it is no longer there, or another.
+        """
+        data = self.output(stage, name).read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise RayboothError(
+                f"{stage}/{name} in the storage {self.storage} is not what its manifest says, it was changed or damaged: "
+                f"run 'raybooth {_VERBS.get(stage, stage)}' to make it again, or 'raybooth run' for all."
+            )
+        return data
 
     @contextlib.contextmanager
     def locked(self, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:

@@ -1,0 +1,87 @@
+"""Stages one by one: each takes what the one before made by the present settings, and nothing else."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toys import make_sd2
+
+from raybooth import config
+from raybooth.errors import RayboothError
+from raybooth.session import Run
+from raybooth.stages import class_images, encode, finetune, generate, prepare
+
+SMALL = ("prior.images=4", "prior.steps=2", "finetune.steps=2", "generate.steps=2", "generate.images_per_prompt=1", "generate.prompts={subject} at night")
+
+
+def run(storage: Path, base: Path, photos: Path, *sets: str, class_name: str = "dog") -> Run:
+    subject: dict[str, Any] = {"photos": [str(photos)], "class": class_name}
+    return Run(config.load(None, [*SMALL, *sets], subject=subject, base={"model": str(base)}, storage=str(storage)), quiet=True)
+
+
+@pytest.fixture
+def stored(tmp_path: Path, toy: Path, photos: Path, in_process: None) -> Path:
+    made = run(tmp_path / "run", toy, photos)
+    for stage in (prepare, class_images, encode):
+        stage(made)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("stage", [encode, finetune])
+@pytest.mark.parametrize(
+    ("changed", "verb"),
+    [
+        ("base.resolution=64", "prepare"), ("subject.crops=1", "prepare"), ("subject.flip=true", "prepare"), ("prior.prompt=photo of a cat", "class-images"),
+        ("prior.images=5", "class-images"), ("prior.steps=3", "class-images"), ("seed=1", "class-images"), ("subject.class=cat", "class-images"),
+    ],
+)  # fmt: skip
+def test_pictures_of_other_settings_are_not_trained_on(stored: Path, toy: Path, photos: Path, changed: str, verb: str, stage: Any):
+    with pytest.raises(RayboothError, match=f"present .*: run 'raybooth {verb}' first, or 'raybooth run' for all"):
+        stage(run(stored, toy, photos, changed))
+
+
+def test_class_pictures_of_another_base_are_not_trained_on(stored: Path, tmp_path: Path, photos: Path):
+    made = run(stored, make_sd2(tmp_path / "other"), photos)
+    prepare(made)
+    with pytest.raises(RayboothError, match="present settings and base model: run 'raybooth class-images' first"):
+        encode(made)
+
+
+def test_of_more_class_pictures_the_first_are_trained_on(stored: Path, toy: Path, photos: Path, fits_here: None):
+    finetune(run(stored, toy, photos))
+    first = (stored / "fine-tuned-model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    class_images(run(stored, toy, photos, "prior.images=6"))
+    shutil.rmtree(stored / "fine-tuned-model")
+    encode(run(stored, toy, photos))
+    finetune(run(stored, toy, photos))
+    assert (stored / "fine-tuned-model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize(("file", "verb"), [("class-images/00001.png", "class-images"), ("instance-images/01.png", "prepare")])
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_picture_that_was_changed_is_not_encoded(stored: Path, toy: Path, photos: Path, file: str, verb: str, broken: bool):
+    shutil.rmtree(stored / "latents")
+    other = (stored / file).with_name("02.png" if "instance" in file else "00002.png").read_bytes()
+    (stored / file).write_bytes(b"no picture" if broken else other)
+    with pytest.raises(RayboothError, match=f"{file} .* changed or damaged: run 'raybooth {verb}' to make it again"):
+        encode(run(stored, toy, photos))
+    {"prepare": prepare, "class-images": class_images}[verb](run(stored, toy, photos))
+    encode(run(stored, toy, photos))
+
+
+def test_words_that_the_model_was_not_taught_are_told(stored: Path, toy: Path, photos: Path, fits_here: None, capsys: pytest.CaptureFixture[str]):
+    finetune(run(stored, toy, photos))
+    made = run(stored, toy, photos, class_name="cat")
+    made.quiet = False
+    generate(made)
+    assert "the model was taught 'photo of unqtkn dog', and the subject is 'photo of unqtkn cat' by now" in capsys.readouterr().err
+
+
+def test_pictures_that_nobody_makes(stored: Path, toy: Path, photos: Path):
+    made = run(stored, toy, photos)
+    assert len(made.images("instance")) == 3
+    with pytest.raises(RayboothError, match=r"no pictures 'foo' .* name 'instance'"):
+        made.images("foo")
+    with pytest.raises(RayboothError, match="run 'raybooth generate' first"):
+        made.images("output")

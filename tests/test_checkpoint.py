@@ -1,6 +1,8 @@
 """Checkpoints: complete or passed over, whoever was killed while writing."""
 
+import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ KEY, OTHER = "a" * 64, "b" * 64
 
 
 def state(step: int) -> State:
-    return State(step, {"weights.x": torch.full((1000,), float(step)), "seen": torch.zeros(4)}, {"read_at": step})
+    return State(step, {"weights.x": torch.full((1000,), float(step)), "seen": torch.zeros(4)}, {"read_at": step, "groups": [], "numbers": {}, "scaler": {}})
 
 
 def saved(storage: str, steps: list[int], keep: int = 2, key: str = KEY) -> Checkpoints:
@@ -35,7 +37,7 @@ def saved(storage: str, steps: list[int], keep: int = 2, key: str = KEY) -> Chec
 def test_the_newest_few_are_kept_and_the_newest_is_read(tmp_path: Path):
     found, notes = saved(str(tmp_path), [10, 20, 30]).newest()
     assert found is not None
-    assert (found.step, found.scalars, notes) == (30, {"read_at": 30}, [])
+    assert (found.step, found.scalars["read_at"], notes) == (30, 30, [])
     assert float(found.tensors["weights.x"][0]) == 30
     assert sorted(p.name[-2:] for p in (tmp_path / "checkpoints").iterdir()) == ["20", "30"]
 
@@ -73,6 +75,23 @@ def test_what_was_being_written_is_no_checkpoint(tmp_path: Path):
     found, notes = checkpoints.newest()
     assert found is not None
     assert (found.step, notes) == (10, [])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda m: json.dumps(m | {"step": None}), "has no manifest"), (lambda m: json.dumps(m | {"step": "2"}), "has no manifest"),
+        (lambda m: json.dumps(m | {"scalars": {}}), "lacks something"), (lambda m: "[" * 100_000, "has no manifest"),
+    ],
+)  # fmt: skip
+def test_manifests_that_something_has_damaged_are_passed_over(tmp_path: Path, spoil: Callable[[dict], str], told: str):
+    made = saved(str(tmp_path), [1, 2])
+    path = max((tmp_path / "checkpoints").iterdir()) / "manifest.json"
+    path.write_text(spoil(json.loads(path.read_text())))
+    found, notes = made.newest()
+    assert found is not None
+    assert found.step == 1
+    assert told in notes[0]
 
 
 def test_a_full_disk_is_said_and_costs_no_complete_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -233,6 +233,7 @@ def test_adapters_go_where_they_are_asked_to_and_nowhere_is_refused():
         (["norm1"], r"'norm1' of .* \(GroupNorm\); leave it out, or name some such as to_q, to_k, to_v.$"),
         (["to_q", "token_embedding"], r"'token_embedding' of .* \(Embedding\)"),  # diffusers' file has no name for it
         (["to_q", ""], "no layer ''"),
+        (["to_q", "fc1"], r"of text_encoder only fc1 would be trained, and diffusers opens no such file; name one of q_proj, .* beside"),
     ):
         with pytest.raises(RayboothError, match=told):
             add_adapters(*whole(folder), family.trainable(True), Lora(rank=2, targets=targets), seed=0)

@@ -89,6 +89,14 @@ def test_a_broken_state_never_becomes_a_checkpoint(toy: Path):
         next(steps).state()
 
 
+@pytest.mark.parametrize("every", [True, False], ids=["kept", "saved"])
+def test_weights_that_the_last_update_breaks_are_neither_kept_nor_saved(toy: Path, every: bool):
+    """The loss and the gradients of that step are fine."""
+    steps = fit(family_of(toy), readied(toy, PLAIN), data(), changed(steps=1, log_every=1, lr={"unet": 1e38, "text_encoder": 1e38}))
+    with pytest.raises(RayboothError, match=r"weights are not finite at step 1: lower finetune\.lr"):
+        _ = [step.state() for step in steps] if every else list(steps)
+
+
 def test_gradients_that_overflow_at_every_step_do_not_pass_for_learning(toy: Path):
     """The scaler skips such steps and halves its scale, while the losses look as ever."""
     loaded = readied(toy, PLAIN)

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,6 +16,29 @@ from raybooth.workspace import Workspace
 
 def said_nothing(word: log.Row) -> None:
     raise AssertionError(word)
+
+
+def test_what_was_said_before_the_first_checkpoint_is_said_once(tmp_path: Path):
+    """TensorBoard drops what a run had said of steps that come again when it meets a mark."""
+    for _ in range(2):
+        with log.Log(Workspace(str(tmp_path)), "key", ["tensorboard"], 0, [], 1, 1, said_nothing) as made:
+            made.write(1, {"loss": 1.0})
+            made.write(2, {"loss": 1.0})
+    files = sorted((tmp_path / "tensorboard").rglob("events*"), key=lambda p: p.stat().st_mtime_ns)
+    assert [next(iter(marks(file))) for file in files] == [1] * len(files)
+
+
+def marks(file: Path) -> Iterator[int]:
+    """Steps of the marks that a writer begins with."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    data = file.read_bytes()
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        if event.HasField("session_log") and event.session_log.status == SessionLog.START:
+            yield event.step
+        data = data[16 + length :]
 
 
 def test_rates_are_per_second_since_the_last_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

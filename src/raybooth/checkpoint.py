@@ -184,6 +184,8 @@ def _whole(path: Path, key: str) -> tuple[dict[str, Any] | None, str]:
         return None, "it has no manifest, it was cut off while it was written"
     if manifest["digest"] != key:
         return None, "it belongs to another configuration"
+    if not {"read_at", "groups", "numbers", "scaler"} <= manifest["scalars"].keys():
+        return None, "its manifest lacks something"
     try:
         if describe(path / TENSORS) != manifest["outputs"][TENSORS]:
             return None, "its file is not what its manifest says, it is torn or damaged"

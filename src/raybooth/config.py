@@ -94,6 +94,8 @@ class Config(Section):
             raise ValueError("finetune.optimizer = 'prodigy' has one learning rate for all: leave finetune.text_encoder_lr out, or set it to finetune.lr")
         if how.compile and how.method == "lora" and self.lora.dropout:
             raise ValueError("finetune.compile does not go with lora.dropout, whose masks are drawn outside of what is compiled: leave one of them out")
+        if how.optimizer == "adamw8bit" and how.channels_last and how.method == "full":
+            raise ValueError("finetune.channels_last does not go with finetune.optimizer = 'adamw8bit', which lays weights out anew: leave one of them out")
         if how.precision == "bf16-weights" and how.method == "full" and how.optimizer != "adamw":
             raise ValueError(f"finetune.precision = 'bf16-weights' goes with finetune.optimizer = 'adamw', not '{how.optimizer}': change one of them")
 

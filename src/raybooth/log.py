@@ -149,7 +149,8 @@ def _started(name: str, workspace: Workspace, run: str, start: int) -> Tracker:
 def _tensorboard(workspace: Workspace, run: str, start: int) -> Tracker:
     from tensorboardX import SummaryWriter
 
-    writer = SummaryWriter(str(workspace.root / "tensorboard" / run), purge_step=start + 1 if start else None)
+    # At the beginning too: a run that was stopped before its first checkpoint says the same once more.
+    writer = SummaryWriter(str(workspace.root / "tensorboard" / run), purge_step=start + 1)
 
     def log(step: int, numbers: Row) -> None:
         for name, value in numbers.items():

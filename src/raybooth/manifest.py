@@ -76,7 +76,7 @@ def parsed(data: bytes) -> dict[str, Any] | None:
     """A manifest; None if it is torn, or not ours: the stage is not done."""
     try:
         manifest = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets in brackets
         return None
     return manifest if isinstance(manifest, dict) and _is_ours(manifest) else None
 
@@ -89,6 +89,7 @@ def _is_ours(manifest: dict[str, Any]) -> bool:
         and isinstance(outputs, dict)
         and all(isinstance(o, dict) and {"bytes", "sha256"} <= o.keys() for o in outputs.values())
         and all(isinstance(manifest.get(name), dict) for name in said)
+        and type(manifest.get("step", 0)) is int
     )
 
 
@@ -103,7 +104,7 @@ def holds_configuration(folder: Path) -> bool:
 
 def is_another(data: bytes) -> bool:
     """Whether it is complete, and no manifest of ours: a user's file of that name. What is torn was ours."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         json.loads(data)
         return parsed(data) is None
     return False

@@ -258,10 +258,7 @@ class _Loop:
         """The means since the last reading, over all workers; the one place where the step waits for its numbers."""
         loss, instance, prior, norm = (self.parallel.total(self.seen) / (self.done - self.read_at)).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise RayboothError(
-                f"The loss is not finite at step {self.done}: lower finetune.lr, set finetune.precision = 'fp32', or look for a broken photograph "
-                "in the contact sheet. Checkpoints are from before, but of these settings and photographs: with others the fine-tuning begins anew."
-            )
+            raise self._broken("loss is")
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:  # halved at every step that it has skipped: none of them has learnt anything
             raise RayboothError(
                 f"Gradients have overflowed float16 in every step of late, up to step {self.done}: set finetune.precision = 'bf16', or 'fp32', "
@@ -269,6 +266,18 @@ class _Loop:
             )
         self.seen, self.read_at = torch.zeros_like(self.seen), self.done
         return Metrics(loss, instance, prior, norm, self.optimizer.param_groups[0]["lr"])
+
+    def _broken(self, what: str) -> RayboothError:
+        return RayboothError(
+            f"The {what} not finite at step {self.done}: lower finetune.lr, set finetune.precision = 'fp32', or look for a broken photograph "
+            "in the contact sheet. Checkpoints are from before, but of these settings and photographs: with others the fine-tuning begins anew."
+        )
+
+    def _check_weights(self) -> None:
+        """The last update may have broken them: the loss and the gradients are from before it."""
+        norms = torch._foreach_norm([p.detach() for p in self.parameters.values()], torch.inf)
+        if not torch.stack(norms).isfinite().all():
+            raise self._broken("weights are")
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -301,6 +310,7 @@ class _Loop:
         seen = self.parallel.total(self.seen.clone())
         if not seen.isfinite().all():
             self.read()
+        self._check_weights()
         tensors = {f"weights.{k}": p.detach() for k, p in self.parameters.items()}
         tensors["seen"] = seen
         if self.average:
@@ -335,6 +345,7 @@ class _Loop:
             self.scaler.load_state_dict(state.scalars["scaler"])
 
     def finish(self) -> None:
+        self._check_weights()
         if self.average:
             self.average.apply()
         self.trained.eval().requires_grad_(False)

@@ -64,7 +64,7 @@ def check_targets(family: Family, folder: Path, how: Lora, text_encoder: bool) -
     """As add_adapters() does it, without weights.
 
     Raises:
-        RayboothError: if a target is in none of the parts that are trained, or takes no adapter.
+        RayboothError: if a target is in none of the parts that are trained, or takes no adapter, or if diffusers would not read an encoder's.
     """
     with torch.device("meta"):
         _check_targets(family, unloaded(family, folder, family.trainable(text_encoder)).modules, how)
@@ -85,11 +85,28 @@ def _check_targets(family: Family, modules: Mapping[str, nn.Module], how: Lora) 
                 raise RayboothError(f"lora.targets: no adapter goes on '{target}' of {family.name} ({type(layer).__name__}); {advice}")
     if how.targets and not any(_layers(modules[family.denoiser], target) for target in how.targets):
         raise RayboothError(f"lora.targets = {how.targets}: {family.name} has no such layers; leave it out, or name some such as {usual}.")
+    for part in modules.keys() - {family.denoiser}:
+        _check_readable(family, part, modules[part], how)
+
+
+def _check_readable(family: Family, part: str, encoder: nn.Module, how: Lora) -> None:
+    """diffusers tells the layout of an encoder's file by the layers of its attention."""
+    targets = list(_targets(family, part, encoder, how))
+    named = {name.rpartition(".")[2] for target in targets for name in _names(encoder, target)}
+    if not named & set(family.encoder_lora_targets):
+        raise RayboothError(
+            f"lora.targets: of {part} only {', '.join(targets)} would be trained, and diffusers opens no such file; name one of "
+            f"{', '.join(family.encoder_lora_targets)} beside, or set finetune.text_encoder = false."
+        )
 
 
 def _layers(module: nn.Module, target: str) -> list[nn.Module]:
-    """As PEFT finds them: by the end of their names."""
-    return [layer for name, layer in module.named_modules() if name and f".{name}".endswith(f".{target}")]
+    return [module.get_submodule(name) for name in _names(module, target)]
+
+
+def _names(module: nn.Module, target: str) -> list[str]:
+    """Of layers, as PEFT finds them: by the end of their names."""
+    return [name for name, _ in module.named_modules() if name and f".{name}".endswith(f".{target}")]
 
 
 def _targets(family: Family, part: str, module: nn.Module, how: Lora) -> Iterable[str]:

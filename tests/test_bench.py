@@ -1,5 +1,6 @@
 """The paper's protocol: its subjects and prompts from a folder, what runs share, and the table."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,10 @@ def test_subjects_of_a_dataset(tmp_path: Path):
     dog, teapot = subjects_of(tmp_path)
     assert (dog.name, dog.class_name, dog.prompts) == ("dog6", "dog", LIVE_PROMPTS)
     assert (teapot.class_name, teapot.prompts) == ("teapot", OBJECT_PROMPTS)
+    (tmp_path / "clone").mkdir()
+    shutil.copytree(tmp_path / "dog6", tmp_path / "clone" / "dataset" / "dog6")
+    shutil.copy(listing, tmp_path / "clone" / "dataset")
+    assert [s.name for s in subjects_of(tmp_path / "clone")] == ["dog6"], "as google/dreambooth is laid out"
 
 
 def test_subjects_as_people_call_them(tmp_path: Path):

@@ -88,6 +88,33 @@ def test_weights_that_are_missing_are_not_made_up(folder: Path, part: str, opene
         opened(folder / part)
 
 
+def other_size(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"size": {"height": 16, "width": 16}}))
+
+
+def other_width(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 64}))
+
+
+def all_nan(path: Path) -> None:
+    save_file({k: v * float("nan") for k, v in load_file(path).items()}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "break_it", "told"),
+    [
+        ("preprocessor_config.json", other_size, r"cannot be used \(.*\): copy or download"),
+        ("config.json", other_width, r"cannot be used \(.*\): copy or download"),
+        ("model.safetensors", all_nan, "numbers that are not finite of a picture"),
+    ],
+)
+def test_files_that_do_not_go_together_are_a_sentence(folder: Path, name: str, break_it: Callable[[Path], object], told: str):
+    break_it(folder / "vit" / name)
+    with pytest.raises(RayboothError, match=told) as refused:
+        encoders.vit(folder / "vit")
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("registers", [0, 4])
 def test_dinov2_with_and_without_registers(tmp_path: Path, registers: int):
     """The class token, and the patches without the registers, of another size than mini's."""

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from raybooth.encoders import clip, vit
 from raybooth.jobs import model_of
 from raybooth.mini import FOLDER
 from raybooth.mini.world import render, subject_scenes
-from raybooth.score import Score, among, diversity, scored, to_prompt, to_subject, variety
+from raybooth.score import Score, among, distances, diversity, scored, scored_pairs, to_prompt, to_subject
 from raybooth.verbs import do
 
 
@@ -73,7 +74,8 @@ def test_diversity_is_none_among_equals_and_grows_with_difference(subject: list[
     a, b = torch.from_numpy(various[:1]), torch.from_numpy(various[1:2])
     by_hand = (2 - 2 * torch.cosine_similarity(a, b, dim=-1)).mean()  # the squared distance of unit vectors
     assert diversity([various[:2]])[0] == pytest.approx(float(by_hand), abs=1e-5)
-    assert variety(various).mean() == pytest.approx(diversity([various])[0], abs=1e-6)
+    pairs = [torch.cosine_similarity(a, b, dim=-1) for a, b in combinations(torch.from_numpy(various), 2)]
+    assert diversity([various])[0] == pytest.approx(float((2 - 2 * torch.stack(pairs)).mean()), abs=1e-5)
 
 
 def test_the_interval_is_that_of_a_mean():
@@ -85,11 +87,23 @@ def test_the_interval_is_that_of_a_mean():
     assert len(among(np.eye(4, dtype=np.float32))) == 6
 
 
+def test_the_interval_of_a_diversity_holds_the_truth_as_often_as_it_says():
+    """As if pairs were independent it would hold it two times of three."""
+    rng = np.random.default_rng(0)
+    every = rng.normal(size=(60, 1, 6)) * rng.uniform(0.1, 1, size=(60, 1, 1)) + np.eye(6)[0]
+    every = (every / np.linalg.norm(every, axis=-1, keepdims=True)).astype(np.float32)
+    found = [scored_pairs(every[rng.integers(60, size=20)], draws=400) for _ in range(200)]
+    truth = float(distances(every).mean())
+    held = np.mean([s.low < truth < s.high for s in found])  # type: ignore[operator]
+    assert 0.85 < held < 0.99
+
+
 def test_a_single_value_has_no_interval_and_two_pictures_are_a_single_pair(others: list[Image.Image]):
     patches = vit(FOLDER / "vit")(others[:3])["patches"].numpy()
-    one, two, three = scored(np.array([0.5], np.float32), floor=0.1), scored(variety(patches[:2])), scored(variety(patches))
+    one, two, three = scored(np.array([0.5], np.float32), floor=0.1), scored_pairs(patches[:2]), scored_pairs(patches)
     assert (one.value, one.low, one.high, one.floor) == (0.5, None, None, 0.1)
     assert two.value == pytest.approx(diversity([patches[:2]])[0])
+    assert three.value == pytest.approx(diversity([patches])[0])
     assert two.low is None
     assert three.low is not None
     assert three.high is not None

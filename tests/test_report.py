@@ -216,7 +216,9 @@ def test_of_many_checkpoints_those_are_shown_that_tell_most(steps: list[int]):
         assert {steps[0], steps[-1], taken} <= set(shown) <= set(steps)
 
 
-def test_ever_so_many_large_pictures_still_make_a_page_that_can_be_sent(tmp_path: Path, photos: Path, in_process: None, monkeypatch: pytest.MonkeyPatch):
+def test_ever_so_many_large_pictures_still_make_a_page_that_can_be_sent(
+    tmp_path: Path, photos: Path, in_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     """A thousand photographs, 120 long prompts, 40 checkpoints."""
     with on_mini(tmp_path, photos) as run:
         do(run, ["prepare", "class-images"])
@@ -245,6 +247,10 @@ def test_ever_so_many_large_pictures_still_make_a_page_that_can_be_sent(tmp_path
     assert "... and 976 more" in text
     assert "11 of the 40 kept checkpoints" in text
     assert '<th class="taken">step 390</th>' in text
+    next((tmp_path / "checkpoint-images" / "0000010").glob("*-000.png")).write_text("no picture")
+    run.quiet = False
+    assert reporting._strip(run, run.facts("fine-tuned-model")["selected"]) is None
+    assert "pictures of checkpoint-images/0000010 are missing or damaged" in capsys.readouterr().err
 
 
 def test_drawings_have_names_and_no_line_for_what_there_was_not():

@@ -109,12 +109,14 @@ def test_another_rule_takes_another_without_training_again(overfit: Run):
     run = Run(config.load(overfit.workspace.root / "config.json", ["evaluate.select=subject"]), quiet=True)
     found = run.facts("fine-tuned-model")["selected"]["candidates"]
     before = {p: p.stat().st_mtime_ns for p in (run.workspace.root / "checkpoints").rglob("*.safetensors")}
+    took = run.workspace.manifest("fine-tuned-model")["seconds"]
     with run:
         do(run, ["finetune"])
     chosen = run.facts("fine-tuned-model")["selected"]
     assert chosen["rule"] == "subject"
     assert chosen["step"] == max(found, key=lambda c: c["dino"])["step"]
     assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert run.workspace.manifest("fine-tuned-model")["seconds"] > took, "the training took its time, whatever was chosen of it later"
 
 
 def test_a_model_that_was_chosen_stays_chosen_whatever_is_drawn_with_it(overfit: Run, capsys: pytest.CaptureFixture[str]):

@@ -38,7 +38,8 @@ def root_of(storage: str) -> Path:
 
 
 def bench(
-    subjects: Sequence[Subject], recipes: Recipes, root: Path, overrides: Sequence[str], base: str | None = None, known: Callable[[], Results] = dict
+    subjects: Sequence[Subject], recipes: Recipes, root: Path, overrides: Sequence[str], base: str | None = None, known: Callable[[], Results] = dict,
+    published: bool = False,
 ) -> str:  # fmt: skip
     """Run and score every recipe on every subject, as far as it is not done; writes `table.md` and `scores.json` into the folder `root`.
 
@@ -49,6 +50,7 @@ def bench(
         overrides: of all runs, before the recipes' own.
         base: the base model; default: the configuration's.
         known: gives rows of the table that need no runs.
+        published: whether the paper's rows stand below.
     """
     from raybooth.cluster.session import connected
 
@@ -67,7 +69,7 @@ def bench(
                     results[recipe][subject.name] = evaluation.read(run)
                 done[subject.class_name, recipe] = Path(config.storage)
                 write_atomically(root / "scores.json", json.dumps(_plain(results), indent=1).encode())
-    text = table(results | known(), published=base != "mini")
+    text = table(results | known(), published)
     write_atomically(root / "table.md", text.encode())
     return text
 

@@ -169,7 +169,7 @@ def _bench(args: argparse.Namespace) -> None:
     else:
         from raybooth.dreambench import subjects_of
 
-        print(bench(subjects_of(args.subjects), {"raybooth": []}, root, args.set, args.base))
+        print(bench(subjects_of(args.subjects), {"raybooth": []}, root, args.set, args.base, published=True))
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from raybooth.errors import RayboothError
 from raybooth.photos import SUFFIXES
 
+LISTING = "prompts_and_classes.txt"
 LIVE_CLASSES = ("cat", "dog")
 _ANYWHERE = (
     "in the jungle", "in the snow", "on the beach", "on a cobblestone street", "on top of pink fabric", "on top of a wooden floor",
@@ -49,9 +50,11 @@ def subjects_of(folder: Path) -> list[Subject]:
     Raises:
         RayboothError: if there are none, or a subject's class is not said.
     """
-    listing = folder / "prompts_and_classes.txt"
+    if not (folder / LISTING).is_file() and (folder / "dataset" / LISTING).is_file():  # of a clone of google/dreambooth
+        folder = folder / "dataset"
+    listing = folder / LISTING
     if not listing.is_file():
-        raise RayboothError(f"--subjects {folder} has no prompts_and_classes.txt: give a copy of the DreamBooth dataset, or write it: lines 'folder,class'.")
+        raise RayboothError(f"--subjects {folder} has no {LISTING}: give a copy of the DreamBooth dataset, or write it: lines 'folder,class'.")
     said = _said(listing)
     found = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and any(f.suffix.lower() in SUFFIXES for f in p.iterdir()))
     if not found:

@@ -1,6 +1,7 @@
 """What pictures and prompts are compared by: a ViT with a class token, such as DINO, and CLIP, opened by transformers."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,21 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raybooth.errors import RayboothError
+from raybooth.errors import RayboothError, lacks_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Pictures = Callable[["Sequence[Image]"], dict[str, Tensor]]
 Words = Callable[[Sequence[str]], dict[str, Tensor]]
+_AGAIN = "copy or download it again, or name another one in [evaluate]."
 
 
 def vit(folder: Path, device: str = "cpu") -> Pictures:
     """Pictures to `dino` (n, width), the class token, and `patches` (n, patches, width); rows of length 1."""
     from transformers import AutoModel
 
-    model = _opened(AutoModel, folder, device)
-    prepare = _processor(folder, device)
+    with _explained(folder):
+        model, prepare = _opened(AutoModel, folder, device), _processor(folder, device)
 
     @torch.inference_mode()
     def encode(images: "Sequence[Image]") -> dict[str, Tensor]:
@@ -30,6 +32,7 @@ def vit(folder: Path, device: str = "cpu") -> Pictures:
         registers = getattr(model.config, "num_register_tokens", 0)  # of some DINOv2
         return {"dino": tokens[:, 0], "patches": tokens[:, 1 + registers :]}
 
+    _try(encode, folder)
     return encode
 
 
@@ -37,8 +40,8 @@ def clip(folder: Path, device: str = "cpu") -> tuple[Pictures, Words]:
     """Pictures and prompts to `clip` (n, width), rows of length 1."""
     from transformers import AutoTokenizer, CLIPModel
 
-    model = _opened(CLIPModel, folder, device)
-    prepare, tokenizer = _processor(folder, device), AutoTokenizer.from_pretrained(folder)
+    with _explained(folder):
+        model, prepare, tokenizer = _opened(CLIPModel, folder, device), _processor(folder, device), AutoTokenizer.from_pretrained(folder)
 
     @torch.inference_mode()
     def pictures(images: "Sequence[Image]") -> dict[str, Tensor]:
@@ -50,7 +53,31 @@ def clip(folder: Path, device: str = "cpu") -> tuple[Pictures, Words]:
         ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids.to(device)
         return {"clip": F.normalize(model.text_projection(model.text_model(ids).pooler_output), dim=-1)}
 
+    _try(pictures, folder)
     return pictures, words
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Configurations that do not go together, in a sentence."""
+    try:
+        yield
+    except RayboothError:
+        raise
+    except Exception as error:  # whatever the libraries please
+        if lacks_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise RayboothError(f"The encoder in {folder} cannot be used ({reason}): {_AGAIN}") from error
+
+
+def _try(encode: Pictures, folder: Path) -> None:
+    """With one picture, before there are many."""
+    from PIL import Image
+
+    with _explained(folder):
+        if not all(rows.isfinite().all() for rows in encode([Image.new("RGB", (64, 64), "grey")]).values()):
+            raise RayboothError(f"The encoder in {folder} makes numbers that are not finite of a picture, its weights are damaged: {_AGAIN}")
 
 
 def _opened(kind: Any, folder: Path, device: str) -> Any:
@@ -62,7 +89,7 @@ def _opened(kind: Any, folder: Path, device: str) -> Any:
     model, found = kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
     missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))  # nothing is read of it, and DINO has none
     if missing:
-        raise RayboothError(f"The encoder in {folder} lacks the weights of {missing[0]}: copy or download it again, or name another one in [evaluate].")
+        raise RayboothError(f"The encoder in {folder} lacks the weights of {missing[0]}: {_AGAIN}")
     return model.eval().to(device)
 
 

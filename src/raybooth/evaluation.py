@@ -13,7 +13,7 @@ from raybooth.encoder_files import prepare_encoders
 from raybooth.features import features, scored_prompt, shows_subject
 from raybooth.manifest import write_atomically
 from raybooth.photos import contact_sheet, png
-from raybooth.score import Array, Score, among, diversity, scored, to_prompt, to_subject, variety
+from raybooth.score import Array, Score, among, diversity, scored, scored_pairs, to_prompt, to_subject
 from raybooth.session import Run
 from raybooth.stages import generate
 
@@ -115,9 +115,8 @@ def _scores(run: Run, found: dict[str, dict[str, Array]]) -> dict[str, Score]:
         return scored(to_subject(drawn[by], subject[by]), float(to_subject(base[by], subject[by]).mean()), own[by])
 
     def differences(drawn: dict[str, Array]) -> Array:
-        """Of each prompt; of a single one, of each of its pictures."""
-        patches = drawn["patches"]
-        return variety(patches) if len(patches) == each else diversity([patches[i : i + each] for i in range(0, len(patches), each)])
+        """Of each prompt."""
+        return diversity([drawn["patches"][i : i + each] for i in range(0, len(drawn["patches"]), each)])
 
     shown = np.array(_shows_subject(run))
     drawn, base = ({k: v[shown] for k, v in of.items()} for of in (after, before))
@@ -127,10 +126,11 @@ def _scores(run: Run, found: dict[str, dict[str, Array]]) -> dict[str, Score]:
         "pres": similar(of_class_after, of_class, "dino"),
     }
     if len(of_class_after["patches"]) > 1:
-        scores["class_div"] = scored(variety(of_class_after["patches"]), float(variety(of_class["patches"]).mean()))
+        scores["class_div"] = scored_pairs(of_class_after["patches"], float(diversity([of_class["patches"]])[0]))
     if each > 1:
         alike = float(diversity([subject["patches"]])[0]) if several else None
-        scores["div"] = scored(differences(after), float(differences(before).mean()), alike)
+        anchors = float(differences(before).mean()), alike
+        scores["div"] = scored_pairs(after["patches"], *anchors) if len(after["patches"]) == each else scored(differences(after), *anchors)
     return scores
 
 

@@ -50,8 +50,9 @@ def scored_prompt(run: Run, prompt: str) -> str:
 def _name(run: Run) -> re.Pattern[str]:
     """The subject in a prompt: the token, with "a" or "an" right before it, with the class or its plural behind it."""
     token, noun = re.escape(run.config.subject.token), r"[\s-]+".join(map(re.escape, run.config.subject.class_name.split()))
+    near = "0-9A-Za-z\u00c0-\u024f"  # scripts that write no blanks between words, as Japanese, end none by their letters
     plural = f"{noun}e?s" + (f"|{noun[:-1]}ies" if noun[-1] in "yY" else "")
-    return re.compile(rf"(?:\b(?P<article>an?)\s+)?(?<!\w){token}(?:[\s-]+(?:(?P<plural>{plural})|{noun}))?(?!\w)", re.IGNORECASE)
+    return re.compile(rf"(?:\b(?P<article>an?)\s+)?(?<![{near}]){token}(?:[\s-]+(?:(?P<plural>{plural})|{noun})(?![{near}]))?(?![{near}])", re.IGNORECASE)
 
 
 def features(run: Run, folder: str, pictures: Mapping[str, tuple[str, list[str]]], prompts: Sequence[str]) -> dict[str, dict[str, Array]]:

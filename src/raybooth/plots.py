@@ -16,7 +16,8 @@ def losses(history: list[dict[str, float]]) -> str:
     for name, colour in COLOURS.items():
         if not any(r[name] for r in history):
             continue  # without prior preservation
-        axes.plot([r["step"] for r in history], [r[name] for r in history], color=colour, alpha=0.45, linewidth=1, label=name)
+        alone = "." if len(history) == 1 else None  # a line has two ends
+        axes.plot([r["step"] for r in history], [r[name] for r in history], color=colour, alpha=0.45, linewidth=1, marker=alone, label=name)
         fixed = [r for r in history if f"validation_{name}" in r]
         if fixed:
             axes.plot([r["step"] for r in fixed], [r[f"validation_{name}"] for r in fixed], "o--", color=colour, markersize=4, label=f"{name}, fixed noise")

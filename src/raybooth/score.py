@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,24 +25,18 @@ def among(pictures: Array) -> Array:
     return (pictures[first] * pictures[second]).sum(axis=1)
 
 
-def diversity(patches: Sequence[Array]) -> Array:
-    """DIV: of each prompt, whose pictures' patches are (n, p, d), the mean distance of its pictures' pairs: (prompts,).
+def distances(patches: Array) -> Array:
+    """Of pictures whose patches are (n, p, d) from one another: (n, n).
 
     The distance is LPIPS's (Zhang et al. 2018, equation 1) on the last layer of the ViT, unweighted: the squared distance of
     unit-length features at each place, averaged over the places. It lies in [0, 4].
     """
-    return np.array([np.mean([_distance(a, b) for a, b in combinations(one, 2)]) for one in patches if len(one) > 1], dtype=np.float32)
+    return np.stack([((patches - one) ** 2).sum(axis=-1).mean(axis=-1) for one in patches])
 
 
-def variety(patches: Array) -> Array:
-    """DIV of many pictures of one prompt, whose patches are (n, p, d): of each its mean distance to the others, (n,). Two have one distance: (1,)."""
-    if len(patches) == 2:
-        return diversity([patches])
-    return np.array([np.mean([_distance(a, b) for k, b in enumerate(patches) if k != i]) for i, a in enumerate(patches)], dtype=np.float32)
-
-
-def _distance(a: Array, b: Array) -> float:
-    return float(((a - b) ** 2).sum(axis=-1).mean())
+def diversity(patches: Sequence[Array]) -> Array:
+    """DIV: of each prompt, whose pictures' patches are (n, p, d), the mean distance of its pictures' pairs: (prompts,)."""
+    return np.array([distances(one).sum() / (len(one) * (len(one) - 1)) for one in patches if len(one) > 1], dtype=np.float32)
 
 
 def share(value: float, anchor: float) -> float:
@@ -69,3 +62,16 @@ def scored(values: Array, floor: float | None = None, ceiling: float | None = No
     picked = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
     low, high = np.percentile(values[picked].mean(axis=1), [2.5, 97.5])
     return Score(float(values.mean()), float(low), float(high), floor, ceiling)
+
+
+def scored_pairs(patches: Array, floor: float | None = None, ceiling: float | None = None, draws: int = 2000) -> Score:
+    """DIV of many pictures of one prompt, whose patches are (n, p, d).
+
+    What is drawn anew are the pictures: pairs share them, and by pairs the interval would be half as wide as it is. A picture is no pair with itself.
+    """
+    n, found = len(patches), distances(patches)
+    times = np.stack([np.bincount(one, minlength=n) for one in np.random.default_rng(0).integers(n, size=(draws, n))])
+    pairs = n * n - (times**2).sum(axis=1)
+    means = ((times @ found) * times).sum(axis=1)[pairs > 0] / pairs[pairs > 0]
+    low, high = np.percentile(means, [2.5, 97.5]) if n > 2 else (None, None)
+    return Score(float(diversity([patches])[0]), None if low is None else float(low), None if high is None else float(high), floor, ceiling)

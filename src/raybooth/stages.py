@@ -239,8 +239,15 @@ def finetune(run: Run) -> None:
             run.say(f"fine-tuned-model: {note}")
         facts["selected"] = selection.select(run, kept, target)
     facts |= {"configuration": settings_of(config), "versions": versions()}  # config.json may be another's by the time that somebody asks
-    stage.finish(facts, only=files_under(stage.partial))
+    stage.finish(facts, only=files_under(stage.partial), earlier=_seconds_of_training(stage, key))
     run.say(f"fine-tuned-model: {stage.folder}")
+
+
+def _seconds_of_training(stage: Stage, key: str) -> float:
+    """Of the fine-tuning `key`, where its model is only chosen anew."""
+    old = stage.manifest
+    chosen_anew = old is not None and old["digest"] != stage.key and digest({k: v for k, v in old["inputs"].items() if k != "select"}) == key
+    return float(old["seconds"]) if old is not None and chosen_anew else 0.0
 
 
 def generate(run: Run) -> None:

@@ -67,14 +67,14 @@ class Stage:
         if held is None:
             return False
         outputs = held["outputs"]
-        return all(n in outputs and self._intact(n, outputs[n]) for n in (outputs if names is None else names))
+        return all(n in outputs and _intact(self.folder / n, outputs[n]) for n in (outputs if names is None else names))
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are neither complete and intact nor among the work in progress."""
         held = self.held
         outputs = held["outputs"] if held else {}
         return [
-            n for n in names if not (self.partial / n).exists() and not (n in outputs and self._intact(n, outputs[n]))
+            n for n in names if not (self.partial / n).exists() and not (n in outputs and _intact(self.folder / n, outputs[n]))
         ]  # fmt: skip
 
     def path(self, name: str) -> Path:
@@ -100,10 +100,10 @@ class Stage:
                 self._clock.keep()
                 self.workspace.push(f"{self.name}/{self.partial.name}/{CLOCK}")
 
-    def finish(self, facts: dict[str, Any] | None = None, only: Iterable[str] | None = None) -> dict[str, Any]:
+    def finish(self, facts: dict[str, Any] | None = None, only: Iterable[str] | None = None, earlier: float = 0.0) -> dict[str, Any]:
         """Move the work in progress into place: beside what holds already, instead of what does not.
 
-        `only` names the outputs that are still wanted; without it all that hold are kept.
+        `only` names the outputs that are still wanted; without it all that hold are kept. `earlier` are seconds of work that others were made by.
         """
         old = self.manifest
         self.partial.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ class Stage:
             "digest": self.key,
             "inputs": self.inputs,
             "facts": facts or {},
-            "seconds": round(before + self._clock.stop(), 1),
+            "seconds": round(earlier + before + self._clock.stop(), 1),
             "outputs": dict(sorted(outputs.items())),
         }
         write_atomically(self.partial / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
@@ -152,12 +152,12 @@ class Stage:
             foreign.append(MANIFEST)
         return foreign
 
-    def _intact(self, name: str, described: dict[str, Any]) -> bool:
-        path = self.folder / name
-        if not path.is_file() or path.stat().st_size != described["bytes"]:
-            return False
-        # Hashing gigabytes of weights at every start would cost more than it tells; their size must do.
-        return path.stat().st_size > 4 * BLOCK or file_digest(path) == described["sha256"]
+
+def _intact(path: Path, described: dict[str, Any]) -> bool:
+    if not path.is_file() or path.stat().st_size != described["bytes"]:
+        return False
+    # Hashing gigabytes of weights at every start would cost more than it tells; their size must do.
+    return path.stat().st_size > 4 * BLOCK or file_digest(path) == described["sha256"]
 
 
 def _check_address(storage: str) -> None:
@@ -250,6 +250,12 @@ class Workspace:
                 f"{first}run 'raybooth {_VERBS.get(stage, stage)}' to make it again, or 'raybooth run' for all."
             )
         return path
+
+    def intact(self, stage: str) -> bool:
+        """Whether a stage is complete, whatever it was made from, and all that it has made is there as it was made."""
+        self.pull(stage)
+        manifest = read_manifest(self.root / stage)
+        return manifest is not None and all(_intact(self.root / stage / name, output) for name, output in manifest["outputs"].items())
 
     def read(self, stage: str, name: str, sha256: str) -> bytes:
         """An output as its manifest has it.

@@ -163,6 +163,7 @@ def test_prompts_are_filled_in():
     [
         (["finetune.optimizer=prodigy", "finetune.lr=1", "finetune.text_encoder_lr=1e-4"], "one learning rate for all"),
         (["finetune.optimizer=adafactor", "finetune.precision=bf16-weights"], "goes with finetune.optimizer = 'adamw'"),
+        (["finetune.optimizer=adamw8bit", "finetune.channels_last=true"], "lays weights out anew"),
         (["cluster.gpus_per_worker=0.5", "cluster.workers=2"], "each needs whole GPUs"),
         (["cluster.gpus_per_worker=1.5"], "each needs whole GPUs"),
         (["finetune.method=lora", "finetune.compile=true", "lora.dropout=0.1"], "does not go with lora.dropout"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from raybooth import config, encoders
@@ -96,6 +97,12 @@ def other_width(path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 64}))
 
 
+def larger_vocabulary(path: Path) -> None:
+    held = json.loads(path.read_text())
+    held["model"]["vocab"] = {word: number + 10_000 for word, number in held["model"]["vocab"].items()}
+    path.write_text(json.dumps(held))
+
+
 def all_nan(path: Path) -> None:
     save_file({k: v * float("nan") for k, v in load_file(path).items()}, path, {"format": "pt"})
 
@@ -103,15 +110,20 @@ def all_nan(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "break_it", "told"),
     [
-        ("preprocessor_config.json", other_size, r"cannot be used \(.*\): copy or download"),
-        ("config.json", other_width, r"cannot be used \(.*\): copy or download"),
-        ("model.safetensors", all_nan, "numbers that are not finite of a picture"),
+        ("vit/preprocessor_config.json", other_size, r"files that do not go together \(.*\): copy or download"),
+        ("vit/config.json", other_width, r"weights of another shape than its config.json says \(.*\): copy or download"),
+        ("vit/model.safetensors", all_nan, "numbers that are not finite"),
+        ("clip/model.safetensors", all_nan, "numbers that are not finite"),
+        ("clip/tokenizer.json", larger_vocabulary, r"files that do not go together \(.*index.*\): copy or download"),
     ],
 )
 def test_files_that_do_not_go_together_are_a_sentence(folder: Path, name: str, break_it: Callable[[Path], object], told: str):
-    break_it(folder / "vit" / name)
-    with pytest.raises(RayboothError, match=told) as refused:
-        encoders.vit(folder / "vit")
+    break_it(folder / name)
+    with pytest.raises(RayboothError, match=told) as refused:  # noqa: PT012
+        if name.startswith("vit"):
+            encoders.vit(folder / "vit")([Image.new("RGB", (64, 64))])
+        else:
+            encoders.clip(folder / "clip")[1](["photo of a dog"])
     assert "\n" not in str(refused.value)
 
 

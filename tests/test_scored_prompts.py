@@ -45,6 +45,8 @@ def test_clip_is_asked_the_papers_prompts_without_the_token(tmp_path: Path, prom
         ("{subject}の写真", "a dogの写真"),
         ("海边的{token}在跑", "海边的dog在跑"),
         ("{subject}_in_snow", "a dog_in_snow"),
+        ("photo of a {class} on sksế grass", "photo of a dog on sksế grass"),
+        ("фото sksя {class}", "фото sksя dog"),
         ("photo of {token}  dog", "photo of a dog"),
         ("photo of {token}\ndog", "photo of a dog"),
         ("photo of {token}-dog", "photo of a dog"),
@@ -60,6 +62,7 @@ def test_the_class_stands_where_the_token_stood(tmp_path: Path, prompt: str, ask
 @pytest.mark.parametrize(
     ("token", "class_name", "prompt", "asked"),
     [
+        ("зва", "собака", "фото звание, {subject}", "фото звание, a собака"),
         ("<rex>", "dog", "portrait, {subject}", "portrait, a dog"),
         ("old rex", "dog", "the {subject} and an old rexine sofa", "the dog and an old rexine sofa"),
         ("sks", "apple", "photo of {subject}", "photo of an apple"),

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from toys import make_sd2
@@ -30,22 +31,40 @@ def stored(tmp_path: Path, toy: Path, photos: Path, in_process: None) -> Path:
 
 @pytest.mark.parametrize("stage", [encode, finetune])
 @pytest.mark.parametrize(
-    ("changed", "verb"),
+    ("changed", "told", "verb"),
     [
-        ("base.resolution=64", "prepare"), ("subject.crops=1", "prepare"), ("subject.flip=true", "prepare"), ("prior.prompt=photo of a cat", "class-images"),
-        ("prior.images=5", "class-images"), ("prior.steps=3", "class-images"), ("seed=1", "class-images"), ("subject.class=cat", "class-images"),
+        ("base.resolution=64", "instance-images are of another resolution", "prepare"),
+        ("subject.crops=1", "instance-images are of another crops", "prepare"),
+        ("subject.flip=true", "instance-images are of another crops", "prepare"),
+        ("prior.prompt=photo of a cat", "class-images are of another prompt", "class-images"),
+        ("subject.class=cat", "class-images are of another prompt", "class-images"),
+        ("prior.steps=3", "class-images are of another steps", "class-images"),
+        ("seed=1", "class-images are of another seed", "class-images"),
+        ("prior.images=5", "There are not prior.images = 5 class-images yet", "class-images"),
     ],
-)  # fmt: skip
-def test_pictures_of_other_settings_are_not_trained_on(stored: Path, toy: Path, photos: Path, changed: str, verb: str, stage: Any):
-    with pytest.raises(RayboothError, match=f"present .*: run 'raybooth {verb}' first, or 'raybooth run' for all"):
+)
+def test_pictures_of_other_settings_are_not_trained_on(stored: Path, toy: Path, photos: Path, changed: str, told: str, verb: str, stage: Any):
+    with pytest.raises(RayboothError, match=f"{told}.*: run 'raybooth {verb}' first, or 'raybooth run' for all"):
         stage(run(stored, toy, photos, changed))
 
 
 def test_class_pictures_of_another_base_are_not_trained_on(stored: Path, tmp_path: Path, photos: Path):
     made = run(stored, make_sd2(tmp_path / "other"), photos)
     prepare(made)
-    with pytest.raises(RayboothError, match="present settings and base model: run 'raybooth class-images' first"):
+    with pytest.raises(RayboothError, match="class-images are of another model than the present: run 'raybooth class-images' first"):
         encode(made)
+
+
+def test_class_pictures_that_were_stopped_while_they_moved_in_are_those_that_are_trained_on(
+    stored: Path, toy: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    old = {p.name for p in (stored / "latents").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr("raybooth.workspace.move_in", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            class_images(run(stored, toy, photos, "prior.steps=3"))
+    encode(run(stored, toy, photos, "prior.steps=3"))
+    assert len({p.name for p in (stored / "latents").glob("*.safetensors")} - old) == 4
 
 
 def test_of_more_class_pictures_the_first_are_trained_on(stored: Path, toy: Path, photos: Path, fits_here: None):

@@ -184,8 +184,6 @@ def _whole(path: Path, key: str) -> tuple[dict[str, Any] | None, str]:
         return None, "it has no manifest, it was cut off while it was written"
     if manifest["digest"] != key:
         return None, "it belongs to another configuration"
-    if not {"read_at", "groups", "numbers", "scaler"} <= manifest["scalars"].keys():
-        return None, "its manifest lacks something"
     try:
         if describe(path / TENSORS) != manifest["outputs"][TENSORS]:
             return None, "its file is not what its manifest says, it is torn or damaged"
@@ -203,6 +201,8 @@ def _read(path: Path, key: str) -> "tuple[State | None, str]":
     manifest, problem = _whole(path, key)
     if manifest is None:
         return None, problem
+    if not {"read_at", "groups", "numbers", "scaler"} <= manifest["scalars"].keys():
+        return None, "its manifest lacks something"
     try:
         return State(manifest["step"], load_file(path / TENSORS), manifest["scalars"]), ""
     except (OSError, SafetensorError, KeyError) as error:

@@ -29,7 +29,7 @@ _SENTENCES = {
 _BELOW = {errno.ENOENT: "lacks a file that was there, or should be: run 'raybooth run', which makes again what is missing"}
 """What an error means of a file in the storage, where that is something else."""
 _FULL = {errno.ENOSPC: ("No space left", "os error 28"), errno.EDQUOT: ("Disk quota exceeded", "os error 122"), errno.EFBIG: ("File too large", "os error 27")}
-"""How a full disk reads where a library's own error hides the number (safetensors raises no OSError)."""
+"""How a disk that takes no more reads where a library's own error hides the number (safetensors raises no OSError)."""
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 """How flock() says that another process holds a file."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raybooth.errors import RayboothError, lacks_memory
+from raybooth.errors import RayboothError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,8 +23,7 @@ def vit(folder: Path, device: str = "cpu") -> Pictures:
     """Pictures to `dino` (n, width), the class token, and `patches` (n, patches, width); rows of length 1."""
     from transformers import AutoModel
 
-    with _explained(folder):
-        model, prepare = _opened(AutoModel, folder, device), _processor(folder, device)
+    model, prepare = _opened(AutoModel, folder, device), _processor(folder, device)
 
     @torch.inference_mode()
     def encode(images: "Sequence[Image]") -> dict[str, Tensor]:
@@ -32,16 +31,16 @@ def vit(folder: Path, device: str = "cpu") -> Pictures:
         registers = getattr(model.config, "num_register_tokens", 0)  # of some DINOv2
         return {"dino": tokens[:, 0], "patches": tokens[:, 1 + registers :]}
 
-    _try(encode, folder)
-    return encode
+    return _checked(encode, folder)
 
 
 def clip(folder: Path, device: str = "cpu") -> tuple[Pictures, Words]:
     """Pictures and prompts to `clip` (n, width), rows of length 1."""
     from transformers import AutoTokenizer, CLIPModel
 
+    model, prepare = _opened(CLIPModel, folder, device), _processor(folder, device)
     with _explained(folder):
-        model, prepare, tokenizer = _opened(CLIPModel, folder, device), _processor(folder, device), AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
 
     @torch.inference_mode()
     def pictures(images: "Sequence[Image]") -> dict[str, Tensor]:
@@ -53,43 +52,47 @@ def clip(folder: Path, device: str = "cpu") -> tuple[Pictures, Words]:
         ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids.to(device)
         return {"clip": F.normalize(model.text_projection(model.text_model(ids).pooler_output), dim=-1)}
 
-    _try(pictures, folder)
-    return pictures, words
+    return _checked(pictures, folder), _checked(words, folder)
+
+
+def _checked(encode: Callable[[Any], dict[str, Tensor]], folder: Path) -> Callable[[Any], dict[str, Tensor]]:
+    """Files that do not go together show when something is encoded. What the machine or CUDA raises is none of theirs."""
+
+    def checked(things: Any) -> dict[str, Tensor]:
+        with _explained(folder):
+            found = encode(things)
+        if not all(rows.isfinite().all() for rows in found.values()):
+            raise RayboothError(f"The encoder in {folder} makes numbers that are not finite, its weights are damaged: {_AGAIN}")
+        return found
+
+    return checked
 
 
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Configurations that do not go together, in a sentence."""
     try:
         yield
-    except RayboothError:
-        raise
-    except Exception as error:  # whatever the libraries please
-        if lacks_memory(error):
-            raise
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise RayboothError(f"The encoder in {folder} cannot be used ({reason}): {_AGAIN}") from error
-
-
-def _try(encode: Pictures, folder: Path) -> None:
-    """With one picture, before there are many."""
-    from PIL import Image
-
-    with _explained(folder):
-        if not all(rows.isfinite().all() for rows in encode([Image.new("RGB", (64, 64), "grey")]).values()):
-            raise RayboothError(f"The encoder in {folder} makes numbers that are not finite of a picture, its weights are damaged: {_AGAIN}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+        raise RayboothError(f"The encoder in {folder} has files that do not go together ({reason}): {_AGAIN}") from error
 
 
 def _opened(kind: Any, folder: Path, device: str) -> Any:
     """In float32.
 
     Raises:
-        RayboothError: if weights are missing, which transformers would draw at random.
+        RayboothError: if weights are missing, or of other shapes, which transformers would draw at random.
     """
-    model, found = kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    with _explained(folder):
+        model, found = kind.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )  # fmt: skip
     missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))  # nothing is read of it, and DINO has none
     if missing:
         raise RayboothError(f"The encoder in {folder} lacks the weights of {missing[0]}: {_AGAIN}")
+    if found["mismatched_keys"]:
+        name = sorted(str(key[0]) for key in found["mismatched_keys"])[0]
+        raise RayboothError(f"The encoder in {folder} has weights of another shape than its config.json says ({name}): {_AGAIN}")
     return model.eval().to(device)
 
 
@@ -97,5 +100,6 @@ def _processor(folder: Path, device: str) -> "Callable[[Sequence[Image]], Tensor
     """Resizing and normalising as the model's own configuration says, by PIL, which needs no torchvision."""
     from transformers import AutoImageProcessor
 
-    processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    with _explained(folder):
+        processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
     return lambda images: processor(images=[im.convert("RGB") for im in images], return_tensors="pt").pixel_values.to(device)

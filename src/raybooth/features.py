@@ -20,6 +20,8 @@ watching wearing were with within without
 """
 TAKES_ARTICLE = frozenset(["", *_LINKS.split()])
 """Words after which a noun wants its article, and the beginning of a prompt or of a part of it."""
+_WITHOUT_BLANKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\ua000-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef"
+"""Letters of scripts that do not part words: Thai, Lao, Burmese, Khmer, Chinese, Japanese, Yi; and Korean, which writes endings onto them."""
 _AN = re.compile(r"(?!eu|uku|uni|use|ute)[aeiou]|hour", re.IGNORECASE)
 
 
@@ -50,9 +52,9 @@ def scored_prompt(run: Run, prompt: str) -> str:
 def _name(run: Run) -> re.Pattern[str]:
     """The subject in a prompt: the token, with "a" or "an" right before it, with the class or its plural behind it."""
     token, noun = re.escape(run.config.subject.token), r"[\s-]+".join(map(re.escape, run.config.subject.class_name.split()))
-    near = "0-9A-Za-z\u00c0-\u024f"  # scripts that write no blanks between words, as Japanese, end none by their letters
+    near = rf"[^\W_{_WITHOUT_BLANKS}]"  # a letter that would go on with the word
     plural = f"{noun}e?s" + (f"|{noun[:-1]}ies" if noun[-1] in "yY" else "")
-    return re.compile(rf"(?:\b(?P<article>an?)\s+)?(?<![{near}]){token}(?:[\s-]+(?:(?P<plural>{plural})|{noun})(?![{near}]))?(?![{near}])", re.IGNORECASE)
+    return re.compile(rf"(?:\b(?P<article>an?)\s+)?(?<!{near}){token}(?:[\s-]+(?:(?P<plural>{plural})|{noun})(?!{near}))?(?!{near})", re.IGNORECASE)
 
 
 def features(run: Run, folder: str, pictures: Mapping[str, tuple[str, list[str]]], prompts: Sequence[str]) -> dict[str, dict[str, Array]]:

@@ -60,10 +60,11 @@ def parsed_override(text: str, texts: Container[str] = ()) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not all(part.strip() and part.isprintable() for part in key.split(".")):
         raise RayboothError(f"--set {text} is not of the form section.key=value, as in --set finetune.steps=200.")
+    is_text = key.strip() in texts
     try:
         held = tomllib.loads(f"value = {value}")
     except (ValueError, RecursionError):
-        if value.lstrip().startswith(("[", '"', "'") if key.strip() in texts else ("[", "{", '"', "'")):  # a prompt may begin with {subject}
+        if value.lstrip().startswith(tuple("['\"" if is_text else "[{'\"")):  # a prompt may begin with {subject}
             raise RayboothError(
                 f"--set {text[:100]} begins like a TOML {'list' if value.lstrip()[0] == '[' else 'value'} and is none: put texts in quotes, and all of it "
                 "in others, as in --set 'generate.prompts=[\"{subject} at night\"]'."
@@ -72,7 +73,7 @@ def parsed_override(text: str, texts: Container[str] = ()) -> dict[str, Any]:
     if len(held) > 1:
         raise RayboothError(f"--set {text} holds more than one setting: give each a --set of its own.")
     parsed = held["value"]
-    if key.strip() in texts and not isinstance(parsed, str | list | dict):
+    if is_text and not isinstance(parsed, str | list | dict):
         parsed = value.strip()
     for part in reversed(key.strip().split(".")):
         parsed = {part: parsed}

@@ -110,7 +110,8 @@ def _opened(photo: Photo) -> Image.Image:
 
 def _recognised(data: bytes) -> Image.Image:
     Image.init()
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # large profiles, and what programs note of their edits
+    # Large profiles, and what programs note of their edits: for all of the process, Pillow has no other way.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused
         return Image.open(io.BytesIO(data), formats=sorted(FORMATS & Image.OPEN.keys()))

@@ -180,7 +180,10 @@ def _strip(run: Run, selected: dict[str, Any] | None) -> dict[str, Any] | None:
     candidates = {c["step"]: c for c in selected["candidates"]}
     steps = [0, *columns(list(candidates), selected["step"])]
     stages = [_checkpoint_stage(step) for step in steps]
-    if lost := [stage for stage in stages if not run.workspace.intact(stage)]:
+    if not run.held(stages[0]):
+        return None
+    names = run.facts(stages[0])["pictures"]
+    if lost := [stage for stage in stages if not run.workspace.intact(stage, names)]:
         run.say(f"report: without what the checkpoints drew: pictures of {lost[0]} are missing or damaged.")
         return None
     first = {prompt: names[0] for prompt, names in by_prompt(run, stages[0]).items()}

@@ -25,13 +25,17 @@ def among(pictures: Array) -> Array:
     return (pictures[first] * pictures[second]).sum(axis=1)
 
 
-def distances(patches: Array) -> Array:
+def distances(patches: Array) -> NDArray[np.float64]:
     """Of pictures whose patches are (n, p, d) from one another: (n, n).
 
     The distance is LPIPS's (Zhang et al. 2018, equation 1) on the last layer of the ViT, unweighted: the squared distance of
     unit-length features at each place, averaged over the places. It lies in [0, 4].
     """
-    return np.stack([((patches - one) ** 2).sum(axis=-1).mean(axis=-1) for one in patches])
+    flat = patches.reshape(len(patches), -1).astype(np.float64)
+    squares = (flat**2).sum(axis=1)
+    found = np.maximum(squares[:, None] + squares - 2 * flat @ flat.T, 0) / patches.shape[1]
+    np.fill_diagonal(found, 0)
+    return found
 
 
 def diversity(patches: Sequence[Array]) -> Array:
@@ -65,13 +69,16 @@ def scored(values: Array, floor: float | None = None, ceiling: float | None = No
 
 
 def scored_pairs(patches: Array, floor: float | None = None, ceiling: float | None = None, draws: int = 2000) -> Score:
-    """DIV of many pictures of one prompt, whose patches are (n, p, d).
+    """DIV of two or more pictures of one prompt, whose patches are (n, p, d).
 
     What is drawn anew are the pictures: pairs share them, and by pairs the interval would be half as wide as it is. A picture is no pair with itself.
     """
     n, found = len(patches), distances(patches)
+    value = float(found.sum() / (n * (n - 1)))
+    if n == 2:
+        return Score(value, None, None, floor, ceiling)
     times = np.stack([np.bincount(one, minlength=n) for one in np.random.default_rng(0).integers(n, size=(draws, n))])
     pairs = n * n - (times**2).sum(axis=1)
     means = ((times @ found) * times).sum(axis=1)[pairs > 0] / pairs[pairs > 0]
-    low, high = np.percentile(means, [2.5, 97.5]) if n > 2 else (None, None)
-    return Score(float(diversity([patches])[0]), None if low is None else float(low), None if high is None else float(high), floor, ceiling)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Score(value, float(low), float(high), floor, ceiling)

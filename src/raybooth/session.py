@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LOOSE = (KEPT, "metrics.jsonl", "before-after.png", "report.html")
 """Files of a storage that lie in no stage's folder."""
-KINDS = ("instance", "class", "output")
-"""Of pictures that a run makes."""
+MADE = ("instance-images", "class-images", "output-images")
+"""The pictures of `raybooth run`."""
 
 
 class Run:
@@ -115,7 +115,7 @@ class Run:
         from PIL import Image
 
         stage = what if what.endswith("-images") else f"{what}-images"
-        if self.held(stage) is None and what not in KINDS:
+        if self.held(stage) is None and stage not in MADE:
             raise RayboothError(
                 f"There are no pictures '{what}' in the storage {self.config.storage}: name 'instance', 'class', 'output', or a stage's folder."
             )

@@ -132,39 +132,40 @@ def encode(run: Run) -> None:
 def _latents(run: Run) -> tuple[Stage, dict[str, dict[str, str]]]:
     """The latents' stage and, by name, what each is made from."""
     stage = run.workspace.stage("latents", {"model": run.model_digest("base-model")})
-    pictures = {"instance-images": _instance_pictures(run), "class-images": _class_pictures(run)}
-    rows = {_latent_name(sha): {"stage": s, "file": f, "sha256": sha} for s, found in pictures.items() for f, sha in found.items()}
+    rows = {_latent_name(sha): {"stage": f"{kind}-images", "file": f, "sha256": sha} for kind, found in _pictures(run).items() for f, sha in found.items()}
     rows |= {name: {"prompt": p} for name, p in _prompt_names(run).items()}
     return stage, rows
 
 
-def _instance_pictures(run: Run) -> dict[str, str]:
-    """File -> sha256 of the instance images.
+def _pictures(run: Run) -> dict[str, dict[str, str]]:
+    """Of each kind, instance and class, file -> sha256 of the pictures that are trained on.
 
     Raises:
-        RayboothError: if they are not of the present settings.
+        RayboothError: if they are not of the present settings and base model, or too few.
     """
-    outputs, made = run.outputs("instance-images"), run.workspace.manifest("instance-images")["inputs"]
-    if any(made.get(k) != v for k, v in _views(run).items()):
-        raise RayboothError("The instance-images were cut by other settings than the present ones: run 'raybooth prepare' first, or 'raybooth run' for all.")
-    return {name: outputs[name] for name in run.facts("instance-images")["pictures"]}
+    return {"instance": _instance_pictures(run), "class": _class_pictures(run) if run.config.prior.drawn else {}}
+
+
+def _instance_pictures(run: Run) -> dict[str, str]:
+    made = run.workspace.manifest("instance-images")
+    _refuse_others("instance-images", "prepare", made["inputs"], _views(run))
+    return {name: made["outputs"][name]["sha256"] for name in made["facts"]["pictures"]}
 
 
 def _class_pictures(run: Run) -> dict[str, str]:
-    """File -> sha256 of the class images that are trained on.
-
-    Raises:
-        RayboothError: if they are not of the present settings and base model, or not so many.
-    """
     prior = run.config.prior
-    if not prior.drawn:
-        return {}
-    outputs, names = run.outputs("class-images"), [row["name"] for row in class_rows(run, prior.images)]
-    if drawing(run, "class-images", "base-model", prior, class_inputs(run)).held is None or not outputs.keys() >= set(names):
-        raise RayboothError(
-            "The class-images are not those of the present settings and base model: run 'raybooth class-images' first, or 'raybooth run' for all."
-        )
-    return {name: outputs[name] for name in names}
+    stage = drawing(run, "class-images", "base-model", prior, class_inputs(run))  # first: it completes what was stopped while it moved in
+    made = run.workspace.manifest("class-images")
+    _refuse_others("class-images", "class-images", made["inputs"], stage.inputs)
+    names = [row["name"] for row in class_rows(run, prior.images)]
+    if not made["outputs"].keys() >= set(names):
+        raise RayboothError(f"There are not prior.images = {prior.images} class-images yet: run 'raybooth class-images' first, or 'raybooth run' for all.")
+    return {name: made["outputs"][name]["sha256"] for name in names}
+
+
+def _refuse_others(stage: str, verb: str, made_from: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if others := [key for key, value in wanted.items() if made_from.get(key) != value]:
+        raise RayboothError(f"The {stage} are of another {' and '.join(others)} than the present: run 'raybooth {verb}' first, or 'raybooth run' for all.")
 
 
 def _latent_name(sha256: str) -> str:
@@ -191,10 +192,9 @@ def finetune(run: Run) -> None:
 
     config = run.config
     run.outputs("latents")  # must be here
-    held = _latents(run)[0].held
-    latents = {name: output["sha256"] for name, output in held["outputs"].items()} if held else {}  # of this base model
-    pictures = {"instance": _instance_pictures(run), "class": _class_pictures(run)}
-    rows = {k: [_latent_name(sha) for sha in found.values()] for k, found in pictures.items()}
+    stage, _ = _latents(run)
+    latents = {name: output["sha256"] for name, output in stage.held["outputs"].items()} if stage.held else {}  # of this base model
+    rows = {kind: [_latent_name(sha) for sha in found.values()] for kind, found in _pictures(run).items()}
     used = [n for names in (*rows.values(), _prompt_names(run)) for n in names]
     if not latents.keys() >= set(used):
         raise RayboothError("The latents do not belong to the present base model and pictures: run 'raybooth encode' first, or 'raybooth run' for all.")
@@ -222,9 +222,11 @@ def finetune(run: Run) -> None:
     stage.clear()
     target = f"fine-tuned-model/{stage.partial.name}"
     make = partial(tuning.finetuner, run.workspace.uri, target, key, rows, prompts, config.prior, config.finetune, config.lora, config.seed, selects)
+    starts: list[int] = []
     with StepLine(run) as line:
 
         def heard(word: dict[str, Any]) -> None:
+            starts.extend([word["start"]] if "start" in word else [])
             line.heard(word)
             stage.keep_time()
 
@@ -239,15 +241,17 @@ def finetune(run: Run) -> None:
             run.say(f"fine-tuned-model: {note}")
         facts["selected"] = selection.select(run, kept, target)
     facts |= {"configuration": settings_of(config), "versions": versions()}  # config.json may be another's by the time that somebody asks
-    stage.finish(facts, only=files_under(stage.partial), earlier=_seconds_of_training(stage, key))
+    earlier = _seconds_of_training(stage, key) if min(starts, default=0) == config.finetune.steps else 0.0
+    stage.finish(facts, only=files_under(stage.partial), earlier=earlier)
     run.say(f"fine-tuned-model: {stage.folder}")
 
 
 def _seconds_of_training(stage: Stage, key: str) -> float:
     """Of the fine-tuning `key`, where its model is only chosen anew."""
     old = stage.manifest
-    chosen_anew = old is not None and old["digest"] != stage.key and digest({k: v for k, v in old["inputs"].items() if k != "select"}) == key
-    return float(old["seconds"]) if old is not None and chosen_anew else 0.0
+    if old is None or old["digest"] == stage.key or digest({k: v for k, v in old["inputs"].items() if k != "select"}) != key:
+        return 0.0
+    return float(old.get("seconds", 0))
 
 
 def generate(run: Run) -> None:

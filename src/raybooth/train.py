@@ -151,7 +151,7 @@ def fit(
     `start` is let go of when it has been read, for it is as large as what is trained: let go of it too.
 
     Raises:
-        RayboothError: if the loss or the gradient is not finite.
+        RayboothError: if the loss, the gradient or a weight is not finite.
     """
     loop = _Loop(RowLoss(family, loaded, data, settings), settings, parallel)
     if start:

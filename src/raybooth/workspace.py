@@ -251,11 +251,11 @@ class Workspace:
             )
         return path
 
-    def intact(self, stage: str) -> bool:
-        """Whether a stage is complete, whatever it was made from, and all that it has made is there as it was made."""
+    def intact(self, stage: str, names: Iterable[str]) -> bool:
+        """Whether a stage has made these outputs, whatever from, and they are there as it made them."""
         self.pull(stage)
-        manifest = read_manifest(self.root / stage)
-        return manifest is not None and all(_intact(self.root / stage / name, output) for name, output in manifest["outputs"].items())
+        manifest = read_manifest(self.root / stage) or {"outputs": {}}
+        return all(name in manifest["outputs"] and _intact(self.root / stage / name, manifest["outputs"][name]) for name in names)
 
     def read(self, stage: str, name: str, sha256: str) -> bytes:
         """An output as its manifest has it.

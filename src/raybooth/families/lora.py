@@ -85,7 +85,7 @@ def _check_targets(family: Family, modules: Mapping[str, nn.Module], how: Lora) 
                 raise RayboothError(f"lora.targets: no adapter goes on '{target}' of {family.name} ({type(layer).__name__}); {advice}")
     if how.targets and not any(_layers(modules[family.denoiser], target) for target in how.targets):
         raise RayboothError(f"lora.targets = {how.targets}: {family.name} has no such layers; leave it out, or name some such as {usual}.")
-    for part in modules.keys() - {family.denoiser}:
+    for part in (p for p in modules if p != family.denoiser):
         _check_readable(family, part, modules[part], how)
 
 

@@ -145,6 +145,28 @@ def test_they_live_in_a_remote_storage_too(tmp_path: Path, monkeypatch: pytest.M
     assert found.step == 30
 
 
+def test_what_a_stop_kept_from_the_remote_storage_goes_there_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    uri, bucket, put = f"file://{tmp_path}/bucket", tmp_path / "bucket" / "checkpoints", Remote.put
+
+    def cut_off(remote: Remote, name: str, file: Path) -> None:
+        if name.endswith("30/manifest.json"):
+            raise RayboothError("the network has gone")
+        put(remote, name, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "put", cut_off)
+        with pytest.raises(RayboothError, match="the network has gone"):
+            saved(uri, [10, 20, 30])
+    again = Checkpoints(Workspace(uri), KEY, 2)
+    found, _ = again.newest()
+    assert found is not None
+    assert found.step == 30
+    again.upload_what_is_left()
+    again.wait()
+    assert sorted(p.parent.name[-2:] for p in bucket.rglob("manifest.json")) == ["20", "30"]
+
+
 class SlowRemote:
     """Uploads of the first checkpoint wait for `go`. What was done there, in order: the steps that were put and removed, of one by its manifest."""
 

@@ -4,6 +4,8 @@ import gc
 import os
 import pickle
 import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -22,12 +24,13 @@ from raybooth.cluster.rows import _held, _made, map_rows
 from raybooth.cluster.session import Resources
 from raybooth.errors import RayboothError
 from raybooth.families import Loaded
-from raybooth.jobs import encoder, featurizer, for_inference, sampler
+from raybooth.jobs import encoder, featurizer, for_inference, model_of, sampler
 from raybooth.photos import png
 from raybooth.sections import Sampling
+from raybooth.workspace import Workspace
 
 MAKERS: dict[str, tuple[Callable[..., Any], str, str, list[str]]] = {
-    "drawing": (partial(sampler, model_stage="base-model", sampling=Sampling(2, 1.0, "ddim", 32), batch=1, model=""), "opened",
+    "drawing": (partial(sampler, model_stage="base-model", sampling=Sampling(2, 1.0, "ddim", 32), batch=1), "opened",
                 "raybooth.sample.Sampler.draw", ["cluster.sample_batch", "cluster.samplers", "base.resolution"]),
     "encoding": (partial(encoder, prompts=True, model=""), "for_inference", "raybooth.families.parts.encode_image", ["cluster.samplers", "base.resolution"]),
     "scoring": (partial(featurizer, model=""), "stage_folder", "", ["cluster.samplers", "evaluate.dino", "evaluate.clip"]),
@@ -47,6 +50,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> str:
 def test_out_of_memory_names_what_needs_less(storage: str, what: str, monkeypatch: pytest.MonkeyPatch):
     """Where the model is loaded, and where it works."""
     make, loads, works, named = MAKERS[what]
+    if what == "drawing":
+        make = partial(make, model=model_of(Workspace(storage), "base-model"))
     with monkeypatch.context() as patch:
         patch.setattr(f"raybooth.jobs.{loads}", no_room)
         with pytest.raises(RayboothError) as said:
@@ -91,6 +96,42 @@ def test_a_killed_worker_of_a_fine_tuning_names_what_needs_less_memory(ray: None
     assert _loss(OutOfMemoryError("Task was killed due to the node running low on memory."))
 
 
+def test_a_group_that_is_interrupted_stops_though_ray_stays(ray: None, tmp_path: Path):
+    """As a notebook's cell, after raybooth.connect()."""
+
+    def goes_on(group: Any, say: Any) -> None:
+        while True:
+            (tmp_path / "beats").open("a").write("x")
+            time.sleep(0.05)
+
+    def beats() -> int:
+        return (tmp_path / "beats").stat().st_size if (tmp_path / "beats").exists() else 0
+
+    def interrupt() -> None:
+        while not beats():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_group(lambda: goes_on, workers=(1, 1), gpus_per_worker=0, retries=0, have=Resources(1, 0, 1), heard=print)
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        before = beats()
+        time.sleep(1)
+        if beats() == before:
+            return
+    raise AssertionError("the worker goes on")
+
+
+def test_a_storage_that_the_machines_do_not_share_is_a_sentence(storage: str):
+    """There is another model at its path, or none."""
+    with pytest.raises(RayboothError, match="is not the one of this run: on a cluster it must be a mount that all machines have"):
+        sampler(storage, "base-model", Sampling(2, 1.0, "ddim", 32), 1, "another")
+    with pytest.raises(RayboothError, match="is not the one of this run"):
+        sampler(f"{storage}/elsewhere", "base-model", Sampling(2, 1.0, "ddim", 32), 1, "another")
+
+
 CLOSED = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:2301")
 
 
@@ -118,7 +159,7 @@ def test_a_process_forgets_its_model_before_it_loads_another(storage: str, monke
         return loaded
 
     monkeypatch.setattr("raybooth.jobs.for_inference", noted)
-    draws, encodes = MAKERS["drawing"][0], MAKERS["encoding"][0]
+    draws, encodes = partial(MAKERS["drawing"][0], model=model_of(Workspace(storage), "base-model")), MAKERS["encoding"][0]
     gc.disable()
     try:
         for make in (draws, encodes, draws):

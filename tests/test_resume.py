@@ -145,7 +145,8 @@ def test_prompts_that_are_not_encoded_yet_are_asked_for(tmp_path: Path, unbroken
 def test_latents_of_another_base_model_are_not_trained_on(tmp_path: Path, unbroken: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
     with_stages_before(unbroken, tmp_path)
     other = make_sd(tmp_path / "other", act="gelu")
-    assert main(command("prepare", tmp_path, other, photos)[3:]) == 0
+    for stage in ("prepare", "class-images"):
+        assert main(command(stage, tmp_path, other, photos)[3:]) == 0
     assert main(command("finetune", tmp_path, other, photos)[3:]) == 2
     assert "The latents do not belong to the present base model and pictures: run 'raybooth encode' first" in capsys.readouterr().err
 

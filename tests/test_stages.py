@@ -89,6 +89,14 @@ def test_a_picture_that_was_changed_is_not_encoded(stored: Path, toy: Path, phot
     encode(run(stored, toy, photos))
 
 
+def test_a_model_that_was_made_elsewhere_and_did_not_arrive_is_none(stored: Path, toy: Path, photos: Path, monkeypatch: pytest.MonkeyPatch):
+    """The workers' machines have another folder of that path."""
+    monkeypatch.setattr("raybooth.cluster.fit.run_group", lambda *_, **how: {"history": []})
+    with pytest.raises(RayboothError, match="it must be a mount that all machines have"):
+        finetune(run(stored, toy, photos))
+    assert not (stored / "fine-tuned-model" / "manifest.json").exists()
+
+
 def test_words_that_the_model_was_not_taught_are_told(stored: Path, toy: Path, photos: Path, fits_here: None, capsys: pytest.CaptureFixture[str]):
     finetune(run(stored, toy, photos))
     made = run(stored, toy, photos, class_name="cat")

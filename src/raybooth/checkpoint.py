@@ -63,6 +63,16 @@ class Checkpoints:
             if least(int(step == most)):
                 return state, notes
 
+    def upload_what_is_left(self) -> None:
+        """Those that were written here, and of which the remote storage has none: a stop came before."""
+        if self.uploader is None or self.workspace.remote is None:
+            return
+        there = {name.partition("/")[0] for name in self.workspace.remote.names(FOLDER) if name.endswith(f"/{MANIFEST}")}
+        here = self._of_this(path.name for path in self.folder.glob("*"))
+        with self.lock:
+            self.to_upload = [name for name in reversed(here[: self.keep]) if name not in there and _whole(self.folder / name, self.key)[0]]
+        self.uploader.ask()
+
     def _newest(self, most: int | None) -> "tuple[State | None, list[str]]":
         """Up to step `most`, where others have none that is newer."""
         notes, own = [], self._own()

@@ -6,6 +6,7 @@ torch is imported where it is used: Ray unpickles these functions in its driver 
 import contextlib
 import functools
 import io
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -81,6 +82,22 @@ def model_of(workspace: Workspace, stage: str) -> str:
     return digest([model_digest(manifest), base])
 
 
+def _check_shared(storage: str, stage: str, model: str) -> None:
+    """
+    Raises:
+        RayboothError: if the model of a stage is another on this machine than the driver's `model`.
+    """
+    try:
+        found = model_of(Workspace(storage), stage)
+    except RayboothError:
+        found = ""
+    if found != model:
+        raise RayboothError(
+            f"The storage {storage} on {socket.gethostname()} is not the one of this run: on a cluster it must be a mount that all machines have, "
+            "or a URI such as s3://bucket/run."
+        )
+
+
 def for_inference(folder: Path, parts: Iterable[str]) -> Loaded:
     """A model to draw and to encode with, on the GPU if there is one."""
     import torch
@@ -115,6 +132,7 @@ def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, mode
 
     from raybooth.sample import Sampler
 
+    _check_shared(storage, model_stage, model)
     draw = Sampler(*opened(storage, model_stage), sampling, batch).draw
 
     def work(rows: list[Row]) -> list[bytes]:

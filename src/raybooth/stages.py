@@ -235,6 +235,11 @@ def finetune(run: Run) -> None:
             retries=config.cluster.retries, have=run.ray, heard=heard,
         )  # fmt: skip
     run.workspace.pull("fine-tuned-model")
+    if not files_under(stage.partial):
+        raise RayboothError(
+            f"What the workers have made is not in the storage {config.storage} of this machine: on a cluster it must be a mount that all machines have, "
+            "or a URI such as s3://bucket/run."
+        )
     if selects:
         kept, notes = Checkpoints(run.workspace, key, config.finetune.checkpoints).complete()
         for note in notes:

@@ -56,6 +56,8 @@ def finetuner(
         recipe = {"finetune": finetune.model_dump(mode="json"), "lora": lora.model_dump(mode="json"), "seed": seed}
         checkpoints = Checkpoints(workspace, key, finetune.checkpoints, recipe)
         start, notes = checkpoints.newest(group.least)
+        if group.rank == 0:
+            checkpoints.upload_what_is_left()
         begun, readings = (start.step, start.scalars.get("readings", [])) if start else (0, [])
         for note in [*notes, *([f"goes on from the checkpoint of step {begun}"] if begun else [])]:
             say({"note": note})

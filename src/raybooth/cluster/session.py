@@ -31,11 +31,17 @@ LEAN = {
 }
 
 
+LOOPBACK = "127.0.0.1"  # where a Ray of this machine alone listens
+
+
 @dataclass(frozen=True)
 class Resources:
+    """What Ray has; `here` if it was started on this machine alone."""
+
     cpus: int
     gpus: int
     nodes: int
+    here: bool = True
 
 
 def of_this_machine() -> Resources:
@@ -84,7 +90,8 @@ def connected(address: str | None) -> Iterator[Resources]:
         have = ray.cluster_resources()
         # Ray lists nodes that have gone too, and heads that do no work.
         nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
-        yield Resources(max(1, int(have.get("CPU", 1))), int(have.get("GPU", 0)), max(1, len(nodes)))
+        head = nodes[0]["NodeManagerAddress"] if len(nodes) == 1 else ""
+        yield Resources(max(1, int(have.get("CPU", 1))), int(have.get("GPU", 0)), max(1, len(nodes)), here=head == LOOPBACK)
     finally:
         if ours:
             ray.shutdown()
@@ -103,7 +110,7 @@ def _start(address: str | None) -> None:
             if address:
                 ray.init(address=address, **quiet)
             else:
-                _start_here(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+                _start_here(include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise _no_cluster(address, error) from None
     if (
@@ -206,7 +213,13 @@ def causes(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(one))
         yield one
-        inner = [one.__cause__, one.__context__, getattr(one, "cause", None), getattr(one, "health_check_failure", None)]
+        inner = [
+            one.__cause__,
+            one.__context__,
+            getattr(one, "cause", None),
+            getattr(one, "health_check_failure", None),
+            getattr(one, "controller_failure", None),
+        ]
         inner += list((getattr(one, "worker_failures", None) or {}).values())
         waiting += [e for e in inner if isinstance(e, BaseException)]
 

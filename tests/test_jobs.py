@@ -4,8 +4,6 @@ import gc
 import os
 import pickle
 import signal
-import threading
-import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -94,34 +92,6 @@ def test_a_killed_worker_of_a_fine_tuning_names_what_needs_less_memory(ray: None
     assert str(said.value).endswith(LESS_MEMORY)
     assert "Of the last Ray says: " in str(said.value)
     assert _loss(OutOfMemoryError("Task was killed due to the node running low on memory."))
-
-
-def test_a_group_that_is_interrupted_stops_though_ray_stays(ray: None, tmp_path: Path):
-    """As a notebook's cell, after raybooth.connect()."""
-
-    def goes_on(group: Any, say: Any) -> None:
-        while True:
-            (tmp_path / "beats").open("a").write("x")
-            time.sleep(0.05)
-
-    def beats() -> int:
-        return (tmp_path / "beats").stat().st_size if (tmp_path / "beats").exists() else 0
-
-    def interrupt() -> None:
-        while not beats():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_group(lambda: goes_on, workers=(1, 1), gpus_per_worker=0, retries=0, have=Resources(1, 0, 1), heard=print)
-    end = time.monotonic() + 20
-    while time.monotonic() < end:
-        before = beats()
-        time.sleep(1)
-        if beats() == before:
-            return
-    raise AssertionError("the worker goes on")
 
 
 def test_a_storage_that_the_machines_do_not_share_is_a_sentence(storage: str):

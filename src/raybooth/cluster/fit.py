@@ -82,11 +82,8 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class Trainer(TorchTrainer):
-        controller: Any = None
-
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray's own ends the process with status 1; KeyboardInterrupt ends the run as it does in every stage."""
-            self.controller = controller
 
         def _create_default_callbacks(self) -> Any:
             """Without two that start a process each: the splitting of datasets, and the watch over placement groups, which end with their owner."""
@@ -112,9 +109,6 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
             try:
                 with own_errors():
                     return trainer.fit().return_value
-            except KeyboardInterrupt:  # a Ray that is not ours, as a notebook's, would go on with it
-                _end(trainer.controller)
-                raise
             except RayboothError:  # a mistake: the others' broken connections, which it brings along, do not make it a loss
                 raise
             except Exception as error:
@@ -131,18 +125,6 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
                 if fewest < most:
                     _count_what_is_left()
     raise AssertionError
-
-
-def _end(controller: Any) -> None:
-    """Ray's own end of a group, which gives back the place that it had; and the hard one, with which its workers end too."""
-    import ray
-    from ray.exceptions import RayError
-
-    if controller is not None:
-        with contextlib.suppress(RayError):
-            ray.get(controller.abort.remote(), timeout=10)
-        with contextlib.suppress(RayError):
-            ray.kill(controller)
 
 
 def _count_what_is_left() -> None:

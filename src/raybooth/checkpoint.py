@@ -71,7 +71,9 @@ class Checkpoints:
         here = self._of_this(path.name for path in self.folder.glob("*"))
         with self.lock:
             self.to_upload = [name for name in reversed(here[: self.keep]) if name not in there and _whole(self.folder / name, self.key)[0]]
-        self.uploader.ask()
+            left = bool(self.to_upload)
+        if left:
+            self.uploader.ask()
 
     def _newest(self, most: int | None) -> "tuple[State | None, list[str]]":
         """Up to step `most`, where others have none that is newer."""

@@ -43,7 +43,7 @@ def evaluate(run: Run) -> None:
         "pictures": {kind: list(map(run.outputs(stage).__getitem__, names)) for kind, (stage, names) in pictures(run).items()},
         "prompts": _texts(run),
         "subject": _shows_subject(run),
-        "scores": [*NAMES, "intervals over pictures"],
+        "scores": [*NAMES, "intervals over pictures"],  # earlier ones were of pairs: what was scored by them is scored again
     }
     stage = run.workspace.stage("scores", inputs)
     if not stage.done():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from raybooth.errors import RayboothError, lacks_memory
+from raybooth.errors import MUST_BE_SHARED, RayboothError, lacks_memory
 from raybooth.families import Family, Loaded, family_of
 from raybooth.families.folder import INDEX
 from raybooth.manifest import digest, model_digest
@@ -87,15 +87,14 @@ def _check_shared(storage: str, stage: str, model: str) -> None:
     Raises:
         RayboothError: if the model of a stage is another on this machine than the driver's `model`.
     """
+    workspace = Workspace(storage)
+    workspace.pull(stage)  # what cannot be reached is another matter
     try:
-        found = model_of(Workspace(storage), stage)
+        found = model_of(workspace, stage)
     except RayboothError:
         found = ""
     if found != model:
-        raise RayboothError(
-            f"The storage {storage} on {socket.gethostname()} is not the one of this run: on a cluster it must be a mount that all machines have, "
-            "or a URI such as s3://bucket/run."
-        )
+        raise RayboothError(f"The storage {storage} on {socket.gethostname()} is not the one of this run: {MUST_BE_SHARED}")
 
 
 def for_inference(folder: Path, parts: Iterable[str]) -> Loaded:

@@ -57,7 +57,7 @@ class Run:
 
         cluster = self.config.cluster
         have = self._exit.enter_context(connected(cluster.address))
-        if have.gpus and have.here and version("torch").endswith("+cpu"):
+        if have.gpus and have.here and cluster.address is None and version("torch").endswith("+cpu"):
             self.say("torch is its CPU build here and cannot use what this machine has of GPUs: install the CUDA build ('make demo TORCH=cuda').")
             have = replace(have, gpus=0)
         check_workers(self.config.workers[0], cluster.gpus_per_worker, have)  # before hours of drawing, not after

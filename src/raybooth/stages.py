@@ -12,7 +12,7 @@ from raybooth.base_model import prepare_base
 from raybooth.checkpoint import Checkpoints
 from raybooth.drawing import SHEET, class_inputs, class_rows, draw, drawing, model_bytes, output_rows, resolution
 from raybooth.encoder_files import prepare_encoders
-from raybooth.errors import RayboothError
+from raybooth.errors import MUST_BE_SHARED, RayboothError
 from raybooth.extras import check_installed
 from raybooth.manifest import digest, files_under
 from raybooth.naming import settle_token
@@ -192,8 +192,8 @@ def finetune(run: Run) -> None:
 
     config = run.config
     run.outputs("latents")  # must be here
-    stage, _ = _latents(run)
-    latents = {name: output["sha256"] for name, output in stage.held["outputs"].items()} if stage.held else {}  # of this base model
+    held = _latents(run)[0].held
+    latents = {name: output["sha256"] for name, output in held["outputs"].items()} if held else {}  # of this base model
     rows = {kind: [_latent_name(sha) for sha in found.values()] for kind, found in _pictures(run).items()}
     used = [n for names in (*rows.values(), _prompt_names(run)) for n in names]
     if not latents.keys() >= set(used):
@@ -236,10 +236,7 @@ def finetune(run: Run) -> None:
         )  # fmt: skip
     run.workspace.pull("fine-tuned-model")
     if not files_under(stage.partial):
-        raise RayboothError(
-            f"What the workers have made is not in the storage {config.storage} of this machine: on a cluster it must be a mount that all machines have, "
-            "or a URI such as s3://bucket/run."
-        )
+        raise RayboothError(f"What the workers have made is not in the storage {config.storage} of this machine: {MUST_BE_SHARED}")
     if selects:
         kept, notes = Checkpoints(run.workspace, key, config.finetune.checkpoints).complete()
         for note in notes:

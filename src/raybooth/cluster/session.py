@@ -113,9 +113,8 @@ def _start(address: str | None) -> None:
                 _start_here(include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise _no_cluster(address, error) from None
-    if (
-        callable(stopped) and threading.current_thread() is threading.main_thread()
-    ):  # Ray's core has put its own in the place of it, which ends the process with a dump of its stack
+    # Ray's core has put its own in the place of it, which ends the process with a dump of its stack.
+    if callable(stopped) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stopped)
 
 
@@ -213,13 +212,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(one))
         yield one
-        inner = [
-            one.__cause__,
-            one.__context__,
-            getattr(one, "cause", None),
-            getattr(one, "health_check_failure", None),
-            getattr(one, "controller_failure", None),
-        ]
+        inner = [getattr(one, name, None) for name in ("__cause__", "__context__", "cause", "health_check_failure", "controller_failure")]
         inner += list((getattr(one, "worker_failures", None) or {}).values())
         waiting += [e for e in inner if isinstance(e, BaseException)]
 

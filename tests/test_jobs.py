@@ -4,6 +4,8 @@ import gc
 import os
 import pickle
 import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -13,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from ray import available_resources
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import WorkerGroupError
+from ray.util.placement_group import placement_group, remove_placement_group
 from stored import make_run
 
 from raybooth.cluster.fit import LESS_MEMORY, _loss, run_group
@@ -92,6 +96,54 @@ def test_a_killed_worker_of_a_fine_tuning_names_what_needs_less_memory(ray: None
     assert str(said.value).endswith(LESS_MEMORY)
     assert "Of the last Ray says: " in str(said.value)
     assert _loss(OutOfMemoryError("Task was killed due to the node running low on memory."))
+
+
+def free_cpus() -> float:
+    return float(available_resources().get("CPU", 0))
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return condition()
+
+
+def test_a_group_that_is_interrupted_stops_and_gives_its_place_back_though_ray_stays(ray: None, tmp_path: Path):
+    """As a notebook's cell, after raybooth.connect()."""
+    free, beats = free_cpus(), tmp_path / "beats"
+
+    def goes_on(group: Any, say: Any) -> None:
+        while True:
+            with beats.open("a") as file:
+                file.write("x")
+            time.sleep(0.05)
+
+    def interrupt() -> None:
+        within(60, beats.exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_group(lambda: goes_on, workers=(1, 1), gpus_per_worker=0, retries=0, have=Resources(1, 0, 1), heard=print)
+    assert within(20, lambda: free_cpus() == free)
+    before = beats.stat().st_size
+    time.sleep(1)
+    assert beats.stat().st_size == before
+
+
+def test_a_group_that_has_no_place_yet_says_so_and_starts_when_it_has(ray: None, monkeypatch: pytest.MonkeyPatch):
+    """Others use the cluster: Ray waits for as long as they do, and says nothing."""
+    monkeypatch.setattr("raybooth.cluster.fit.PATIENCE", 0.5)
+    taken, said = placement_group([{"CPU": free_cpus()}]), []
+    assert taken.wait(30)
+
+    def heard(word: dict[str, Any]) -> None:
+        said.append(word)
+        remove_placement_group(taken)
+
+    assert run_group(lambda: lambda group, say: group.world, workers=(1, 1), gpus_per_worker=0, retries=0, have=Resources(1, 0, 1), heard=heard) == 1
+    assert [word["note"][:32] for word in said] == ["Ray has no place for the workers"]
 
 
 def test_a_storage_that_the_machines_do_not_share_is_a_sentence(storage: str):

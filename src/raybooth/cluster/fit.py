@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from raybooth.cluster import places
 from raybooth.cluster.allocator import keep_freed_memory
 from raybooth.cluster.session import Resources, causes, check_workers, import_quickly, last_line, own_errors
 from raybooth.errors import LESS_MEMORY, RayboothError
@@ -82,11 +83,14 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class Trainer(TorchTrainer):
+        controller: Any = None
+
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray's own ends the process with status 1; KeyboardInterrupt ends the run as it does in every stage."""
+            self.controller = controller
 
         def _create_default_callbacks(self) -> Any:
-            """Without two that start a process each: the splitting of datasets, and the watch over placement groups, which end with their owner."""
+            """Without two that start a process each: the splitting of datasets, and the watch over placement groups, which are given back here."""
             return [c for c in super()._create_default_callbacks() if type(c).__name__ not in ("DatasetsCallback", "PlacementGroupCleanerCallback")]
 
     fewest, most = workers
@@ -107,7 +111,7 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
                 run_config=RunConfig(name=f"finetune-{attempt}", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
             )
             try:
-                with own_errors():
+                with own_errors(), places.given_back(trainer):
                     return trainer.fit().return_value
             except RayboothError:  # a mistake: the others' broken connections, which it brings along, do not make it a loss
                 raise
@@ -170,8 +174,15 @@ def _in_worker(config: dict[str, Any]) -> Any:
     return config["make"]()(group, say)
 
 
+PATIENCE = 30.0
+"""Seconds until a group that Ray has no place for is told of."""
+
+
 class _Board:
-    """Carries the first worker's words to the driver while it runs, in the key-value store of Ray's head: an actor would be one more process to start."""
+    """Carries the first worker's words to the driver while it runs, in the key-value store of Ray's head: an actor would be one more process to start.
+
+    Before the first of them, and that a place is waited for.
+    """
 
     def __init__(self, heard: Say):
         self.heard, self.over, self.name = heard, threading.Event(), f"raybooth-{uuid.uuid4().hex}"
@@ -189,10 +200,14 @@ class _Board:
         from ray.exceptions import RayError
         from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list
 
-        last = False
+        last, told, began = False, False, time.monotonic()
         while not last:
             last = self.over.wait(0.3)  # after the end once more: the last words count
             with contextlib.suppress(RayError):  # the head is away
                 for key in sorted(_internal_kv_list("", namespace=self.name)):
+                    told = True
                     self.heard(json.loads(_internal_kv_get(key, namespace=self.name)))
                     _internal_kv_del(key, namespace=self.name)
+                if not told and time.monotonic() - began > PATIENCE and "PENDING" in places.ours().values():
+                    told = True
+                    self.heard({"note": "Ray has no place for the workers yet, others use the cluster; they start when there is one"})

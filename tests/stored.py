@@ -17,8 +17,9 @@ from raybooth.manifest import files_under
 from raybooth.photos import png
 from raybooth.sections import Lora
 from raybooth.session import Run
+from raybooth.stage import Stage
 from raybooth.train import Parallel
-from raybooth.workspace import Stage, Workspace
+from raybooth.workspace import Workspace
 
 
 def alone() -> SimpleNamespace:

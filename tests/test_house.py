@@ -16,12 +16,13 @@ LAYERS = [
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "checkpoint"}, {"teacher"},
     {"families", "dataset", "loss", "noise", "dropout", "optim", "dreambench", "photos", "sources", "hub"},
-    {"config", "workspace", "mirror", "extras"}, {"sections"},
+    {"config", "workspace", "stage", "mirror", "extras"}, {"sections"},
     {"disk", "remote", "layers", "clock", "manifest", "background"}, {"errors", "prompts", "complaints"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers"}
 LIGHT = {
-    "config", "sections", "clock", "complaints", "layers", "workspace", "mirror", "manifest", "reporting", "cli", "options", "errors", "__init__", "__main__",
+    "config", "sections", "clock", "complaints", "layers", "workspace", "stage", "mirror", "manifest", "reporting", "cli", "options", "errors",
+    "__init__", "__main__",
 }  # fmt: skip
 
 

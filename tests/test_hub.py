@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import constants
@@ -101,6 +102,20 @@ def test_what_has_come_of_one_commit_does_not_stay_in_another(hub: Hub, tmp_path
     assert manifest["facts"]["commit"] == OTHER
     assert (base / "unet" / UNET).read_bytes() == newer
     assert {n for n in manifest["outputs"] if "unet/" in n} == {"unet/config.json", f"unet/{UNET}"}
+
+
+def test_weights_of_another_precision_that_have_come_come_once(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They lose their variant's name when all have come; a stop after that, while gigabytes are hashed, knows them again."""
+    unet = hub.folders["models/me/toy"] / "unet"
+    (unet / UNET).rename(unet / "diffusion_pytorch_model.fp16.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr("raybooth.stage.describe", Mock(side_effect=KeyboardInterrupt))
+        assert prepare(hub, tmp_path / "run").returncode == 130
+    hub.asked.clear()
+    again = prepare(hub, tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    assert not [name for name in fetched(hub) if name.endswith(".safetensors")]
+    assert (tmp_path / "run" / "base-model" / "unet" / UNET).read_bytes() == (unet / "diffusion_pytorch_model.fp16.safetensors").read_bytes()
 
 
 def test_a_file_that_ends_early_is_gone_on_with(hub: Hub, tmp_path: Path):

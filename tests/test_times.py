@@ -9,8 +9,9 @@ import pytest
 from stored import on_mini
 
 from raybooth.manifest import MANIFEST, write_atomically
+from raybooth.stage import Stage
 from raybooth.verbs import do
-from raybooth.workspace import Stage, Workspace
+from raybooth.workspace import Workspace
 
 
 def made(stage: Stage, **files: bytes) -> None:

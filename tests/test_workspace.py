@@ -1,8 +1,10 @@
 import errno
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -154,8 +156,12 @@ def test_a_user_without_a_name_holds_the_lock_too(tmp_path: Path, monkeypatch: p
 
 
 def test_a_lock_of_somebody_else_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refused(path: Path, *_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
+    real = Path.open
+
+    def refused(path: Path, *args: Any, **how: Any) -> Any:
+        if path.name == ".lock":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **how)
 
     space = Workspace(str(tmp_path))
     monkeypatch.setattr(Path, "open", refused)
@@ -197,13 +203,56 @@ def test_a_disk_or_a_mount_that_fails_is_said(tmp_path: Path, monkeypatch: pytes
 
 def test_a_storage_behind_a_link_to_itself_is_said(tmp_path: Path):
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(RayboothError, match="loop/run lies behind a symbolic link that leads to itself"):
-        Workspace(str(tmp_path / "loop" / "run"))
+    with pytest.raises(RayboothError, match="loop/run lies behind a symbolic link that leads to itself"), Workspace(str(tmp_path / "loop" / "run")).locked():
+        pass
 
 
 def test_a_storage_whose_folder_cannot_be_made_is_said():
-    with pytest.raises(RayboothError, match="/proc/raybooth/run cannot be made"):
-        Workspace("/proc/raybooth/run")
+    with pytest.raises(RayboothError, match="/proc/raybooth/run cannot be made"), Workspace("/proc/raybooth/run").locked():
+        pass
+
+
+def test_a_storage_on_a_read_only_mount_is_read_and_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made(Workspace(str(tmp_path)).stage("s", {}), x=b"1")
+
+    def read_only(path: Path, *_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("os.replace", read_only)
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    space = Workspace(str(tmp_path))
+    assert space.output("s", "x").read_bytes() == b"1"
+    assert space.manifest("s")["outputs"].keys() == {"x"}
+    with pytest.raises(RayboothError, match="is on a read-only file system"), space.locked():
+        pass
+
+
+def test_a_storage_is_made_when_it_is_first_written_to(tmp_path: Path):
+    space = Workspace(str(tmp_path / "run"))
+    with pytest.raises(RayboothError, match="holds no complete s"):
+        space.manifest("s")
+    assert not (tmp_path / "run").exists()
+    with space.locked():
+        assert (tmp_path / "run").is_dir()
+
+
+def test_what_killed_runs_left_half_written_goes_when_it_is_old(tmp_path: Path):
+    old = time.time() - 7200
+    left = [tmp_path / name for name in ("s/.x.png.123.tmp", "s/.partial-1/.y.png.9.tmp", ".scratch-ab/unet/weights")]
+    others = [tmp_path / name for name in ("s/x.png", "s/.partial-1/y.png", "s/.seconds.tmp", "s/notes.tmp")]
+    for path in (*left, *others, tmp_path / "s/.new.png.9.tmp", tmp_path / ".scratch-new/weights"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+        if "new" not in str(path):
+            os.utime(path, (old, old))
+    for folder in (tmp_path / ".scratch-ab/unet", tmp_path / ".scratch-ab", tmp_path / ".scratch-new"):
+        os.utime(folder, (old, old))
+    with Workspace(str(tmp_path)).locked():
+        assert not [path for path in left if path.exists()]
+        assert not (tmp_path / ".scratch-ab").exists()
+        assert all(path.exists() for path in others)
+        assert (tmp_path / "s/.new.png.9.tmp").exists()
+        assert (tmp_path / ".scratch-new/weights").exists()
 
 
 @pytest.mark.parametrize("theirs", [b'{"name": "my site"}', b"[1, 2]", b"null"])

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from raybooth.config import Config
 from raybooth.disk import explained_if_full, explained_if_unreadable, path_of
 from raybooth.errors import RayboothError
-from raybooth.manifest import digest, file_digest, files_under, read_manifest
+from raybooth.manifest import digest, file_digest, files_under, read_manifest, scratch
 from raybooth.sections import Base
 from raybooth.session import Run, folder_here, kept_config
-from raybooth.workspace import Stage
+from raybooth.stage import Stage
 
 if TYPE_CHECKING:
     from raybooth.families import Facts
@@ -159,11 +158,11 @@ def _unpack(run: Run, file: Path, target: Path) -> None:
 
     run.say(f"base-model: reading {file}")
     root = run.workspace.root
-    with explained_if_full(f"The folder {root}"), tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as scratch:
-        unpack(file, run.config.base.configuration, Path(scratch))
-        for name in needed_of_folder(Path(scratch)):
+    with explained_if_full(f"The folder {root}"), scratch(root) as place:
+        unpack(file, run.config.base.configuration, Path(place))
+        for name in needed_of_folder(Path(place)):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(Path(scratch) / name, target / name)
+            shutil.move(Path(place) / name, target / name)
 
 
 def model_configuration(config: Config) -> Path:

@@ -11,7 +11,7 @@ from raybooth.manifest import digest
 from raybooth.photos import contact_sheet, png
 from raybooth.sections import Generate, Prior, Sampling
 from raybooth.session import Run
-from raybooth.workspace import Stage
+from raybooth.stage import Stage
 
 SHEET = "contact-sheet.png"
 

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +14,11 @@ from raybooth.disk import explained_if_full, path_of
 from raybooth.drawing import resolution
 from raybooth.errors import RayboothError
 from raybooth.families import Family, family_of
-from raybooth.manifest import files_under
+from raybooth.manifest import files_under, scratch
 from raybooth.naming import settle_token
 from raybooth.session import Run
-from raybooth.workspace import Stage, Workspace
+from raybooth.stage import Stage
+from raybooth.workspace import Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -234,8 +234,8 @@ def _push(model: Model, repo: str | None, output: str | None) -> str:
     hub.check_may_write()  # before minutes of work, not after
     to = "lora" if model.adapted else "diffusers"
     root = model.run.workspace.root
-    with explained_if_full(f"The folder {root}"), tempfile.TemporaryDirectory(dir=root, prefix=".pushing-") as scratch:
-        folder = Path(scratch)
+    with explained_if_full(f"The folder {root}"), scratch(root) as place:
+        folder = Path(place)
         said = FORMS[to](model, folder)
         for name, data in card.files(model.run, to, model.name, said, repo).items():
             (folder / name).write_bytes(data)

@@ -122,7 +122,7 @@ def _fetch(repo: Repo, name: str, lfs: Any, target: Path) -> None:
 
     if not lfs:
         hf_hub_download(repo.name, name, revision=repo.revision, local_dir=target)
-    elif not _is(target / name, lfs.size, lfs.sha256):  # of another commit, perhaps, which an earlier try was for
+    elif not any(_is(target / had, lfs.size, lfs.sha256) for had in (name, plain_name(name))):  # of another commit, perhaps, which an earlier try was for
         _fetch_large(hf_hub_url(repo.name, name, revision=repo.revision), target / name, lfs.size, lfs.sha256)
 
 
@@ -163,10 +163,11 @@ def _append(url: str, part: Path, have: int, arrived: Callable[[int], object]) -
 def _tidy(target: Path, names: list[str]) -> None:
     """Under their plain names, and nothing else: no notes of huggingface_hub, nothing of an earlier try for another commit."""
     shutil.rmtree(target / ".cache", ignore_errors=True)
-    for other in set(files_under(target)) - set(names):
+    for other in set(files_under(target)) - {had for name in names for had in (name, plain_name(name))}:
         (target / other).unlink()
     for name in names:
-        (target / name).rename(target / plain_name(name))
+        if (target / name).exists():  # a stop after this keeps what it has named
+            (target / name).rename(target / plain_name(name))
     settle_shards(target, map(plain_name, names))
 
 

@@ -4,7 +4,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,26 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def scratch(root: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder in a storage for work that is too large for the machine's own place for such."""
+    return tempfile.TemporaryDirectory(dir=root, prefix=".scratch-")
+
+
+_HALF_WRITTEN = re.compile(r"\..+\.\d+\.tmp|\.scratch-.+")
+"""Names of what replacing() and scratch() give to write to."""
+
+
+def sweep(root: Path, idle: float = 3600.0) -> None:
+    """Remove from a storage what was half written there by who was killed, if it was not touched for `idle` seconds: a worker may outlive its driver."""
+    since = time.time() - idle
+    for folder, folders, files in os.walk(root):
+        for name in [n for n in (*folders, *files) if _HALF_WRITTEN.fullmatch(n)]:
+            path = Path(folder) / name
+            with contextlib.suppress(OSError):
+                if max(p.stat().st_mtime for p in (path, *path.rglob("*"))) < since:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -3,13 +3,12 @@
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from raybooth.disk import lock
-from raybooth.manifest import MANIFEST, describe, file_digest, is_another, move_in, parsed, read_manifest, replacing, write_atomically
+from raybooth.manifest import MANIFEST, describe, file_digest, is_another, move_in, parsed, read_manifest, replacing, scratch, write_atomically
 from raybooth.remote import Remote
 
 UNPUSHED = ".unpushed"
@@ -116,9 +115,9 @@ class Mirror:
         return [*foreign, *([MANIFEST] if MANIFEST in found and is_another(self.remote.read(f"{stage}/{MANIFEST}")) else [])]
 
     def _described(self, name: str) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory(dir=self.root, prefix=".compared-") as scratch:
-            self.remote.get(name, Path(scratch) / "file")
-            return describe(Path(scratch) / "file")
+        with scratch(self.root) as folder:
+            self.remote.get(name, Path(folder) / "file")
+            return describe(Path(folder) / "file")
 
     def _ours(self, stage: str, found: Iterable[str]) -> set[str]:
         """What raybooth has put in a stage's folder there, by its manifest and by the mark of a push that is not complete."""

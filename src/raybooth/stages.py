@@ -19,7 +19,7 @@ from raybooth.naming import settle_token
 from raybooth.photos import SUFFIXES, Photo, contact_sheet, png, refuse_duplicates, views
 from raybooth.session import Run, StepLine, settings_of, versions
 from raybooth.sources import Gathered, fetch, gather, is_remote
-from raybooth.workspace import Stage
+from raybooth.stage import Stage
 
 
 def prepare(run: Run) -> None:

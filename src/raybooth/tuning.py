@@ -53,6 +53,8 @@ def finetuner(
         known = family.has_frozen_encoders(finetune.text_encoder)
         data = training_set(stage_folder(storage, "latents"), rows, prompts, prior, known).to(group.device)
         workspace = Workspace(storage)
+        if group.rank == 0:
+            workspace.check_writable()
         recipe = {"finetune": finetune.model_dump(mode="json"), "lora": lora.model_dump(mode="json"), "seed": seed}
         checkpoints = Checkpoints(workspace, key, finetune.checkpoints, recipe)
         start, notes = checkpoints.newest(group.least)

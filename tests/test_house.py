@@ -15,7 +15,7 @@ LAYERS = [
     {"evaluation", "plots"}, {"stages", "planning"}, {"selection"}, {"features", "encoder_files"}, {"drawing", "base_model", "naming"}, {"loading"},
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "checkpoint"}, {"teacher"},
-    {"families", "dataset", "loss", "noise", "dropout", "optim", "dreambench", "photos", "sources", "hub"},
+    {"families", "dataset", "loss", "noise", "dropout", "optim", "dreambench", "photos", "sources", "hub", "tables"},
     {"config", "workspace", "stage", "mirror", "extras"}, {"sections"},
     {"disk", "remote", "layers", "clock", "manifest", "background"}, {"errors", "prompts", "complaints"},
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import shutil
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import Mock
 
+import pyarrow.parquet
 import pytest
 from huggingface_hub import constants
 from toys import make_flux
@@ -271,9 +273,54 @@ def test_what_is_no_picture_in_a_dataset_is_skipped_with_its_reason_as_in_a_fold
     ]
     assert "skipped hf://me/dog/data.parquet" in done.stderr
     assert not [path for _, path, _ in hub.asked if path.endswith((".md", ".parquet", ".gitattributes"))]
-    for picture in (dog / "a.Jpg", dog / "b.PNG", dog / "deep [1]" / "c.png"):
-        picture.unlink()
+    for gone in (dog / "a.Jpg", dog / "b.PNG", dog / "deep [1]" / "c.png", dog / "data.parquet"):
+        gone.unlink()
     assert "no photographs in hf://me/dog; hf://me/dog/.gitattributes: a hidden file; hf://me/dog/README.md" in prepare(hub, tmp_path / "none").stderr
+
+
+def test_a_dataset_of_parquet_tables_gives_the_pictures_in_them(hub: Hub, tmp_path: Path, photos: Path):
+    """As `datasets` writes them: one column of pictures, of which some rows are empty, among others."""
+    files = [(photos / f"{i}.png").read_bytes() for i in range(3)]
+    dog = tmp_path / "dog"
+    (dog / "data").mkdir(parents=True)
+    (dog / "README.md").write_text("# dogs")
+    parts: list[list[bytes | None]] = [[*files[:2]], [files[2], None]]
+    for i, rows in enumerate(parts):
+        image = [row and {"bytes": row, "path": "a.png" if i else None} for row in rows]
+        table = pyarrow.table({"image": image, "text": ["a dog"] * 2, "box": [{"x": 1, "y": 2}] * 2})
+        pyarrow.parquet.write_table(table, dog / "data" / f"train-0000{i}-of-00002.parquet")
+    hub.folders["datasets/me/dog"] = dog
+    done = prepare(hub, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "run" / "instance-images" / "manifest.json").read_text())["facts"]
+    assert [s["sha256"] for s in facts["sources"]] == [hashlib.sha256(data).hexdigest() for data in files]
+    assert facts["sources"][2]["name"] == "hf://me/dog/data/train-00001-of-00002/00000.png"
+    assert [name for name, _ in facts["skipped"]] == ["hf://me/dog/README.md"]
+
+
+@pytest.mark.parametrize(
+    ("table", "told"), [(b"PAR1 and no more", "train.parquet is a parquet file that cannot be read"), (None, "There are no photographs in hf://me/dog")]
+)
+def test_a_table_without_pictures_is_named(hub: Hub, tmp_path: Path, table: bytes | None, told: str):
+    dog = tmp_path / "dog"
+    dog.mkdir()
+    if table:
+        (dog / "train.parquet").write_bytes(table)
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a dog"]}), dog / "train.parquet")
+    hub.folders["datasets/me/dog"] = dog
+    done = prepare(hub, tmp_path / "run")
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dataset_of_far_too_many_pictures_is_refused_before_they_come(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("raybooth.hub.MOST", 2)
+    done = prepare(hub, tmp_path / "run")
+    assert done.returncode == 2
+    assert "hf://me/dog holds 3 pictures, 0.0 GB: this is no dataset of one subject's photographs" in done.stderr
+    assert not [path for _, path, _ in hub.asked if "/resolve/" in path]
 
 
 @pytest.mark.parametrize("name", ["StableCascadePipeline", None], ids=["another family", "no pipeline"])

@@ -19,12 +19,16 @@ from tqdm import tqdm
 from raybooth.errors import RayboothError
 from raybooth.families.folder import plain_name, settle_shards
 from raybooth.manifest import file_digest, files_under
+from raybooth.sources import HUB, MOST
+from raybooth.tables import unpack
 
 Choose = Callable[[list[str], Path], list[str]]
 Check = Callable[[Path, list[str]], None]
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 """The hub's bot, and what it calls its pull requests, as transformers looks for them."""
 
+LARGEST_DATASET = 2 << 30
+"""Bytes of photographs that are fetched from the hub."""
 OF_THE_DISK = (
     errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE,
 )  # fmt: skip
@@ -172,23 +176,42 @@ def _tidy(target: Path, names: list[str]) -> None:
 
 
 def fetch_dataset(spec: str, target: Path, suffixes: frozenset[str]) -> Path:
-    """The pictures of a dataset repository, "owner/name" or "owner/name@revision". Of each other file an empty one, which shows that it was passed over."""
+    """The pictures of a dataset repository, "owner/name" or "owner/name@revision": its files with these suffixes, or without any those in its parquet
+    tables. Of each other file an empty one, which shows that it was passed over.
+
+    Raises:
+        RayboothError: if they are far too many for photographs of one subject.
+    """
     from huggingface_hub import snapshot_download
 
     name, _, revision = spec.removeprefix("datasets/").partition("@")
     asked = Repo(name, revision or None, "subject.photos", "subject.photos", "dataset")
     info = _info(asked)
-    repo, names = replace(asked, revision=str(info.sha)), [f.rfilename for f in info.siblings or []]
-    pictures = [n for n in names if Path(n).suffix.lower() in suffixes]
+    repo, sizes = replace(asked, revision=str(info.sha)), {f.rfilename: f.size or 0 for f in info.siblings or []}
+    pictures = [n for n in sizes if Path(n).suffix.lower() in suffixes]
+    tables = [n for n in sizes if n.endswith(".parquet")] if not pictures else []
+    wanted = pictures or tables
+    _check_few(repo.name, len(pictures), sum(sizes[n] for n in wanted))
     with _explained(repo):
-        if pictures:
-            patterns = [glob.escape(n) for n in pictures]
+        if wanted:
+            patterns = [glob.escape(n) for n in wanted]
             snapshot_download(repo.name, repo_type="dataset", revision=repo.revision, local_dir=target, allow_patterns=patterns)
     shutil.rmtree(target / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
-    for other in set(names) - set(pictures):
+    for other in sizes.keys() - wanted:
         (target / other).parent.mkdir(parents=True, exist_ok=True)
         (target / other).touch()
+    for table in tables:
+        unpack(target / table, f"{HUB}{repo.name}/{table}", suffixes, most=MOST + 1)
     return target
+
+
+def _check_few(name: str, pictures: int, size: int) -> None:
+    """Before they come."""
+    if pictures > MOST or size > LARGEST_DATASET:
+        raise RayboothError(
+            f"{HUB}{name} holds {pictures or 'tables of'} pictures, {size / 1e9:.1f} GB: this is no dataset of one subject's photographs, of which three to "
+            "ten do. Download those that you want, and give the files."
+        )
 
 
 def check_may_write() -> None:

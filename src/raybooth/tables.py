@@ -1,0 +1,48 @@
+"""Photographs in parquet tables, the form that the hub gives datasets whose owners have not chosen one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raybooth.errors import RayboothError
+
+
+def unpack(table: Path, name: str, suffixes: frozenset[str], most: int) -> int:
+    """The pictures of a table as files beside it, in the order of its rows, and no table; up to `most`. Returns how many.
+
+    Args:
+        name: of the table, for messages.
+
+    Raises:
+        RayboothError: if it is no table.
+    """
+    from pyarrow import ArrowException
+
+    count = 0
+    try:
+        for data, path in _pictures(table):
+            suffix = Path(path).suffix.lower()
+            (table.with_suffix("") / f"{count:05d}{suffix if suffix in suffixes else '.png'}").write_bytes(data)
+            count += 1
+            if count == most:
+                break
+    except (ArrowException, OSError) as error:
+        raise RayboothError(f"{name} is a parquet file that cannot be read ({error}): ask the dataset's owner, or give the photographs as files.") from None
+    table.unlink()
+    return count
+
+
+def _pictures(table: Path) -> Iterator[tuple[bytes, str]]:
+    """(file's bytes, its name or "") of every row and every column of pictures: a struct with `bytes` and `path`, as the library `datasets` writes it."""
+    from pyarrow import types
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(table) as file:
+        columns = [f.name for f in file.schema_arrow if types.is_struct(f.type) and {"bytes", "path"} <= {part.name for part in f.type}]
+        table.with_suffix("").mkdir(exist_ok=True)
+        for batch in file.iter_batches(batch_size=8, columns=columns) if columns else ():
+            for row in batch.to_pylist():
+                for column in columns:
+                    cell: dict[str, Any] = row[column] or {}
+                    if cell.get("bytes"):
+                        yield cell["bytes"], cell["path"] or ""

@@ -1,7 +1,9 @@
+import json
 from pathlib import Path
 
 import pytest
 
+import raybooth
 from raybooth import config
 from raybooth.config import Config
 from raybooth.errors import RayboothError
@@ -194,3 +196,19 @@ def test_a_section_in_python_is_no_word():
 
 def test_switches_stay_switches():
     assert config.load(None, ["subject.class=dog", "subject.flip=true", "finetune.text_encoder=false"]).subject.flip
+
+
+def test_in_python_a_run_is_named_by_its_settings_its_file_or_its_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("raybooth.verbs.do", lambda run, names: None)
+    storage, file = tmp_path / "run", tmp_path / "dog.toml"
+    file.write_text(f'storage = "{storage}"\n[subject]\nphotos = ["."]\nclass = "dog"\n')
+    config = raybooth.run(file).config
+    assert config.storage == str(storage)
+    assert raybooth.evaluate(str(file)).config == raybooth.generate(config).config == config
+    with pytest.raises(RayboothError, match=f"There is no run in {storage}"):
+        raybooth.generate(storage)
+    (storage / "config.json").write_text(json.dumps(config.model_dump(by_alias=True, mode="json")))
+    moved = storage.rename(tmp_path / "moved")
+    assert raybooth.generate(moved).config == config.model_copy(update={"storage": str(moved)})
+    with pytest.raises(RayboothError, match=r"There is no configuration file .*cat\.toml"):
+        raybooth.run(tmp_path / "cat.toml")

@@ -10,6 +10,7 @@ from raybooth import exporting, importing, naming, stages, verbs
 from raybooth.base_model import keep_base, model_configuration
 from raybooth.cluster.session import connected
 from raybooth.config import Config, load
+from raybooth.disk import path_of
 from raybooth.session import Run, config_in
 
 if TYPE_CHECKING:
@@ -23,13 +24,29 @@ def connect(address: str | None = None) -> None:
     atexit.register(held.close)
 
 
-def _verb(*names: str) -> Callable[[Config], Run]:
-    def call(config: Config) -> Run:
-        with Run(config) as made:
+Given = Config | str | Path
+"""A configuration: itself, the TOML file that has it, or the storage (a folder or URI) of a run that was begun with it."""
+
+
+def _config(given: Given) -> Config:
+    if isinstance(given, Config):
+        return given
+    text = str(given)
+    if "://" not in text and Path(text).suffix in (".toml", ".json"):
+        return load(path_of(text, "The configuration"))
+    return load(config_in(text), storage=text)
+
+
+def _verb(*names: str) -> Callable[[Given], Run]:
+    def call(config: Given) -> Run:
+        with Run(_config(config)) as made:
             verbs.do(made, names)
         return made
 
-    call.__doc__ = f"Do {', '.join(names)} for `config`, as far as it is not done. Returns the Run, whose `images()` are PIL pictures."
+    call.__doc__ = (
+        f"Do {', '.join(names)}, as far as it is not done, for a Config, a TOML file, or the storage of a run. "
+        "Returns the Run, whose `images()` are PIL pictures."
+    )
     return call
 
 
@@ -43,7 +60,7 @@ evaluate = _verb("evaluate")
 report = _verb("report")
 
 
-def plan(config: Config) -> "Plan":
+def plan(config: Given) -> "Plan":
     """What a run of `config` will need, in bytes and FLOPs. Its base must be in its storage (`prepare`), in a local folder, or mini.
 
     Raises:
@@ -51,18 +68,19 @@ def plan(config: Config) -> "Plan":
     """
     from raybooth import planning
 
+    config = _config(config)
     return planning.plan(model_configuration(config), config)
 
 
-def token(config: Config) -> list[dict[str, Any]]:
+def token(config: Given) -> list[dict[str, Any]]:
     """Rare words of the base model to name a subject by, the weakest first (families.tokens.Proposal); fetches the base as `prepare` does."""
-    with Run(config) as made:
+    with Run(_config(config)) as made:
         keep_base(made)
         return naming.proposals(made)
 
 
-def export(run: Config | str | Path, to: str, output: str | None = None, rank: int | None = None, repo: str | None = None) -> str:
-    """The fine-tuned model of a configuration, or of a storage (a folder or URI), as "diffusers", "lora", "kohya", "single-file" or "hub".
+def export(run: Given, to: str, output: str | None = None, rank: int | None = None, repo: str | None = None) -> str:
+    """The fine-tuned model of a run, by its storage or its configuration, as "diffusers", "lora", "kohya", "single-file" or "hub".
 
     Returns:
         Where it lies.
@@ -70,13 +88,12 @@ def export(run: Config | str | Path, to: str, output: str | None = None, rank: i
     Raises:
         RayboothError: if there is no such run, or it is not complete, or its model cannot have that form.
     """
-    config = run if isinstance(run, Config) else load(config_in(str(run)), storage=str(run))
-    with Run(config) as made:
+    with Run(_config(run)) as made:
         return exporting.export(made, to, output, rank, repo)
 
 
-def import_lora(file: str | Path, config: Config) -> Run:
+def import_lora(file: str | Path, config: Given) -> Run:
     """Take over a LoRA that was made elsewhere, for `config.base`: `generate(config)` then draws with it."""
-    with Run(config) as made:
+    with Run(_config(config)) as made:
         importing.import_lora(made, file)
     return made

@@ -126,7 +126,7 @@ def _start_here(**how: Any) -> None:
     """
     import ray
 
-    with _environment(allocator.environment()):
+    with _environment(allocator.environment()), _lean_head():
         for last in (False, True):
             try:
                 ray.init(address="local", **how)
@@ -137,6 +137,22 @@ def _start_here(**how: Any) -> None:
                 ray.shutdown()
                 if last:
                     raise RuntimeError(f"{error} If the machine is busy, try again later") from None
+
+
+@contextlib.contextmanager
+def _lean_head() -> Iterator[None]:
+    """Without the processes of Ray's head that scale clusters, carry what workers print, and show a dashboard.
+
+    Ray starts them unasked, takes three seconds more for it and one more to end, and they wake a hundred times a second beside the steps.
+    """
+    from ray._private.node import Node
+
+    with contextlib.ExitStack() as kept:
+        for name in ("start_monitor", "start_log_monitor", "start_api_server"):
+            if hasattr(Node, name):  # of a Ray that calls them otherwise, they start
+                kept.callback(setattr, Node, name, getattr(Node, name))
+                setattr(Node, name, lambda *_, **__: None)
+        yield
 
 
 def _have_a_token() -> None:

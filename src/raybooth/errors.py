@@ -10,6 +10,8 @@ class RayboothError(Exception):
 
 MUST_BE_SHARED = "on a cluster it must be a mount that all machines have, or a URI such as s3://bucket/run."
 """What a storage that the workers do not share lacks."""
+LOGS = "what Ray's logs say on the machine that it ran on (/tmp/ray/session_latest/logs)"
+"""Where more may stand of a worker that died."""
 LESS_MEMORY = (
     "a smaller finetune.batch (or more finetune.accumulate), finetune.method = 'lora', finetune.gradient_checkpointing = true, "
     "finetune.optimizer = 'adamw8bit'. With any of these the fine-tuning begins anew: checkpoints are kept, but "

@@ -13,7 +13,7 @@ from typing import Any
 from raybooth.cluster import places
 from raybooth.cluster.allocator import keep_freed_memory
 from raybooth.cluster.session import Resources, causes, check_workers, import_quickly, last_line, own_errors
-from raybooth.errors import LESS_MEMORY, RayboothError
+from raybooth.errors import LESS_MEMORY, LOGS, RayboothError
 
 Say = Callable[[dict[str, Any]], None]
 Loop = Callable[["Group", Say], Any]
@@ -120,7 +120,7 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
                     raise
                 if attempt == retries:
                     raise RayboothError(
-                        f"Fine-tuning lost a worker {retries + 1} time{'s' * (retries > 0)}, perhaps for lack of memory: look at what 'ray logs' says. "
+                        f"Fine-tuning lost a worker {retries + 1} time{'s' * (retries > 0)}, perhaps for lack of memory: look at {LOGS}. "
                         f"Of the last Ray says: {last_line(loss)} "
                         "The same command goes on from the last checkpoint, with fewer cluster.workers too where they share a machine. "
                         f"What needs less memory, in this order: {LESS_MEMORY}"

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from raybooth.cluster.session import Resources, import_quickly
-from raybooth.errors import RayboothError
+from raybooth.errors import LOGS, RayboothError
 
 Row = dict[str, Any]
 Work = Callable[[list[Row]], list[bytes]]
@@ -49,7 +49,7 @@ def _counted(board: str, rows: str, retries: int) -> Iterator[None]:
     died = int(_internal_kv_get(rows, namespace=board) or 0)
     if died > retries:
         raise RayboothError(
-            f"The same pictures lost a worker {died} time{'s' * (died > 1)}, perhaps for lack of memory: look at what 'ray logs' says. "
+            f"The same pictures lost a worker {died} time{'s' * (died > 1)}, perhaps for lack of memory: look at {LOGS}. "
             "What needs less, in this order: fewer cluster.samplers where they share a machine, a smaller cluster.sample_batch, a smaller base.resolution."
         )
     _internal_kv_put(rows, str(died + 1), namespace=board)

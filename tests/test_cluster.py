@@ -81,3 +81,29 @@ sys.exit(any(main([verb, *sys.argv[2:]]) for verb in ("class-images", "encode"))
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("class-images", "latents"):
         assert contents(tmp_path / stage) == contents(unbroken / stage)
+
+
+def test_a_group_on_cpus_takes_a_machine_for_each_worker(tmp_path: Path):
+    """Ray would put both on one, and leave the other's CPUs idle."""
+    start = """
+import sys, ray, torch
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from raybooth.cluster.fit import run_group
+from raybooth.cluster.session import Resources
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+cluster.add_node(num_cpus=2)
+ray.init(cluster.address, log_to_driver=False)
+
+def loop(group, say):
+    Path(folder, str(group.rank)).write_text(f"{ray.get_runtime_context().get_node_id()} {torch.get_num_threads()}")
+
+folder = sys.argv[1]
+run_group(lambda: loop, workers=(2, 2), gpus_per_worker=None, retries=0, have=Resources(4, 0, 2), heard=print)
+"""
+    done = subprocess.run([sys.executable, "-c", start, str(tmp_path)], env=os.environ | WITHOUT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = ((tmp_path / str(rank)).read_text().split() for rank in range(2))
+    assert first[0] != second[0]
+    assert first[1] == second[1] == "2"

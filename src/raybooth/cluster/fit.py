@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import tempfile
 import threading
@@ -95,7 +96,7 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
 
     fewest, most = workers
     each = check_workers(fewest, gpus_per_worker, have)
-    threads = max(1, have.cpus // have.nodes // most)
+    threads = max(1, have.cpus // have.nodes // math.ceil(most / have.nodes))
     with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch, _Board(heard) as board:
         for attempt in range(retries + 1):
             trainer = Trainer(
@@ -106,6 +107,7 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
                     num_workers=most if fewest == most else workers,
                     use_gpu=each > 0,
                     resources_per_worker={"CPU": 1, "GPU": each} if each else {"CPU": 1},
+                    placement_strategy="PACK" if each else "SPREAD",  # GPUs talk faster within a machine; of CPUs each machine has its own
                 ),
                 # Ray's own retries would repeat mistakes too, three times over.
                 run_config=RunConfig(name=f"finetune-{attempt}", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),

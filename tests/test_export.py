@@ -83,6 +83,42 @@ def test_a_lora_opens_in_kohyas_layout(runs: Callable[..., Path], tmp_path: Path
     assert apart(ours(storage), theirs(pipe, storage / "base-model")) <= CLOSE
 
 
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_clips_layers_are_called_as_older_readers_look_for_them(runs: Callable[..., Path], tmp_path: Path, name: str):
+    """transformers before 5.6 finds none of the others, and draws with an encoder of random weights, or without what the encoder has learnt."""
+    storage = runs(name, LORA)
+    learnt = [k.removeprefix("text_encoder.") for k in load_file(storage / "fine-tuned-model" / WEIGHTS) if k.startswith("text_encoder.")]
+    whole = load_file(exported(storage, "diffusers", tmp_path / "out") / "text_encoder" / "model.safetensors")
+    for names in (learnt, whole):
+        assert names
+        assert all(k.startswith("text_model.") for k in names)
+
+
+def test_the_header_of_adapters_says_what_is_not_pefts_default_and_no_more(runs: Callable[..., Path]):
+    """diffusers hands all of it to PEFT, and an older one refuses what it does not know."""
+    for how, more in ((LORA, set[str]()), (DORA, {"use_dora"})):
+        with safe_open(runs("sd1", how) / "fine-tuned-model" / WEIGHTS, "pt") as held:
+            header = json.loads(held.metadata()["lora_adapter_metadata"])
+        assert {k.removeprefix("unet.") for k in header if k.startswith("unet.")} == {"r", "lora_alpha", "target_modules"} | more
+        assert header["unet.r"] == how.rank
+
+
+def test_one_file_of_an_xl_that_predicts_a_velocity_is_marked_and_read_back_as_such(tmp_path: Path):
+    """ComfyUI goes by the marks alone, and no configuration of an XL says it."""
+    plain = MAKERS["sdxl"](tmp_path / "plain")
+    base = Path(shutil.copytree(plain, tmp_path / "base"))
+    scheduler = base / "scheduler" / "scheduler_config.json"
+    velocity = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | velocity))
+    file = exported(fine_tuned(tmp_path / "run", base, None), "single-file", tmp_path / "one") / FILE
+    assert {"v_pred", "ztsnr"} <= load_file(file).keys()
+    made = load_config(None, [], subject={"class": "dog"}, base={"model": str(file), "configuration": str(plain)}, storage=str(tmp_path / "again"))
+    with Run(made, quiet=True) as run:
+        prepare_base(run)
+    held = json.loads((tmp_path / "again" / "base-model" / "scheduler" / "scheduler_config.json").read_text())
+    assert {k: held[k] for k in velocity} == velocity
+
+
 def by_sd_scripts(folder: Path) -> set[str]:
     """The names that sd-scripts gives to all it can adapt: blocks by their classes, dots to underscores; text encoders as transformers 4 called them."""
     pipe, names = opened(folder), set()

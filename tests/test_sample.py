@@ -95,6 +95,17 @@ def test_steps_that_would_not_begin_with_the_noise_are_refused(steps: int, inste
         assert samplers.scheduler(FOLDER, name, instead, (4, 8, 8), torch.device("cpu")).timesteps[0] >= 900
 
 
+def test_pndm_is_refused_where_the_noise_ends_in_nothing_but_noise(tmp_path: Path):
+    """diffusers' has no steps for such a schedule, and would draw along another."""
+    shutil.copytree(FOLDER / "scheduler", tmp_path / "scheduler")
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
+    with pytest.raises(RayboothError, match="pndm has no steps for this model"):
+        samplers.scheduler(tmp_path, "pndm", 20, (4, 8, 8), torch.device("cpu"))
+    for name in ("ddim", "euler", "dpmsolver++"):
+        samplers.scheduler(tmp_path, name, 20, (4, 8, 8), torch.device("cpu"))
+
+
 def test_more_steps_than_there_is_noise_are_refused(tmp_path: Path):
     change = json.loads((FOLDER / "scheduler" / "scheduler_config.json").read_text()) | {"num_train_timesteps": 50}
     (tmp_path / "scheduler").mkdir()

@@ -93,6 +93,14 @@ def test_without_its_configuration_it_says_what_is_missing(tmp_path: Path, toy_f
         prepared(tmp_path / "run", toy_file[1])
 
 
+def test_a_file_of_a_kind_that_comes_with_two_predictions_asks_which(tmp_path: Path):
+    """diffusers takes every Stable Diffusion 2.x for one that predicts a velocity."""
+    file = tmp_path / "model.safetensors"
+    save_file({"model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(1, 1024)}, file)
+    with pytest.raises(RayboothError, match=r"does not say whether it predicts noise .* or a velocity .*: set base\.configuration"):
+        prepared(tmp_path / "run", file)
+
+
 def test_another_architectures_configuration_is_refused(tmp_path: Path, toy_file: tuple[Path, Path], capsys: pytest.CaptureFixture[str], photos: Path):
     other = MAKERS["sdxl"](tmp_path / "other")
     arguments = ["prepare", "--photos", str(photos), "--class", "dog", "--base", str(toy_file[1]), "--storage", str(tmp_path / "run")]

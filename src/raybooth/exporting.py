@@ -102,10 +102,11 @@ class Model:
 
 
 def _diffusers(model: Model, target: Path) -> list[str]:
-    from raybooth.families.parts import save
+    from raybooth.families.parts import name_as_ever, save
 
     if model.adapted:
         save(model.base, model.modules(*model.family.trainable(text_encoder=True)), target)
+        name_as_ever(target)
     else:
         for name in model.run.outputs("fine-tuned-model"):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -138,10 +139,10 @@ def _kohya(model: Model, target: Path) -> list[str]:
 
 
 def _single_file(model: Model, target: Path) -> list[str]:
-    from raybooth.families.original import lineage, to_original
+    from raybooth.families.original import lineage, marks, to_original
 
     line = lineage(model.family, model.base, "A single checkpoint file")
-    tensors = to_original(model.family, model.modules(*model.family.weights))
+    tensors = to_original(model.family, model.modules(*model.family.weights)) | marks(model.family, model.base)
     _save(model, tensors, target, line.header(model.name, model.run.config.subject.name, resolution(model.run)))
     return []
 
@@ -216,6 +217,7 @@ def _stage(model: Model, to: str, output: str | None) -> Stage:
         raise RayboothError(f"--output {output} is a symbolic link that leads to itself: give another folder.")
     if "://" in output or place.is_file():
         raise RayboothError(f"--output {output} is not a folder: give the path of one, it need not exist.")
+    Workspace(str(place if place.exists() else place.parent)).check_writable()
     stage = Workspace(str(place.parent)).stage(place.name, inputs)
     theirs = "export" not in (stage.manifest or {}).get("inputs", {}) and any(not p.name.startswith(".partial-") for p in place.glob("*"))
     if theirs:

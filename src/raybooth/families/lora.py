@@ -11,6 +11,7 @@ from torch import nn
 
 from raybooth.errors import RayboothError
 from raybooth.families.base import Family, Loaded
+from raybooth.families.lowrank import file_name
 from raybooth.families.parts import load, unloaded
 from raybooth.noise import reseeded
 from raybooth.sections import Lora
@@ -140,15 +141,21 @@ def save_adapters(family: Family, modules: Mapping[str, nn.Module], target: Path
     layers: dict[str, Any] = {}
     for part, module in modules.items():
         adapted: Any = module
-        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(adapted)
+        layers[f"{part}_lora_layers"] = {file_name(part, name): tensor for name, tensor in get_peft_model_state_dict(adapted).items()}
         layers[f"{part}_lora_adapter_metadata"] = described(adapted.peft_config["default"])
     getattr(diffusers, family.pipeline).save_lora_weights(target, weight_name=WEIGHTS, **layers)
 
 
 def described(how: Any) -> dict[str, Any]:
-    """A file's header of its adapters: the same for equal ones, whose targets PEFT has as a set, and without the folder that the base was in."""
-    values: dict[str, Any] = how.to_dict()
-    return values | {"base_model_name_or_path": None, "target_modules": sorted(values["target_modules"])}
+    """A file's header of its adapters: the same for equal ones, whose targets PEFT has as a set, and without the folder that the base was in.
+
+    Only what is not PEFT's default: diffusers makes PEFT's configuration of it, and an older PEFT refuses what it does not know.
+    """
+    from peft import LoraConfig
+
+    usual, values = LoraConfig().to_dict(), how.to_dict()
+    own = {k: v for k, v in values.items() if v != usual.get(k) and k != "base_model_name_or_path"}
+    return own | {"r": how.r, "lora_alpha": how.lora_alpha, "target_modules": sorted(values["target_modules"])}
 
 
 def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:

@@ -107,6 +107,15 @@ def to_original(family: Family, modules: Mapping[str, nn.Module]) -> dict[str, T
     return {k: t.contiguous() for k, t in tensors.items()}
 
 
+def marks(family: Family, folder: Path) -> dict[str, Tensor]:
+    """Empty tensors by which ComfyUI tells an XL that predicts a velocity, and one whose noise ends in nothing but noise, from the usual one."""
+    held = parts.config(folder, "scheduler/scheduler_config")
+    velocity = held.get("prediction_type") == "v_prediction"
+    if len(family.encoders) == 1 or not velocity:
+        return {}
+    return {name: torch.zeros(0) for name in ("v_pred", *(["ztsnr"] if held.get("rescale_betas_zero_snr") else []))}
+
+
 def original_unet(state: State, layers: int) -> dict[str, Tensor]:
     """`layers` is their number in a block."""
     tables = reader.DIFFUSERS_TO_LDM_MAPPING["unet"]

@@ -172,6 +172,17 @@ def save(base: Path, trained: "Mapping[str, nn.Module]", target: Path) -> None:
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def name_as_ever(folder: Path) -> None:
+    """transformers 5 names a CLIP's text tower that it built itself, or put adapters on, without `text_model.`: what reads folders elsewhere looks for that."""
+    from safetensors.torch import load_file, save_file
+
+    for part in folder.glob("text_encoder*"):
+        if config(folder, f"{part.name}/config").get("architectures") == ["CLIPTextModel"]:
+            for file in part.glob("*.safetensors"):
+                tensors = load_file(file)
+                save_file({name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in tensors.items()}, file, {"format": "pt"})
+
+
 def _forget_origin(path: Path) -> None:
     """The folder it was loaded from is nobody's business, and would make equal results differ."""
     values = json.loads(path.read_text())

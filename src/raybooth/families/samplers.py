@@ -29,14 +29,17 @@ def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], 
     """Deterministic samplers only: a picture depends on its initial latents and on nothing drawn on the way.
 
     Raises:
-        RayboothError: if the model's noise has no so many steps, or so many would not begin with it.
+        RayboothError: if the model's noise has no so many steps, or so many would not begin with it, or the sampler does not know of its end.
     """
     import diffusers
 
     kind, extra = SAMPLERS[name]
     if steps > 100 and name in _ANY_STRIDE:
         extra = {**extra, "timestep_spacing": "linspace"}
-    made = getattr(diffusers, kind).from_config(ddim(folder).config, **extra)
+    how = ddim(folder).config
+    if name == "pndm" and how.get("rescale_betas_zero_snr"):
+        raise RayboothError("pndm has no steps for this model, whose noise ends in nothing but noise (zero terminal SNR): take dpmsolver++, ddim or euler.")
+    made = getattr(diffusers, kind).from_config(how, **extra)
     try:
         made.set_timesteps(steps, device=device)
     except (ValueError, IndexError):

@@ -1,12 +1,14 @@
 """A checkpoint in one .safetensors file, as model sites hand them out, to a diffusers folder."""
 
+import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
 from raybooth.families import parts
-from raybooth.families.folder import read_index
+from raybooth.families.folder import read_index, read_object
 
 SUFFIX = ".safetensors"
 
@@ -60,27 +62,33 @@ def unpack(file: Path, configuration: str | None, target: Path) -> None:
             f"The checkpoint {file} does not fit the configuration {folder} ({reason}): give that of its own architecture with base.configuration."
         ) from None
     pipe.save_pretrained(target, safe_serialization=True)
-    for part in target.glob("text_encoder*"):
-        _name_as_ever(part)
+    parts.name_as_ever(target)
+    _settle_prediction(_shapes(file), target / "scheduler" / "scheduler_config.json")
 
 
-def _name_as_ever(part: Path) -> None:
-    """transformers 5 names a CLIP's text tower that it built itself without `text_model.`, and what reads folders elsewhere looks for that."""
-    from safetensors.torch import load_file, save_file
-
-    if parts.config(part.parent, f"{part.name}/config").get("architectures") == ["CLIPTextModel"]:
-        for file in part.glob("*.safetensors"):
-            tensors = load_file(file)
-            save_file({name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in tensors.items()}, file, {"format": "pt"})
+def _settle_prediction(names: Collection[str], scheduler: Path) -> None:
+    """Two empty tensors mark a file whose model predicts a velocity, and one whose noise ends in nothing but noise: no configuration knows of them."""
+    if "v_pred" not in names:
+        return
+    held = read_object(scheduler) | {"prediction_type": "v_prediction"}
+    if "ztsnr" in names:
+        held |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler.write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
 
 
 def _known_configuration(file: Path) -> Path:
     """In the hub's cache: nothing is fetched that was not asked for."""
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config, infer_diffusers_model_type
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    repo = fetch_diffusers_config(_shapes(file))["pretrained_model_name_or_path"]
+    shapes = _shapes(file)
+    if infer_diffusers_model_type(shapes) == "v2":
+        raise RayboothError(
+            f"The checkpoint {file} is a Stable Diffusion 2.x, and does not say whether it predicts noise (512 pixels: 2-base, 2-1-base) or a velocity "
+            "(768 pixels: 2, 2-1): set base.configuration to a folder with the configuration files of the one that it was made from."
+        )
+    repo = fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
     try:
         return Path(snapshot_download(repo, local_files_only=True, allow_patterns=["*.json", "*.txt", "*.model"]))
     except (LocalEntryNotFoundError, OSError):

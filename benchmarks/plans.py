@@ -91,8 +91,9 @@ WAYS = {
 
 
 def main() -> None:
-    print("| model, pixels, batch | trained | parameters, M | weights | gradients | optimizer | activations and temporary | peak, GiB | TFLOP a step |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = ["model, pixels, batch", "trained", "parameters, M", "weights", "gradients", "optimizer", "activations and temporary"]
+    columns += ["peak, GiB", "TFLOP a step", "drawing, GiB"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     with tempfile.TemporaryDirectory() as scratch:
         for name, (make, pipeline, scheduler, batch) in MODELS.items():
             folder = written(make, pipeline, scheduler, Path(scratch) / name.replace(" ", "-"))
@@ -103,7 +104,7 @@ def main() -> None:
                 print(
                     f"| {name}, {resolution(folder)}, {batch} + {batch} | {way} | {planned.trained / 1e6:,.0f} "
                     f"| {parts['weights']:.1f} | {parts['gradients']:.1f} | {parts['optimizer']:.1f} | {parts['activations'] + parts['temporary']:.1f} "
-                    f"| {planned.peak / GIB:.1f} | {planned.step_flops / 1e12:.1f} |",
+                    f"| {planned.peak / GIB:.1f} | {planned.step_flops / 1e12:.1f} | {planned.drawing_peak / GIB:.1f} |",
                     flush=True,
                 )
 

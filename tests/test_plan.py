@@ -25,7 +25,8 @@ from raybooth.families.parts import load
 from raybooth.flops import step_flops, without_weights
 from raybooth.method import autocast_dtype, held_in, make_ready
 from raybooth.planning import Plan, plan
-from raybooth.sections import Finetune
+from raybooth.sample import Sampler
+from raybooth.sections import Finetune, Sampling
 from raybooth.train import Parallel, fit
 
 BATCH = 8
@@ -57,11 +58,15 @@ def measured_peak(folder: Path, made: config.Config) -> int:
     held = sum(t.numel() * t.element_size() for m in loaded.modules.values() for t in (*m.parameters(), *m.buffers()))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         list(fit(family, loaded, data, set_up, parallel))
+    return held + recorded_peak(record)
+
+
+def recorded_peak(record: profile) -> int:
     now = peak = 0
     for event in sorted((e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
-        now += event.nbytes()
+        now += event.nbytes()  # type: ignore[union-attr]
         peak = max(peak, now)
-    return held + peak
+    return peak
 
 
 BOTH: list[str] = []
@@ -85,6 +90,25 @@ def test_the_peak_is_within_15_percent_of_a_real_step(name: str, how: list[str])
     planned, measured = plan(folder, made), measured_peak(folder, made)
     print(name, how, planned.memory, planned.peak, measured)
     assert planned.peak - planned.memory["latents"] == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "how"), [("sd1", []), ("sdxl", ["cluster.sample_batch=4"]), ("sd3", []), ("flux", []), ("sd1", ["base.resolution=256"])])
+def test_the_peak_of_drawing_is_within_15_percent_of_a_real_batch(name: str, how: list[str]):
+    """All parts of the model are there, the encoders of its prompts too."""
+    folder = toys.made(name)
+    made = config.load(None, [*how, "generate.guidance=7.5"], subject={"class": "dog"}, base={"model": str(folder)})
+    family, batch = family_of(folder), made.cluster.sample_batch
+    planned = plan(folder, made, "cpu")
+    loaded = load(family, folder, (family.denoiser, "vae", *family.encoders))
+    held = sum(t.numel() * t.element_size() for m in loaded.modules.values() for t in (*m.parameters(), *m.buffers()))
+    side = made.base.resolution or loaded.facts.resolution
+    drawing = Sampler(family, loaded, Sampling(2, 7.5, "euler", side), batch)
+    drawing.draw_batch(["a dog"] * batch, range(batch))  # its prompts are encoded, and what is made once is there
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        drawing.draw_batch(["a dog"] * batch, range(batch))
+    print(name, how, planned.drawing, planned.drawing_peak, held, recorded_peak(record))
+    assert planned.drawing["weights"] == pytest.approx(held, rel=0.01)
+    assert planned.drawing_peak == pytest.approx(held + recorded_peak(record), rel=0.15)
 
 
 @pytest.mark.parametrize(("passes", "copies"), [(1, 1), (2, 2)])
@@ -167,7 +191,16 @@ def test_the_command_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixt
     assert said.startswith(str(raybooth.plan(made)))
     assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", "0.001GiB"]) == 0
     assert "0.001GiB: does not fit" in (said := capsys.readouterr().out)
+    assert "neither fine-tuning nor drawing would; lower cluster.sample_batch" in said
     assert "finetune.method = lora with finetune.lr = 1e-4" in said
+    planned = raybooth.plan(made)
+    between = (planned.peak + planned.drawing_peak) / 2 * 1.1 / (1 << 30)  # of a toy, as of SD 1.4, the step is the larger
+    assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", f"{between:.6f}GiB"]) == 0
+    assert "does not fit: " in (said := capsys.readouterr().out)
+    assert "finetune.method = lora with finetune.lr = 1e-4" in said
+    lora = ["--set=finetune.method=lora", "--set=finetune.gradient_checkpointing=true", "--set=finetune.batch=1", "--set=cluster.sample_batch=64"]
+    assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", f"{between:.6f}GiB", *lora]) == 0
+    assert "does not fit: fine-tuning would, drawing would not; lower cluster.sample_batch" in capsys.readouterr().out
     assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", "1KiB"]) == 2
     assert torch.get_default_dtype() is torch.float32
 

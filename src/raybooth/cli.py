@@ -18,6 +18,7 @@ from raybooth.options import parser
 
 if TYPE_CHECKING:
     from raybooth.config import Config
+    from raybooth.planning import Plan
     from raybooth.session import Run
 
 
@@ -198,8 +199,16 @@ def _plan(args: argparse.Namespace) -> None:
     planned = plan(config)
     print(planned)
     if size is not None:
-        fits = planned.peak * 1.1 <= size  # CUDA's context and fragmentation
-        print(f"\n{args.gpu}: {'fits' if fits else f'does not fit: {_for_less_memory(config)}'}")
+        trains, draws = (peak * 1.1 <= size for peak in (planned.peak, planned.drawing_peak))  # CUDA's context and fragmentation
+        told = "fits" if trains and draws else f"does not fit: {_for_less_memory(config) if draws else _for_drawing(config, planned, size, trains)}"
+        print(f"\n{args.gpu}: {told}")
+
+
+def _for_drawing(config: "Config", planned: "Plan", size: int, trains: bool) -> str:
+    what = "fine-tuning would, drawing would not" if trains else "neither fine-tuning nor drawing would"
+    if planned.drawing["weights"] * 1.1 > size:
+        return f"{what}; all parts of the model lie on the GPU for drawing: take a larger one, or a smaller model"
+    return f"{what}; lower cluster.sample_batch, or base.resolution" + ("" if trains else f"; {_for_less_memory(config)}")
 
 
 def _for_less_memory(config: "Config") -> str:

@@ -21,10 +21,11 @@ from raybooth.config import Config
 from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded, family_of
 from raybooth.families.folder import names_in, needed_files, read_object
-from raybooth.families.parts import unloaded
+from raybooth.families.parts import decode, unloaded
 from raybooth.flops import loss_without_data, passes_of_step, step_flops, without_weights
-from raybooth.method import autocast_dtype
+from raybooth.method import autocast_dtype, drawing_dtype
 from raybooth.optim import Average, Outline, make_optimizer
+from raybooth.sample import decoded_at_once
 from raybooth.sections import Finetune
 from raybooth.teacher import Teacher
 
@@ -36,12 +37,14 @@ class Plan:
     """Bytes at the peak of a step of one worker, by part; FLOPs of a step of all workers; counts.
 
     Attributes:
+        drawing: bytes at the peak of drawing a batch, by part: all of the model is there, text encoders and VAE too.
         stored: bytes in the storage when it holds most, but for the photographs and the models that score.
     """
 
     parameters: Mapping[str, int]
     trained: int
     memory: Mapping[str, int]
+    drawing: Mapping[str, int]
     step_flops: int
     steps: int
     class_pictures: int
@@ -52,11 +55,16 @@ class Plan:
     def peak(self) -> int:
         return sum(self.memory.values())
 
+    @property
+    def drawing_peak(self) -> int:
+        return sum(self.drawing.values())
+
     def __str__(self) -> str:
         lines = [f"{name:<22}{count / 1e6:>12,.1f} M parameters" for name, count in self.parameters.items()]
         lines += [f"{'trained':<22}{self.trained / 1e6:>12,.1f} M parameters", ""]
         lines += [f"{name:<22}{size / GIB:>12.2f} GiB" for name, size in self.memory.items()]
-        lines += [f"{'peak of a worker':<22}{self.peak / GIB:>12.2f} GiB", ""]
+        lines += [f"{'peak of a worker':<22}{self.peak / GIB:>12.2f} GiB"]
+        lines += [f"{'peak of drawing':<22}{self.drawing_peak / GIB:>12.2f} GiB ({self.drawing['weights'] / GIB:.2f} of them weights)", ""]
         lines += [
             f"{'steps':<22}{self.steps:>12,} of {self.step_flops / 1e12:.2f} TFLOP, {self.steps * self.step_flops / 1e15:.2f} PFLOP in all",
             f"{'pictures to draw':<22}{self.class_pictures + self.pictures:>12,} ({self.class_pictures} of the class)",
@@ -87,6 +95,7 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
         for module in held:
             _without_data(module)
         memory, checkpoint = _step(family, used, held, config, trained, side, device)
+    drawing = _drawing(family, folder, config, side, device)
     moving = sum(p.numel() for part in trained for p in used.modules[part].parameters() if p.requires_grad)
     latent = 2 * 4 * math.prod(loaded.facts.latent_shape(side))
     memory["latents"] = config.prior.drawn * latent  # on the device, all of them; photographs are few
@@ -98,7 +107,7 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
     # A checkpoint is written before the oldest goes; when the result is written, that is over.
     most = max(min(written, finetune.checkpoints + 1) * checkpoint, min(written, finetune.checkpoints) * checkpoint + result + pictures * picture)
     stored = sum(base.values()) + drawn * (picture + latent) + most
-    return Plan(parameters, moving, memory, flops, finetune.steps, drawn, pictures, stored)
+    return Plan(parameters, moving, memory, drawing, flops, finetune.steps, drawn, pictures, stored)
 
 
 def _weights(folder: Path, part: str, module: nn.Module) -> int:
@@ -120,10 +129,13 @@ def _saved(module: nn.Module) -> Iterable[Tensor]:
 
 def _without_data(module: nn.Module) -> None:
     """Meta tensors to tensors of the CPU that have no data; to be called under a FakeTensorMode."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # T5's word embeddings are two modules' own
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
-                part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+                if p not in made:
+                    made[p] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+                part._parameters[name] = made[p]
         for name, b in part._buffers.items():
             if b is not None:
                 part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
@@ -135,6 +147,12 @@ def count(module: nn.Module) -> int:
 
 class _Tracker(MemTracker):
     """Keeps the peak of the whole: torch's looks at every module at every operation for theirs, minutes for a large model."""
+
+    def __init__(self, held: Iterable[nn.Module]) -> None:
+        super().__init__()
+        for frozen in (p for module in held for p in module.parameters() if not p.requires_grad):
+            # It would put hooks on their gradients, which they do not have: it finds them there already.
+            self._param_to_grad_hook_handles[frozen] = (RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict()))
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         for device, now in self._curr_mem_snap.items():
@@ -156,15 +174,12 @@ def _step(
     """Memory at the peak, by part, of the second step of one worker, which has `held` modules: the optimizer has its state then.
     And the bytes of a checkpoint.
     """
-    finetune, tracker, workers = config.finetune, _Tracker(), config.workers[0]
+    finetune, tracker, workers = config.finetune, _Tracker(held), config.workers[0]
     passes = passes_of_step(config.prior, finetune, workers)[0]  # of the first worker: no other has more rows
     parameters = {f"{part}.{k}": p for part in trained for k, p in loaded.modules[part].named_parameters() if p.requires_grad}
     optimizer = _optimizer(finetune, list(parameters.values()))
     average = Average(parameters, finetune.ema) if finetune.ema else None
     averages = list(average.values.values()) if average else []
-    for frozen in (p for m in held for p in m.parameters() if not p.requires_grad):
-        # The tracker would put hooks on their gradients, which they do not have: it finds them there already.
-        tracker._param_to_grad_hook_handles[frozen] = (RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict()))
     buckets = _Buckets(parameters.values() if workers > 1 else ())
     tracker.track_external(*held, optimizer, *averages, *buckets.held.values())
     dtype = autocast_dtype(family, finetune.precision, device)
@@ -182,6 +197,26 @@ def _step(
                 average.update(step + 1)
     kept = [*parameters.values(), *averages, *(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))]
     return _by_part(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]), sum(t.numel() * t.element_size() for t in kept)
+
+
+def _drawing(family: Family, folder: Path, config: Config, side: int, device: str) -> dict[str, int]:
+    """Memory at the peak of a batch's pictures, by part: of a step of the denoiser, or of the decoding of one large picture, or of all small ones."""
+    with torch.device("meta"):
+        loaded = unloaded(family, folder, (family.denoiser, "vae", *family.encoders), drawing_dtype(family, device, bfloat16=True))
+        loaded.modules["vae"].float()
+    batch, shape = config.cluster.sample_batch, loaded.facts.latent_shape(side)
+    rows = batch * (2 if max(config.prior.guidance, config.generate.guidance) > 1 and not loaded.facts.embeds_guidance else 1)
+    dtype = next(loaded.modules[family.denoiser].parameters()).dtype
+    with FakeTensorMode(), torch.no_grad():
+        for module in loaded.modules.values():
+            _without_data(module)
+        text = {k: torch.zeros(rows, *s, dtype=dtype) for k, s in family.conditioning(folder).items()}
+        tracker = _Tracker(loaded.modules.values())
+        tracker.track_external(*loaded.modules.values(), *text.values())
+        with tracker:
+            family.predict(loaded, torch.zeros(rows, *shape, dtype=dtype), torch.zeros(rows), text)
+            decode(loaded, torch.zeros(decoded_at_once(batch, side), *shape, dtype=dtype))
+    return _by_part(tracker.get_tracker_snapshot("peak")[torch.device("cpu")])
 
 
 class _Buckets:

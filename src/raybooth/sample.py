@@ -24,6 +24,11 @@ Watch = Callable[[int, Tensor], None]
 KEPT = 64  # encoded prompts
 
 
+def decoded_at_once(pictures: int, side: int) -> int:
+    """A large picture's decoding needs more memory than all of its denoising: one at a time."""
+    return pictures if side <= 128 else 1
+
+
 class Sampler:
     """Draws with one loaded model.
 
@@ -93,8 +98,8 @@ class Sampler:
         return stacked
 
     def decoded(self, z: Tensor) -> np.ndarray:
-        """(n, h, w, 3) uint8 of latents. A large picture's decoding needs more memory than all of its denoising: one at a time."""
-        small = z.shape[-1] * self.loaded.facts.downscale <= 128
-        pixels = torch.cat([decode(self.loaded, part) for part in z.split(len(z) if small else 1)])
+        """(n, h, w, 3) uint8 of latents."""
+        at_once = decoded_at_once(len(z), z.shape[-1] * self.loaded.facts.downscale)
+        pixels = torch.cat([decode(self.loaded, part) for part in z.split(at_once)])
         levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255)
         return levels.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()

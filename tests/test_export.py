@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -339,6 +340,33 @@ def test_what_cannot_be_is_said_in_a_sentence(runs: Callable[..., Path], capsys:
     said = capsys.readouterr().err
     assert named in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("rank", [0, -3, 2.5])
+def test_ranks_that_are_none_are_refused_in_python_too(runs: Callable[..., Path], rank: Any):
+    with pytest.raises(RayboothError, match=f"--rank {rank} is none"):
+        raybooth.export(runs("sd1"), "lora", rank=rank)
+    with pytest.raises(RayboothError, match="keeps its rank"):
+        raybooth.export(runs("sd1", DORA), "lora", rank=2)
+
+
+def test_a_storage_that_cannot_be_written_to_is_exported_elsewhere(runs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    storage, real = runs("sd1", LORA), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: real(path, mode) and not (Path(path) == storage and mode == os.W_OK))
+    monkeypatch.setattr("raybooth.workspace.Workspace.locked", Mock(side_effect=RayboothError("is on a read-only file system")))
+    assert Path(raybooth.export(storage, "lora", tmp_path / "out"), WEIGHTS).is_file()
+    with pytest.raises(RayboothError, match="read-only"):
+        raybooth.export(storage, "lora")
+
+
+def test_the_licence_of_another_runs_base_goes_along(runs: Callable[..., Path], tmp_path: Path):
+    first = runs("sd1") / "base-model"
+    manifest = json.loads((first / "manifest.json").read_text())
+    copy = Path(shutil.copytree(first, tmp_path / "base-model"))
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"facts": manifest["facts"] | {"license": "openrail++"}}))
+    with run_of(tmp_path / "run", copy) as run:
+        prepare_base(run)
+        assert run.facts("base-model")["license"] == "openrail++"
 
 
 def test_a_link_that_leads_to_itself_is_no_folder(runs: Callable[..., Path], tmp_path: Path):

@@ -219,6 +219,10 @@ def test_another_base_a_damaged_file_and_a_storage_with_a_model_of_its_own(bases
     with pytest.raises(RayboothError, match="was fine-tuned there"):
         imported(own, bases("sd1"), file)
     assert before == {p: p.read_bytes() for p in own.rglob("*") if p.is_file() and p.name != ".lock"}
+    theirs = imported(tmp_path / "theirs", bases("sd1"), file)
+    for verb in (raybooth.run, raybooth.finetune):
+        with pytest.raises(RayboothError, match="holds a LoRA that was imported, and fine-tuning would replace it"):
+            verb(theirs.config)
     file.write_bytes(file.read_bytes()[:-100])
     for path, named in ((file, "not readable as safetensors"), (tmp_path / "nowhere.safetensors", "There is no LoRA file")):
         assert main(["import", str(path), "--base", str(bases("sd1")), "--class", "dog", "--storage", str(tmp_path / "run")]) == 2

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -251,6 +252,18 @@ def test_what_cannot_be_read_is_passed_over_once(runs: Path, locked: str):
         assert set(subjects.found()) == {BASE, "subject-0", "subject-1"}
 
 
+def test_adapters_on_another_base_than_theirs_are_passed_over(runs: Path, tmp_path: Path):
+    """As `generate` refuses them: another model was prepared in the storage since."""
+    storage, said = tmp_path / "moved", list[str]()
+    shutil.copytree(runs / "subject-0", storage)
+    manifest = storage / "fine-tuned-model" / "manifest.json"
+    held = json.loads(manifest.read_text())
+    held["inputs"]["model"] = "another"
+    manifest.write_text(json.dumps(held))
+    assert set(Subjects([str(tmp_path)], base=runs / "subject-1" / "base-model", every=0, say=said.append).found()) == {BASE}
+    assert "belong to another base model than the one that lies there now" in said[0]
+
+
 def test_subjects_appear_and_disappear(runs: Path, tmp_path: Path):
     said: list[str] = []
     subjects = Subjects([str(tmp_path)], every=0, say=said.append)
@@ -343,7 +356,13 @@ def test_load_says_what_is_wrong(runs: Path, tmp_path: Path):
     with pytest.raises(RayboothError, match="holds no complete fine-tuned-model"):
         raybooth.load(tmp_path)
     model = raybooth.load(runs / "subject-0")
-    for wrong, told in (({"n": 0}, "n = 0"), ({"steps": 0}, "steps = 0")):
+    odd = (
+        ({"n": 1.5}, "n = 1.5"),
+        ({"guidance": float("nan")}, "guidance = nan"),
+        ({"guidance": -3.0}, "guidance = -3.0"),
+        ({"prompt": ["x"]}, "A prompt is a text"),
+    )
+    for wrong, told in (({"n": 0}, "n = 0"), ({"steps": 0}, "steps = 0"), *odd):
         with pytest.raises(RayboothError, match=told):
             model.draw(**{"prompt": "x", **wrong})  # type: ignore[arg-type]
 

@@ -23,6 +23,10 @@ __all__ = [
 _HOMES = {"Config": "raybooth.config", "RayboothError": "raybooth.errors", "load": "raybooth.loading", "Run": "raybooth.session"}
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str) -> Any:
     """Imported on first use: `raybooth --help` must not wait for Ray."""
     if name not in __all__:

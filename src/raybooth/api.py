@@ -79,7 +79,7 @@ def token(config: Given) -> list[dict[str, Any]]:
         return naming.proposals(made)
 
 
-def export(run: Given, to: str, output: str | None = None, rank: int | None = None, repo: str | None = None) -> str:
+def export(run: Given, to: str, output: str | Path | None = None, rank: int | None = None, repo: str | None = None) -> str:
     """The fine-tuned model of a run, by its storage or its configuration, as "diffusers", "lora", "kohya", "single-file" or "hub".
 
     Returns:
@@ -88,7 +88,7 @@ def export(run: Given, to: str, output: str | None = None, rank: int | None = No
     Raises:
         RayboothError: if there is no such run, or it is not complete, or its model cannot have that form.
     """
-    with Run(_config(run)) as made:
+    with Run(_config(run), writes=output is None) as made:
         return exporting.export(made, to, output, rank, repo)
 
 

@@ -201,8 +201,12 @@ def local_source(model: str, setting: str = "base.model") -> Path | None:
 
 
 def _licence(folder: Path) -> str | None:
-    """What the model card in a folder names, if there is one."""
+    """What the model card in a folder names, if there is one, or what a storage knows of the base model that lies in it."""
     from huggingface_hub import ModelCard
+
+    if manifest := read_manifest(folder):
+        known: str | None = manifest.get("facts", {}).get("license")
+        return known
 
     try:
         return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license

@@ -178,7 +178,7 @@ def _export(args: argparse.Namespace) -> None:
     from raybooth.exporting import export
     from raybooth.session import Run
 
-    with Run(config) as run:
+    with Run(config, writes=args.output is None) as run:
         export(run, args.to, args.output, args.rank, args.repo)
 
 

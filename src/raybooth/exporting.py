@@ -76,10 +76,17 @@ class Model:
         from raybooth.families.lowrank import hollow
 
         if self.adapted and not is_dora(self.folder / WEIGHTS):
-            if self.rank is not None:
-                raise RayboothError("This run is a LoRA already and keeps its rank: leave --rank out.")
+            self.keep_rank()
             return read(self.family, hollow(self.family, self.base), self.folder / WEIGHTS), []
         return self._extracted(self.rank or RANK)
+
+    def keep_rank(self) -> None:
+        """
+        Raises:
+            RayboothError: if it is to have another.
+        """
+        if self.rank is not None:
+            raise RayboothError("This run is a LoRA already and keeps its rank: leave --rank out.")
 
     def _extracted(self, rank: int) -> "tuple[LowRank, list[str]]":
         from raybooth.families.extract import Energy, extract
@@ -119,6 +126,7 @@ def _lora(model: Model, target: Path) -> list[str]:
     from raybooth.families.lora import WEIGHTS
 
     if model.adapted and is_dora(model.folder / WEIGHTS):
+        model.keep_rank()
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(model.folder / WEIGHTS, target / WEIGHTS)
         return []
@@ -157,7 +165,7 @@ def _save(model: Model, tensors: "dict[str, Tensor]", target: Path, header: dict
 FORMS = {"diffusers": _diffusers, "lora": _lora, "kohya": _kohya, "single-file": _single_file}
 
 
-def export(run: Run, to: str, output: str | None = None, rank: int | None = None, repo: str | None = None) -> str:
+def export(run: Run, to: str, output: str | Path | None = None, rank: int | None = None, repo: str | None = None) -> str:
     """Write the fine-tuned model as one of FORMS into folder `output` (default: `exports/<to>` of the storage), or push it to the hub as `repo`.
 
     Args:
@@ -176,11 +184,14 @@ def export(run: Run, to: str, output: str | None = None, rank: int | None = None
         raise RayboothError(f"'{to}' is no form of an export: choose {', '.join(FORMS)} or hub.")
     if repo is not None and to != "hub":
         raise RayboothError(f"--repo {repo} is for --to hub: nothing else is sent anywhere.")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise RayboothError(f"--rank {rank} is none: it is a whole number from 1 on.")
     if rank is not None and to not in ("lora", "kohya"):
         raise RayboothError(f"--rank {rank} is for --to lora and --to kohya: nothing else has a rank.")
     with quietly():
         settle_token(run)
-        return _push(model, repo, output) if to == "hub" else str(_write(model, to, output))
+        place = None if output is None else str(output)
+        return _push(model, repo, place) if to == "hub" else str(_write(model, to, place))
 
 
 def _write(model: Model, to: str, output: str | None) -> Path:

@@ -63,14 +63,18 @@ class Model:
         """
         from PIL import Image
 
+        if not isinstance(prompt, str):
+            raise RayboothError(f"A prompt is a text, and {prompt!r} is none: draw several one after the other.")
         if unknown := unknown_words(prompt):
             raise RayboothError(f"The prompt '{prompt}' has a placeholder that is not known, {unknown[0]}: use {{subject}}, {{token}} or {{class}}.")
-        sampler, seeds = self._sampler, range(seed, seed + n)
+        sampler = self._sampler
         sampling, text = sampler.sampling.changed(steps, guidance), self.config.fill(prompt)
         for name, value, most in (("n", n, 10_000), ("steps", sampling.steps, 999)):
-            if not 1 <= value <= most:
-                raise RayboothError(f"{name} = {value} is not possible: it is a number from 1 to {most}.")
-        pictures = Pictures()
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise RayboothError(f"{name} = {value} is not possible: it is a whole number from 1 to {most}.")
+        if not 0 <= sampling.guidance <= 100:
+            raise RayboothError(f"guidance = {sampling.guidance} is not possible: it is a number from 0 to 100.")
+        pictures, seeds = Pictures(), range(seed, seed + n)
         with _threads(self._threads):
             for start in range(0, n, sampler.batch):
                 part: Sequence[int] = seeds[start : start + sampler.batch]

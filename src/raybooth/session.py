@@ -32,16 +32,18 @@ MADE = ("instance-images", "class-images", "output-images")
 class Run:
     """One run. Stages are functions of it; Ray starts when the first of them needs it.
 
-    Use it as a context manager: it holds the storage's lock and shuts Ray down at the end.
+    Use it as a context manager: it holds the storage's lock and shuts Ray down at the end. One that `writes` nothing there does without the lock
+    where it cannot be had.
     """
 
-    def __init__(self, config: Config, quiet: bool = False):
-        self.config, self.quiet = config, quiet
+    def __init__(self, config: Config, quiet: bool = False, writes: bool = True):
+        self.config, self.quiet, self.writes = config, quiet, writes
         self.workspace = Workspace(config.storage)
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
-        self._exit.enter_context(self.workspace.locked(self.say))
+        if self.writes or os.access(self.workspace.root, os.W_OK):
+            self._exit.enter_context(self.workspace.locked(self.say))
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -114,8 +116,8 @@ class Run:
         """
         from PIL import Image
 
-        stage = what if what.endswith("-images") else f"{what}-images"
-        if self.held(stage) is None and stage not in MADE:
+        stage = next((name for name in (what.strip("/"), f"{what}-images") if name in MADE or ("-images" in name and self.held(name))), "")
+        if not stage:
             raise RayboothError(
                 f"There are no pictures '{what}' in the storage {self.config.storage}: name 'instance', 'class', 'output', or a stage's folder."
             )

@@ -185,6 +185,16 @@ def _read_row(run: Run, row: dict[str, str]) -> dict[str, Any]:
     return row if "prompt" in row else {"picture": run.workspace.read(row["stage"], row["file"], row["sha256"])}
 
 
+def refuse_import(run: Run) -> None:
+    """
+    Raises:
+        RayboothError: if the storage holds a LoRA that was made elsewhere, and of which it may be the only copy: fine-tuning would take its place.
+    """
+    held = run.held("fine-tuned-model")
+    if held and "imported" in held["inputs"]:
+        raise RayboothError(f"The storage {run.config.storage} holds a LoRA that was imported, and fine-tuning would replace it: give another --storage.")
+
+
 def finetune(run: Run) -> None:
     """The base model to the fine-tuned model, by the prior-preserving loss."""
     from raybooth import tuning

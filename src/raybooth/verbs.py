@@ -6,7 +6,7 @@ from raybooth.evaluation import evaluate
 from raybooth.naming import settle_token
 from raybooth.reporting import report
 from raybooth.session import Run
-from raybooth.stages import STAGES
+from raybooth.stages import STAGES, refuse_import
 
 ALL = {**STAGES, "evaluate": evaluate, "report": report}
 
@@ -14,6 +14,8 @@ ALL = {**STAGES, "evaluate": evaluate, "report": report}
 def do(run: Run, names: Iterable[str]) -> None:
     """Those verbs, in order. A whole run that asks for much of a cluster looks for it first: what is refused has changed nothing."""
     names = list(names)
+    if "finetune" in names:
+        refuse_import(run)
     if names[0] == "prepare" and len(names) > 1 and run.config.cluster.is_demanding:
         _ = run.ray
     for name in names:

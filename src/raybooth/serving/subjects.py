@@ -99,6 +99,8 @@ def of_run(root: Path, name: str) -> Subject | None:
     if base is None:
         raise RayboothError(f"The run {root} has no complete base-model.")
     adapters = weights / WEIGHTS if WEIGHTS in manifest["outputs"] else None
+    if adapters and manifest["inputs"].get("model", model_digest(base)) != model_digest(base):
+        raise RayboothError(f"The adapters of the run {root} belong to another base model than the one that lies there now.")
     config = configuration.load(root / "config.json")
     photographs = (read_manifest(root / "instance-images") or {"facts": {}})["facts"].get("pictures", [])
     return Subject(

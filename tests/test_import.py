@@ -21,9 +21,9 @@ from raybooth.cli import main
 from raybooth.config import load
 from raybooth.drawing import output_rows
 from raybooth.errors import RayboothError
-from raybooth.families import family_of
+from raybooth.families import Loaded, family_of
 from raybooth.families.foreign import merge, read
-from raybooth.families.lora import WEIGHTS, has_adapters, load_adapters
+from raybooth.families.lora import WEIGHTS, add_adapters, has_adapters, load_adapters, save_adapters
 from raybooth.families.lowrank import hollow
 from raybooth.families.parts import load as load_parts
 from raybooth.jobs import model_of, sampler
@@ -297,3 +297,30 @@ def test_bf16_weights_keep_small_adapters_beside_them(bases: Callable[[str], Pat
             z, t = torch.ones(1, 4, 16, 16, dtype=torch.bfloat16), torch.tensor([500])
             drawn.append(loaded.modules["unet"](z, t, torch.ones(1, 7, 32, dtype=torch.bfloat16)).sample)
     assert (drawn[0] - drawn[1]).abs().max() < 0.02
+
+
+def test_in_bf16_a_small_dora_is_the_one_that_was_trained(bases: Callable[[str], Path], tmp_path: Path):
+    """Its effect on a layer's output, against the same in float32. Merged, or by magnitudes in bfloat16, most of it would be rounding."""
+    family, g = family_of(bases("sd3")), torch.Generator().manual_seed(1)
+
+    def denoiser(dtype: torch.dtype) -> Loaded:
+        return load_parts(family, bases("sd3"), (family.denoiser,), torch.bfloat16).to(dtype)
+
+    trained = denoiser(torch.float32)
+    add_adapters(family, trained, (family.denoiser,), Lora(rank=2, dora=True), seed=0)
+    for name, p in trained.modules[family.denoiser].named_parameters():
+        if "lora_B" in name:
+            p.data = torch.randn(p.shape, generator=g) * 1e-3
+    save_adapters(family, trained.modules, tmp_path)
+    full, half = denoiser(torch.float32), denoiser(torch.bfloat16)
+    outputs = []
+    x = torch.randn(64, 32, generator=g)
+    with torch.no_grad():
+        for loaded in (full, half):
+            layer: Any = loaded.modules[family.denoiser].get_submodule("transformer_blocks.0.attn.to_q")
+            before = torch.nn.functional.linear(x, layer.weight.float(), layer.bias.float())
+            load_adapters(family, loaded, tmp_path)
+            layer = loaded.modules[family.denoiser].get_submodule("transformer_blocks.0.attn.to_q").float()  # or its output would be rounded
+            outputs.append(layer(x) - before)
+    assert outputs[0].abs().max() > 1e-5
+    assert (outputs[1] - outputs[0]).norm() < 0.02 * outputs[0].norm()

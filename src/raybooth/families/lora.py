@@ -161,23 +161,35 @@ def described(how: Any) -> dict[str, Any]:
 def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:
     """Merge the adapters of `folder` (or of one file) into the loaded parts: drawing then costs what the base does.
 
-    Plain ones stay beside weights in bfloat16, whose rounding would swallow what is small in them.
+    They stay beside weights in bfloat16, whose rounding would swallow what is small in them: DoRA's in float32, for a rounded magnitude scales all of a row.
 
     Raises:
         RayboothError: if none of them is of this model.
     """
-    adapted_parts = _put_in(family, loaded.modules, folder)
+    adapted_parts, state = _put_in(family, loaded.modules, folder)
     layers = [layer for module in loaded.modules.values() for layer in module.modules() if _is_adapted(layer)]
     if not layers and adapted_parts <= loaded.modules.keys():  # they may be of parts that are not loaded
         raise RayboothError(f"The adapters in {folder} are none of {family.name}'s as diffusers names them: they would change nothing.")
-    for layer in layers:
-        adapted: Any = layer
-        if adapted.weight.dtype != torch.bfloat16 or adapted.lora_magnitude_vector:
-            layer.merge()
+    for part, module in loaded.modules.items():
+        for name, layer in module.named_modules():
+            if _is_adapted(layer):
+                adapted: Any = layer
+                if adapted.weight.dtype != torch.bfloat16:
+                    layer.merge()
+                elif adapted.lora_magnitude_vector:
+                    _in_float32(adapted, {k.removeprefix(f"{part}.{name}."): t for k, t in state.items() if k.startswith(f"{part}.{name}.")})
 
 
-def _put_in(family: Family, modules: Mapping[str, nn.Module], folder: Path) -> set[str]:
-    """Returns the parts that the file has adapters for; those of `modules` have them now."""
+def _in_float32(layer: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A DoRA's layer, whose adapter diffusers has cast to the precision of the weights, with the file's own values."""
+    for name, magnitude in layer.lora_magnitude_vector.items():
+        own = {"lora_A.weight": layer.lora_A[name], "lora_B.weight": layer.lora_B[name], "lora_magnitude_vector": magnitude}
+        for key, module in own.items():
+            module.weight.data = tensors[key].to(module.weight.device, torch.float32).reshape(module.weight.shape)
+
+
+def _put_in(family: Family, modules: Mapping[str, nn.Module], folder: Path) -> tuple[set[str], dict[str, torch.Tensor]]:
+    """Returns the parts that the file has adapters for, those of `modules` have them now; and its tensors."""
     import diffusers
 
     source, name = (folder.parent, folder.name) if folder.suffix == ".safetensors" else (folder, WEIGHTS)
@@ -191,7 +203,7 @@ def _put_in(family: Family, modules: Mapping[str, nn.Module], folder: Path) -> s
             module.load_lora_adapter(state, prefix=part, network_alphas=alphas, metadata=metadata)
         else:
             pipeline.load_lora_into_text_encoder(state, alphas, module, prefix=part, metadata=metadata)
-    return adapted_parts
+    return adapted_parts, state
 
 
 def load_merged(family: Family, base: Path, folder: Path, parts: Iterable[str]) -> Loaded:

@@ -204,14 +204,11 @@ def _licence(folder: Path) -> str | None:
     """What the model card in a folder names, if there is one, or what a storage knows of the base model that lies in it."""
     from huggingface_hub import ModelCard
 
-    if manifest := read_manifest(folder):
-        known: str | None = manifest.get("facts", {}).get("license")
-        return known
-
     try:
-        return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
+        named: str | None = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
     except (OSError, ValueError):
-        return None
+        named = None
+    return named or (read_manifest(folder) or {}).get("facts", {}).get("license")
 
 
 def needed_of_folder(folder: Path) -> list[str]:

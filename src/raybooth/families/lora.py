@@ -185,7 +185,9 @@ def _in_float32(layer: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, magnitude in layer.lora_magnitude_vector.items():
         own = {"lora_A.weight": layer.lora_A[name], "lora_B.weight": layer.lora_B[name], "lora_magnitude_vector": magnitude}
         for key, module in own.items():
-            module.weight.data = tensors[key].to(module.weight.device, torch.float32).reshape(module.weight.shape)
+            found = tensors.get(key, tensors.get(f"{key}.weight"))
+            assert found is not None, key  # diffusers has read them from there
+            module.weight.data = found.to(module.weight.device, torch.float32).reshape(module.weight.shape)
 
 
 def _put_in(family: Family, modules: Mapping[str, nn.Module], folder: Path) -> tuple[set[str], dict[str, torch.Tensor]]:

@@ -34,7 +34,9 @@ def root_of(storage: str) -> Path:
     """
     if "://" in storage:
         raise RayboothError(f"--storage {storage} is not a folder: the runs of a bench share their files on one machine, give one of its folders.")
-    return Workspace(storage).root
+    workspace = Workspace(storage)
+    workspace.check_writable()
+    return workspace.root
 
 
 def bench(

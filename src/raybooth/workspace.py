@@ -57,9 +57,9 @@ class Workspace:
             self.root = path_of(storage, "storage").absolute()
         self.mirror = Mirror(self.remote, self.root) if self.remote else None
         if self.remote:
-            self._check_writable_here()
             if self.remote.is_memory:
                 self._forget_other_processes()
+            self._check_writable_here()
 
     def _forget_other_processes(self) -> None:
         """Drop what an earlier process has left in the mirror of its memory.

@@ -4,8 +4,8 @@ import gc
 import os
 import pickle
 import signal
-import threading
-import time
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -15,10 +15,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from ray import available_resources, cluster_resources
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import WorkerGroupError
-from ray.util.placement_group import placement_group, remove_placement_group
 from stored import make_run
 
 from raybooth.cluster.fit import LESS_MEMORY, _loss, run_group
@@ -98,57 +96,29 @@ def test_a_killed_worker_of_a_fine_tuning_names_what_needs_less_memory(ray: None
     assert _loss(OutOfMemoryError("Task was killed due to the node running low on memory."))
 
 
-def all_cpus_are_free() -> bool:
-    return available_resources().get("CPU", 0) == cluster_resources()["CPU"]
+def test_a_group_that_has_no_place_yet_says_so_and_starts_when_it_has():
+    """Others use the cluster: Ray waits for as long as they do, and says nothing. With a Ray of its own, whose CPUs nothing else holds."""
+    start = """
+import raybooth.cluster.fit as fit
+from raybooth.cluster.session import Resources, connected
 
+fit.PATIENCE = 0.5
+with connected(None) as have:
+    from ray.util.placement_group import placement_group, remove_placement_group
 
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.1)
-    return condition()
+    taken = placement_group([{"CPU": have.cpus}])
+    assert taken.wait(60)
 
-
-def test_a_group_that_is_interrupted_stops_and_gives_its_place_back_though_ray_stays(ray: None, tmp_path: Path):
-    """As a notebook's cell, after raybooth.connect()."""
-    beats = tmp_path / "beats"
-
-    def goes_on(group: Any, say: Any) -> None:
-        while True:
-            with beats.open("a") as file:
-                file.write("x")
-            time.sleep(0.05)
-
-    def interrupt() -> None:
-        within(60, beats.exists)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_group(lambda: goes_on, workers=(1, 1), gpus_per_worker=0, retries=0, have=Resources(1, 0, 1), heard=print)
-    assert within(20, all_cpus_are_free)
-
-    def is_still() -> bool:
-        before = beats.stat().st_size
-        time.sleep(1)
-        return beats.stat().st_size == before
-
-    assert within(20, is_still)
-
-
-def test_a_group_that_has_no_place_yet_says_so_and_starts_when_it_has(ray: None, monkeypatch: pytest.MonkeyPatch):
-    """Others use the cluster: Ray waits for as long as they do, and says nothing."""
-    monkeypatch.setattr("raybooth.cluster.fit.PATIENCE", 0.5)
-    assert within(20, all_cpus_are_free)
-    taken, said = placement_group([{"CPU": cluster_resources()["CPU"]}]), []
-    assert taken.wait(30)
-
-    def heard(word: dict[str, Any]) -> None:
-        said.append(word)
+    def heard(word):
+        print(word["note"])
         remove_placement_group(taken)
 
-    assert run_group(lambda: lambda group, say: group.world, workers=(1, 1), gpus_per_worker=0, retries=0, have=Resources(1, 0, 1), heard=heard) == 1
-    assert [word["note"][:32] for word in said] == ["Ray has no place for the workers"]
+    loop = lambda group, say: group.world
+    print(fit.run_group(lambda: loop, workers=(1, 1), gpus_per_worker=0, retries=0, have=Resources(1, 0, 1), heard=heard))
+"""
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line[:32] for line in done.stdout.splitlines()] == ["Ray has no place for the workers", "1"]
 
 
 def test_a_storage_that_the_machines_do_not_share_is_a_sentence(storage: str):

@@ -84,14 +84,11 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class Trainer(TorchTrainer):
-        controller: Any = None
-
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray's own ends the process with status 1; KeyboardInterrupt ends the run as it does in every stage."""
-            self.controller = controller
 
         def _create_default_callbacks(self) -> Any:
-            """Without two that start a process each: the splitting of datasets, and the watch over placement groups, which are given back here."""
+            """Without two that start a process each: the splitting of datasets, and the watch over placement groups, which end with their owner."""
             return [c for c in super()._create_default_callbacks() if type(c).__name__ not in ("DatasetsCallback", "PlacementGroupCleanerCallback")]
 
     fewest, most = workers
@@ -113,7 +110,7 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
                 run_config=RunConfig(name=f"finetune-{attempt}", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
             )
             try:
-                with own_errors(), places.given_back(trainer):
+                with own_errors():
                     return trainer.fit().return_value
             except RayboothError:  # a mistake: the others' broken connections, which it brings along, do not make it a loss
                 raise

@@ -86,7 +86,7 @@ def test_a_lora_opens_in_kohyas_layout(runs: Callable[..., Path], tmp_path: Path
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_a_clips_layers_are_called_as_older_readers_look_for_them(runs: Callable[..., Path], tmp_path: Path, name: str):
-    """transformers before 5.6 finds none of the others, and draws with an encoder of random weights, or without what the encoder has learnt."""
+    """transformers had them so before 5.6; what it does not find it leaves at random, or out."""
     storage = runs(name, LORA)
     learnt = [k.removeprefix("text_encoder.") for k in load_file(storage / "fine-tuned-model" / WEIGHTS) if k.startswith("text_encoder.")]
     whole = load_file(exported(storage, "diffusers", tmp_path / "out") / "text_encoder" / "model.safetensors")

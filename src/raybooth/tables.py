@@ -1,14 +1,15 @@
 """Photographs in parquet tables, the form that the hub gives datasets whose owners have not chosen one."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from raybooth.errors import RayboothError
 
 
-def unpack(table: Path, name: str, suffixes: frozenset[str], most: int) -> int:
-    """The pictures of a table as files beside it, in the order of its rows, and no table; up to `most`. Returns how many.
+def unpack(table: Path, name: str, suffixes: frozenset[str], most: int) -> None:
+    """The pictures of a table as files beside it, in the order of its rows, up to `most`, and no table.
 
     Args:
         name: of the table, for messages.
@@ -18,18 +19,13 @@ def unpack(table: Path, name: str, suffixes: frozenset[str], most: int) -> int:
     """
     from pyarrow import ArrowException
 
-    count = 0
     try:
-        for data, path in _pictures(table):
+        for i, (data, path) in enumerate(islice(_pictures(table), most)):
             suffix = Path(path).suffix.lower()
-            (table.with_suffix("") / f"{count:05d}{suffix if suffix in suffixes else '.png'}").write_bytes(data)
-            count += 1
-            if count == most:
-                break
+            (table.with_suffix("") / f"{i:05d}{suffix if suffix in suffixes else '.png'}").write_bytes(data)
     except (ArrowException, OSError) as error:
         raise RayboothError(f"{name} is a parquet file that cannot be read ({error}): ask the dataset's owner, or give the photographs as files.") from None
     table.unlink()
-    return count
 
 
 def _pictures(table: Path) -> Iterator[tuple[bytes, str]]:

@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from raybooth.cluster import places
 from raybooth.cluster.allocator import keep_freed_memory
 from raybooth.cluster.session import Resources, causes, check_workers, import_quickly, last_line, own_errors
 from raybooth.errors import LESS_MEMORY, LOGS, RayboothError
@@ -173,6 +172,15 @@ def _in_worker(config: dict[str, Any]) -> Any:
     return config["make"]()(group, say)
 
 
+def _waits_for_a_place() -> bool:
+    """Whether this driver's job has asked for a placement group that Ray cannot place yet: Ray Train waits for it, and says nothing."""
+    import ray
+    from ray.util import placement_group_table
+
+    job = ray.get_runtime_context().get_job_id()  # a group's id ends with its job's
+    return any(one["state"] == "PENDING" for name, one in placement_group_table().items() if name.endswith(job))
+
+
 PATIENCE = 30.0
 """Seconds until a group that Ray has no place for is told of."""
 
@@ -207,6 +215,6 @@ class _Board:
                     told = True
                     self.heard(json.loads(_internal_kv_get(key, namespace=self.name)))
                     _internal_kv_del(key, namespace=self.name)
-                if not told and time.monotonic() - began > PATIENCE and "PENDING" in places.ours().values():
+                if not told and time.monotonic() - began > PATIENCE and _waits_for_a_place():
                     told = True
                     self.heard({"note": "Ray has no place for the workers yet, others use the cluster; they start when there is one"})

@@ -143,7 +143,7 @@ def _start_here(**how: Any) -> None:
 def _lean_head() -> Iterator[None]:
     """Without the processes of Ray's head that scale clusters, carry what workers print, and show a dashboard.
 
-    Ray starts them unasked, takes three seconds more for it and one more to end, and they wake a hundred times a second beside the steps.
+    Ray starts them unasked, takes two and a half seconds more for it on two cores and one more to end, and they wake a hundred times a second beside the steps.
     """
     from ray._private.node import Node
 

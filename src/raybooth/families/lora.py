@@ -167,17 +167,14 @@ def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:
         RayboothError: if none of them is of this model.
     """
     adapted_parts, state = _put_in(family, loaded.modules, folder)
-    layers = [layer for module in loaded.modules.values() for layer in module.modules() if _is_adapted(layer)]
+    layers: dict[str, Any] = {f"{part}.{k}.": v for part, module in loaded.modules.items() for k, v in module.named_modules() if _is_adapted(v)}
     if not layers and adapted_parts <= loaded.modules.keys():  # they may be of parts that are not loaded
         raise RayboothError(f"The adapters in {folder} are none of {family.name}'s as diffusers names them: they would change nothing.")
-    for part, module in loaded.modules.items():
-        for name, layer in module.named_modules():
-            if _is_adapted(layer):
-                adapted: Any = layer
-                if adapted.weight.dtype != torch.bfloat16:
-                    layer.merge()
-                elif adapted.lora_magnitude_vector:
-                    _in_float32(adapted, {k.removeprefix(f"{part}.{name}."): t for k, t in state.items() if k.startswith(f"{part}.{name}.")})
+    for prefix, layer in layers.items():
+        if layer.weight.dtype != torch.bfloat16:
+            layer.merge()
+        elif layer.lora_magnitude_vector:
+            _in_float32(layer, {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)})
 
 
 def _in_float32(layer: Any, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import textwrap
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -96,29 +97,73 @@ def test_a_killed_worker_of_a_fine_tuning_names_what_needs_less_memory(ray: None
     assert _loss(OutOfMemoryError("Task was killed due to the node running low on memory."))
 
 
+def said_with_a_ray_of_its_own(body: str) -> list[str]:
+    """What `body` prints, whose CPUs nothing else holds. It has `fit`, and `have` of the Ray."""
+    start = "import raybooth.cluster.fit as fit\nfrom raybooth.cluster.session import connected\n\nwith connected(None) as have:\n"
+    done = subprocess.run([sys.executable, "-c", start + textwrap.indent(body, "    ")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
 def test_a_group_that_has_no_place_yet_says_so_and_starts_when_it_has():
-    """Others use the cluster: Ray waits for as long as they do, and says nothing. With a Ray of its own, whose CPUs nothing else holds."""
-    start = """
-import raybooth.cluster.fit as fit
-from raybooth.cluster.session import Resources, connected
+    """Others use the cluster: Ray waits for as long as they do, and says nothing."""
+    said = said_with_a_ray_of_its_own("""
+from ray.util.placement_group import placement_group, remove_placement_group
 
 fit.PATIENCE = 0.5
-with connected(None) as have:
-    from ray.util.placement_group import placement_group, remove_placement_group
+taken = placement_group([{"CPU": have.cpus}])
+assert taken.wait(60)
 
-    taken = placement_group([{"CPU": have.cpus}])
-    assert taken.wait(60)
+def heard(word):
+    print(word["note"])
+    remove_placement_group(taken)
 
-    def heard(word):
-        print(word["note"])
-        remove_placement_group(taken)
+loop = lambda group, say: group.world
+print(fit.run_group(lambda: loop, workers=(1, 1), gpus_per_worker=0, retries=0, have=have, heard=heard))
+""")
+    assert [line[:32] for line in said] == ["Ray has no place for the workers", "1"]
 
-    loop = lambda group, say: group.world
-    print(fit.run_group(lambda: loop, workers=(1, 1), gpus_per_worker=0, retries=0, have=Resources(1, 0, 1), heard=heard))
-"""
-    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [line[:32] for line in done.stdout.splitlines()] == ["Ray has no place for the workers", "1"]
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_group_that_is_interrupted_stops_and_gives_its_place_back_though_ray_stays(workers: int, tmp_path: Path):
+    """As a notebook's cell, after raybooth.connect(). With two workers the second waits for the first, as in a step."""
+    said = said_with_a_ray_of_its_own(f"""
+import contextlib, os, signal, time
+from pathlib import Path
+
+import ray
+
+beats = Path({str(tmp_path / "beats")!r})
+
+def goes_on(group, say):
+    while True:
+        group.least(group.rank)
+        with beats.open("a") as file:
+            file.write("x")
+        say({{"step": 1}})
+        time.sleep(0.1)
+
+def interrupt(word):
+    if beats.stat().st_size > 5 and not said:
+        said.append(word)
+        os.kill(os.getpid(), signal.SIGINT)
+
+def group(loop):
+    return fit.run_group(lambda: loop, workers=({workers}, {workers}), gpus_per_worker=0, retries=2, have=have, heard=interrupt)
+
+said = []
+with contextlib.suppress(KeyboardInterrupt):
+    group(goes_on)
+    print("it was not interrupted")
+end = time.monotonic() + 60
+while ray.available_resources().get("CPU", 0) < have.cpus and time.monotonic() < end:
+    time.sleep(0.1)
+print("free:", ray.available_resources().get("CPU", 0) == have.cpus)
+size = beats.stat().st_size
+print(group(lambda group, say: group.world))
+print("still:", beats.stat().st_size == size)
+""")
+    assert said == ["free: True", str(workers), "still: True"]
 
 
 def test_a_storage_that_the_machines_do_not_share_is_a_sentence(storage: str):

@@ -165,8 +165,10 @@ def _in_worker(config: dict[str, Any]) -> Any:
 
     def say(word: dict[str, Any]) -> None:
         if group.rank == 0:
-            from ray.experimental.internal_kv import _internal_kv_put
+            from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
 
+            if _internal_kv_exists(_OVER, namespace=config["board"]):  # Ray ends the group by a mistake in one of its workers
+                raise RayboothError("The fine-tuning was interrupted where it was begun.")
             _internal_kv_put(f"{time.time_ns():020d}", json.dumps(word), namespace=config["board"])
 
     return config["make"]()(group, say)
@@ -180,6 +182,9 @@ def _waits_for_a_place() -> bool:
     job = ray.get_runtime_context().get_job_id()  # a group's id ends with its job's
     return any(one["state"] == "PENDING" for name, one in placement_group_table().items() if name.endswith(job))
 
+
+_OVER = "over"
+"""Stands on the board of a group whose driver was interrupted: in a Ray that stays, as after a notebook's `raybooth.connect()`, workers go on unless told."""
 
 PATIENCE = 30.0
 """Seconds until a group that Ray has no place for is told of."""
@@ -199,9 +204,18 @@ class _Board:
         self.thread.start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind and not issubclass(kind, Exception):
+            self._tell_the_workers()
         self.over.set()
         self.thread.join(timeout=10)
+
+    def _tell_the_workers(self) -> None:
+        from ray.exceptions import RayError
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        with contextlib.suppress(RayError):
+            _internal_kv_put(_OVER, "", namespace=self.name)
 
     def _listen(self) -> None:
         from ray.exceptions import RayError
@@ -211,7 +225,7 @@ class _Board:
         while not last:
             last = self.over.wait(0.3)  # after the end once more: the last words count
             with contextlib.suppress(RayError):  # the head is away
-                for key in sorted(_internal_kv_list("", namespace=self.name)):
+                for key in sorted({*_internal_kv_list("", namespace=self.name)} - {_OVER.encode()}):
                     told = True
                     self.heard(json.loads(_internal_kv_get(key, namespace=self.name)))
                     _internal_kv_del(key, namespace=self.name)

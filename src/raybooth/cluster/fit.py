@@ -1,8 +1,6 @@
 """One function on a group of workers under Ray Train, with the live word of the first of them."""
 
-import asyncio
 import contextlib
-import importlib.util
 import json
 import math
 import re
@@ -12,7 +10,6 @@ import time
 import uuid
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 from raybooth.cluster.allocator import keep_freed_memory
 from raybooth.cluster.session import Resources, causes, check_workers, import_quickly, last_line, own_errors
@@ -86,9 +83,6 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class Trainer(TorchTrainer):
-        def _initialize_and_run_controller(self, **how: Any) -> Any:
-            return _controlled_here(how) if _can_control() else super()._initialize_and_run_controller(**how)
-
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray's own ends the process with status 1; KeyboardInterrupt ends the run as it does in every stage."""
 
@@ -133,32 +127,6 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
                 if fewest < most:
                     _count_what_is_left()
     raise AssertionError
-
-
-def _can_control() -> bool:
-    """Not in a notebook's cell, which runs in an event loop already, and with a Ray that has its controller elsewhere."""
-    return asyncio._get_running_loop() is None and importlib.util.find_spec("ray.train.v2._internal.execution.controller") is not None
-
-
-def _controlled_here(how: dict[str, Any]) -> Any:
-    """Ray Train's controller, which starts the workers and looks after them, in this process.
-
-    Ray makes it an actor: one more process that imports torch before the workers may start theirs, four seconds of a run on two cores.
-    """
-    from ray.runtime_context import RuntimeContext
-    from ray.train.v2._internal.execution.controller import TrainController
-
-    controller, loop = TrainController(**how), asyncio.new_event_loop()
-    # Workers are handed the actor, for reports, of which there are none here.
-    with contextlib.closing(loop), mock.patch.object(RuntimeContext, "current_actor", None):
-        try:
-            loop.run_until_complete(controller.run())
-        except BaseException:  # an interrupt: where Ray stays, so would the workers
-            with contextlib.suppress(Exception):
-                if group := controller.get_worker_group():
-                    group.abort()
-            raise
-    return controller.get_result()
 
 
 def _count_what_is_left() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -18,9 +19,10 @@ import torch
 from PIL import Image
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import WorkerGroupError
+from ray.util import placement_group, placement_group_table
 from stored import make_run
 
-from raybooth.cluster.fit import LESS_MEMORY, _loss, run_group
+from raybooth.cluster.fit import LESS_MEMORY, _loss, place_given_back, run_group
 from raybooth.cluster.rows import _held, _made, map_rows
 from raybooth.cluster.session import Resources
 from raybooth.errors import RayboothError
@@ -163,6 +165,24 @@ print(group(lambda group, say: group.world))
 print("still:", beats.stat().st_size == size)
 """)
     assert said == ["free: True", "2", "still: True"]
+
+
+def test_a_group_that_fails_leaves_no_place_taken(ray: None):
+    """As Ray Train does when a worker dies before it has begun."""
+
+    def fails() -> None:
+        with place_given_back():
+            places.append(placement_group([{"CPU": 0.01}]))
+            assert places[0].wait(60)
+            raise ZeroDivisionError
+
+    places: list[Any] = []
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    end = time.monotonic() + 20
+    while (state := placement_group_table(places[0])["state"]) != "REMOVED" and time.monotonic() < end:
+        time.sleep(0.1)
+    assert state == "REMOVED"
 
 
 def test_a_storage_that_the_machines_do_not_share_is_a_sentence(storage: str):

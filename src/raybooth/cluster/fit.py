@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from raybooth.cluster.allocator import keep_freed_memory
@@ -109,7 +109,7 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
                 run_config=RunConfig(name=f"finetune-{attempt}", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
             )
             try:
-                with own_errors():
+                with own_errors(), place_given_back():
                     return trainer.fit().return_value
             except RayboothError:  # a mistake: the others' broken connections, which it brings along, do not make it a loss
                 raise
@@ -174,13 +174,35 @@ def _in_worker(config: dict[str, Any]) -> Any:
     return config["make"]()(group, say)
 
 
-def _waits_for_a_place() -> bool:
-    """Whether this driver's job has asked for a placement group that Ray cannot place yet: Ray Train waits for it, and says nothing."""
+def _places() -> dict[str, str]:
+    """State by id (hexadecimal) of the placement groups that this driver's job has asked for: PENDING, CREATED, REMOVED, ..."""
     import ray
     from ray.util import placement_group_table
 
-    job = ray.get_runtime_context().get_job_id()  # a group's id ends with its job's
-    return any(one["state"] == "PENDING" for name, one in placement_group_table().items() if name.endswith(job))
+    job = ray.get_runtime_context().get_job_id()  # an id ends with its job's
+    return {name: one["state"] for name, one in placement_group_table().items() if name.endswith(job)}
+
+
+def _waits_for_a_place() -> bool:
+    """Whether there is one that Ray cannot place yet: Ray Train waits for it, and says nothing."""
+    return "PENDING" in _places().values()
+
+
+@contextlib.contextmanager
+def place_given_back() -> Iterator[None]:
+    """By a group that fails. That of one whose worker died as it started Ray keeps for as long as the driver lives: the next would wait for ever."""
+    from ray._raylet import PlacementGroupID
+    from ray.exceptions import RayError
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    before = _places()
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(RayError):  # Ray itself is away
+            for name in _places().keys() - before.keys():
+                remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+        raise
 
 
 _OVER = "over"

@@ -168,7 +168,8 @@ print("still:", beats.stat().st_size == size)
 
 
 def test_a_group_that_fails_leaves_no_place_taken(ray: None):
-    """As Ray Train does when a worker dies before it has begun."""
+    """Ray Train leaves one when a worker dies before it has begun."""
+    places: list[Any] = []
 
     def fails() -> None:
         with place_given_back():
@@ -176,7 +177,6 @@ def test_a_group_that_fails_leaves_no_place_taken(ray: None):
             assert places[0].wait(60)
             raise ZeroDivisionError
 
-    places: list[Any] = []
     with pytest.raises(ZeroDivisionError):
         fails()
     end = time.monotonic() + 20

@@ -87,7 +87,7 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
             """Ray's own ends the process with status 1; KeyboardInterrupt ends the run as it does in every stage."""
 
         def _create_default_callbacks(self) -> Any:
-            """Without two that start a process each: the splitting of datasets, and the watch over placement groups, which end with their owner."""
+            """Without two that start a process each: the splitting of datasets, and the watch over placement groups, which end with the driver."""
             return [c for c in super()._create_default_callbacks() if type(c).__name__ not in ("DatasetsCallback", "PlacementGroupCleanerCallback")]
 
     fewest, most = workers

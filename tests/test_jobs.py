@@ -126,6 +126,33 @@ print(fit.run_group(lambda: loop, workers=(1, 1), gpus_per_worker=0, retries=0, 
     assert [line[:32] for line in said] == ["Ray has no place for the workers", "1"]
 
 
+def test_ray_stays_until_ray_data_has_ended():
+    """It is left in the middle, as by Ctrl-C, while its loop is in a long step."""
+    said = said_with_a_ray_of_its_own("""
+import time
+
+import ray.data
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+step, left = StreamingExecutor._scheduling_loop_step, []
+
+def long_step(self, topology):
+    goes_on = step(self, topology)
+    if left:
+        time.sleep(3)
+        print(ray.is_initialized())
+    return goes_on
+
+StreamingExecutor._scheduling_loop_step = long_step
+rows = iter(ray.data.range(1000, override_num_blocks=100).iter_rows())
+next(rows)
+left.append(True)
+time.sleep(0.5)
+del rows
+""")
+    assert set(said) == {"True"}
+
+
 def test_a_group_that_is_interrupted_stops_and_gives_its_place_back_though_ray_stays(tmp_path: Path):
     """As a notebook's cell, after raybooth.connect(). The second worker waits for the first, as in a step."""
     said = said_with_a_ray_of_its_own(f"""

@@ -335,7 +335,7 @@ def test_adapters_and_checkpoints_are_as_large_as_the_base_that_they_are_put_on(
         sizes.append(model_bytes)
         return ((r["name"], png(Image.new("RGB", (32, 32)))) for r in rows)
 
-    monkeypatch.setattr("raybooth.cluster.rows.map_rows", drawn)
+    monkeypatch.setattr("raybooth.drawing.map_rows", drawn)
     monkeypatch.setattr(Run, "ray", None)
     with Run(load(storage / "config.json", storage=str(storage)), quiet=True) as run:
         checkpoints = Checkpoints(run.workspace, "k" * 64, 1, {"seed": 0})

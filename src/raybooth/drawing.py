@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from raybooth.cluster.rows import Make, map_rows
 from raybooth.manifest import digest
 from raybooth.photos import contact_sheet, png
 from raybooth.sections import Generate, Prior, Sampling
@@ -90,7 +91,6 @@ def _sampling(run: Run, how: Prior | Generate) -> Sampling:
 def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: list[dict[str, Any]], inputs: dict[str, Any]) -> None:
     """The pictures of `rows` that are missing in stage folder `name`, and its contact sheet."""
     from raybooth import jobs
-    from raybooth.cluster.rows import map_rows
 
     stage = drawing(run, name, model_stage, how, inputs)
     names = [r["name"] for r in rows]
@@ -101,16 +101,23 @@ def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: lis
     work = [r for r in rows if r["name"] in missing]
     if work:
         batch = run.config.cluster.sample_batch
-        done = map_rows(
-            partial(jobs.sampler, run.workspace.uri, model_stage, _sampling(run, how), batch, stage.inputs["model"]), work, batch=batch,
-            have=run.ray, retries=run.config.cluster.retries, samplers=run.config.cluster.samplers,
-            model_bytes=model_bytes(run, jobs.pipeline_stage(run.workspace, model_stage)),
-        )  # fmt: skip
-        for file, data in run.progress(done, len(work), name, "picture"):
-            stage.write(file, data)
+        make = partial(jobs.sampler, run.workspace.uri, model_stage, _sampling(run, how), batch, stage.inputs["model"])
+        map_into(stage, run, make, work, batch=batch, title=name, unit="picture", model_stage=jobs.pipeline_stage(run.workspace, model_stage))
     stage.write(SHEET, png(contact_sheet(_titled(stage, rows))))
     stage.finish({"pictures": names, "rows": {r["name"]: {"prompt": r["prompt"], "seed": r["seed"]} for r in rows}})
     run.say(f"{name}: {len(names)} picture{'s' * (len(names) > 1)}; look at {stage.folder / SHEET}")
+
+
+def map_into(stage: Stage, run: Run, make: Make, rows: list[dict[str, Any]], *, batch: int, title: str, unit: str, model_stage: str) -> None:
+    """The files that `make` makes of `rows`, written into `stage` as they are done, with a line of progress.
+
+    Args:
+        model_stage: the stage folder of the model that each worker has.
+    """
+    cluster = run.config.cluster
+    done = map_rows(make, rows, batch=batch, have=run.ray, retries=cluster.retries, samplers=cluster.samplers, model_bytes=model_bytes(run, model_stage))
+    for name, data in run.progress(done, len(rows), title, unit):
+        stage.write(name, data)
 
 
 def _titled(stage: Stage, rows: list[dict[str, Any]], columns: int = 8, most: int = 64) -> list[tuple[str, list[Image.Image]]]:

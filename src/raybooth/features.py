@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from raybooth.drawing import model_bytes
+from raybooth.drawing import map_into
 from raybooth.score import Array
 from raybooth.session import Run
 
@@ -66,7 +66,6 @@ def features(run: Run, folder: str, pictures: Mapping[str, tuple[str, list[str]]
         prompts: as CLIP shall read them.
     """
     from raybooth import jobs
-    from raybooth.cluster.rows import map_rows
 
     rows: dict[str, dict[str, Any]] = {}
     order: dict[str, list[str]] = {}
@@ -80,12 +79,8 @@ def features(run: Run, folder: str, pictures: Mapping[str, tuple[str, list[str]]
     missing = stage.missing(rows)
     work = [{"name": n, **({"prompt": r["prompt"]} if "prompt" in r else {"picture": r["file"].read_bytes()})} for n, r in rows.items() if n in set(missing)]
     if work:
-        done = map_rows(
-            partial(jobs.featurizer, run.workspace.uri, stage.inputs["encoders"]), work, batch=16, have=run.ray,
-            retries=run.config.cluster.retries, samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, "encoders"),
-        )  # fmt: skip
-        for name, data in run.progress(done, len(work), folder, "row"):
-            stage.write(name, data)
+        make = partial(jobs.featurizer, run.workspace.uri, stage.inputs["encoders"])
+        map_into(stage, run, make, work, batch=16, title=folder, unit="row", model_stage="encoders")
     if work or not stage.done(rows):
         stage.finish(only=rows)
     return {kind: _stacked([stage.folder / n for n in names]) for kind, names in order.items()}

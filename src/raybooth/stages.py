@@ -10,7 +10,7 @@ from PIL import Image
 from raybooth import selection
 from raybooth.base_model import prepare_base
 from raybooth.checkpoint import Checkpoints
-from raybooth.drawing import SHEET, class_inputs, class_rows, draw, drawing, model_bytes, output_rows, resolution
+from raybooth.drawing import SHEET, class_inputs, class_rows, draw, drawing, map_into, output_rows, resolution
 from raybooth.encoder_files import prepare_encoders
 from raybooth.errors import MUST_BE_SHARED, RayboothError
 from raybooth.extras import check_installed
@@ -112,7 +112,6 @@ def class_images(run: Run) -> None:
 def encode(run: Run) -> None:
     """Instance and class images to latents (posterior mean and std), prompts to conditioning; named by their content."""
     from raybooth import jobs
-    from raybooth.cluster.rows import map_rows
 
     stage, rows = _latents(run)
     missing = set(stage.missing(rows))
@@ -120,12 +119,8 @@ def encode(run: Run) -> None:
         return run.say(f"latents: {len(rows)} rows, up to date")
     work = [{"name": n, **_read_row(run, rows[n])} for n in rows if n in missing]
     if work:
-        done = map_rows(
-            partial(jobs.encoder, run.workspace.uri, any("prompt" in row for row in work), stage.inputs["model"]), work, batch=16, have=run.ray,
-            retries=run.config.cluster.retries, samplers=run.config.cluster.samplers, model_bytes=model_bytes(run, "base-model"),
-        )  # fmt: skip
-        for name, data in run.progress(done, len(work), "encode", "row"):
-            stage.write(name, data)
+        make = partial(jobs.encoder, run.workspace.uri, any("prompt" in row for row in work), stage.inputs["model"])
+        map_into(stage, run, make, work, batch=16, title="encode", unit="row", model_stage="base-model")
     stage.finish(only=rows)
 
 

@@ -94,7 +94,15 @@ def connected(address: str | None) -> Iterator[Resources]:
         yield Resources(max(1, int(have.get("CPU", 1))), int(have.get("GPU", 0)), max(1, len(nodes)), here=head == LOOPBACK)
     finally:
         if ours:
+            _wait_for_ray_data()
             ray.shutdown()
+
+
+def _wait_for_ray_data() -> None:
+    """After Ctrl-C it gives its loop two seconds to end, which on a busy machine may then still be in a step: asking a Ray that has gone ends the process."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("StreamingExecutor"):
+            thread.join(timeout=10)
 
 
 def _start(address: str | None) -> None:

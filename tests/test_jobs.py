@@ -194,6 +194,32 @@ print("still:", beats.stat().st_size == size)
     assert said == ["free: True", "2", "still: True"]
 
 
+def test_a_worker_that_dies_as_it_starts_is_a_lost_one():
+    """Ray itself begins such a group anew without end, and leaves its place taken."""
+    said = said_with_a_ray_of_its_own("""
+import time
+
+import ray
+
+from raybooth.errors import RayboothError
+
+class Deadly:
+    def __reduce__(self):
+        return exec, ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)",)
+
+try:
+    fit.run_group(Deadly(), workers=(1, 1), gpus_per_worker=0, retries=1, have=have, heard=lambda word: print(word["note"]))
+except RayboothError as error:
+    print(str(error)[:34])
+end = time.monotonic() + 20
+while ray.available_resources().get("CPU", 0) < have.cpus and time.monotonic() < end:
+    time.sleep(0.1)
+print("free:", ray.available_resources().get("CPU", 0) == have.cpus)
+""")
+    ours = [line for line in said if "(raylet)" not in line]
+    assert ours == ["a worker was lost, the group starts again", "Fine-tuning lost a worker 2 times,", "free: True"]
+
+
 def test_a_group_that_fails_leaves_no_place_taken(ray: None):
     """Ray Train leaves one when a worker dies before it has begun."""
     places: list[Any] = []

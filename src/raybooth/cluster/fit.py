@@ -80,15 +80,9 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
     A group that has lost a worker is started again, up to `retries` times: the loop must go on from what it has saved.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
-    class Trainer(TorchTrainer):
-        def _register_sigint_handler(self, controller: Any) -> None:
-            """Ray's own ends the process with status 1; KeyboardInterrupt ends the run as it does in every stage."""
-
-        def _create_default_callbacks(self) -> Any:
-            """Without two that start a process each: the splitting of datasets, and the watch over placement groups, which end with the driver."""
-            return [c for c in super()._create_default_callbacks() if type(c).__name__ not in ("DatasetsCallback", "PlacementGroupCleanerCallback")]
+    from raybooth.cluster.trainer import Trainer
 
     fewest, most = workers
     each = check_workers(fewest, gpus_per_worker, have)

@@ -22,6 +22,7 @@ LEAN = {
     "RAY_USAGE_STATS_ENABLED": "0",  # telemetry
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the trainer's poll; 2 s by default
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it writes into this process's logging, where the controller runs
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # its core warns on every actor that has arguments
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -108,8 +109,9 @@ def _wait_for_ray_data() -> None:
 def _start(address: str | None) -> None:
     import ray
 
-    for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # Of a group that cannot start the trainer's controller, in this process, writes a traceback, beside the error that it raises.
+    for name, level in {"ray": logging.ERROR, "ray.data": logging.ERROR, "ray.train": logging.CRITICAL}.items():
+        logging.getLogger(name).setLevel(level)
     _refuse_silence(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     stopped = signal.getsignal(signal.SIGTERM)

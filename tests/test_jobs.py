@@ -153,9 +153,15 @@ del rows
     assert set(said) == {"True"}
 
 
-def test_a_group_that_is_interrupted_stops_and_gives_its_place_back_though_ray_stays(tmp_path: Path):
-    """As a notebook's cell, after raybooth.connect(). The second worker waits for the first, as in a step."""
+NOTEBOOK = "import asyncio\nasyncio._set_running_loop(asyncio.new_event_loop())\n"
+"""Cells run in an event loop."""
+
+
+@pytest.mark.parametrize("where", ["", NOTEBOOK], ids=["a script", "a notebook"])
+def test_a_group_that_is_interrupted_stops_and_gives_its_place_back_though_ray_stays(tmp_path: Path, where: str):
+    """As after raybooth.connect(). The second worker waits for the first, as in a step."""
     said = said_with_a_ray_of_its_own(f"""
+{where}
 import contextlib, os, signal, time
 from pathlib import Path
 

@@ -159,10 +159,8 @@ def _in_worker(config: dict[str, Any]) -> Any:
 
     def say(word: dict[str, Any]) -> None:
         if group.rank == 0:
-            from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
+            from ray.experimental.internal_kv import _internal_kv_put
 
-            if _internal_kv_exists(_OVER, namespace=config["board"]):  # Ray ends the group by a mistake in one of its workers
-                raise RayboothError("The fine-tuning was interrupted where it was begun.")
             _internal_kv_put(f"{time.time_ns():020d}", json.dumps(word), namespace=config["board"])
 
     return config["make"]()(group, say)
@@ -184,7 +182,11 @@ def _waits_for_a_place() -> bool:
 
 @contextlib.contextmanager
 def place_given_back() -> Iterator[None]:
-    """By a group that fails. That of one whose worker died as it started Ray keeps for as long as the driver lives: the next would wait for ever."""
+    """By a group that fails or is interrupted, and with it its workers end.
+
+    Ray keeps the place for as long as the driver lives if a worker died as it started, and where Ray stays, as after a notebook's `raybooth.connect()`,
+    interrupted workers go on: the next group would wait for ever.
+    """
     from ray._raylet import PlacementGroupID
     from ray.exceptions import RayError
     from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -192,15 +194,12 @@ def place_given_back() -> Iterator[None]:
     before = _places()
     try:
         yield
-    except Exception:
+    except BaseException:
         with contextlib.suppress(RayError):  # Ray itself is away
             for name in _places().keys() - before.keys():
                 remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
         raise
 
-
-_OVER = "over"
-"""Stands on the board of a group whose driver was interrupted: in a Ray that stays, as after a notebook's `raybooth.connect()`, workers go on unless told."""
 
 PATIENCE = 30.0
 """Seconds until a group that Ray has no place for is told of."""
@@ -220,18 +219,9 @@ class _Board:
         self.thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind and not issubclass(kind, Exception):
-            self._tell_the_workers()
+    def __exit__(self, *error: object) -> None:
         self.over.set()
         self.thread.join(timeout=10)
-
-    def _tell_the_workers(self) -> None:
-        from ray.exceptions import RayError
-        from ray.experimental.internal_kv import _internal_kv_put
-
-        with contextlib.suppress(RayError):
-            _internal_kv_put(_OVER, "", namespace=self.name)
 
     def _listen(self) -> None:
         from ray.exceptions import RayError
@@ -241,7 +231,7 @@ class _Board:
         while not last:
             last = self.over.wait(0.3)  # after the end once more: the last words count
             with contextlib.suppress(RayError):  # the head is away
-                for key in sorted({*_internal_kv_list("", namespace=self.name)} - {_OVER.encode()}):
+                for key in sorted(_internal_kv_list("", namespace=self.name)):
                     told = True
                     self.heard(json.loads(_internal_kv_get(key, namespace=self.name)))
                     _internal_kv_del(key, namespace=self.name)

@@ -5,6 +5,7 @@ import contextlib
 from typing import Any
 from unittest import mock
 
+import ray
 from ray.exceptions import RayActorError
 from ray.runtime_context import RuntimeContext
 from ray.train.torch import TorchTrainer
@@ -19,13 +20,29 @@ UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
 
 class Trainer(TorchTrainer):
+    controller: Any = None
+    """The actor, if it is one."""
+
     def _initialize_and_run_controller(self, **how: Any) -> Any:
         how["failure_policy"] = Policy(self.run_config.failure_config)
-        in_a_loop = asyncio._get_running_loop() is not None  # as a notebook's cell
-        return super()._initialize_and_run_controller(**how) if in_a_loop else _controlled_here(how)
+        if asyncio._get_running_loop() is None:
+            return _controlled_here(how)
+        try:  # as in a notebook's cell
+            return super()._initialize_and_run_controller(**how)
+        except KeyboardInterrupt:
+            self._end_the_controller()
+            raise
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Ray's own ends the process with status 1; KeyboardInterrupt ends the run as it does in every stage."""
+        self.controller = controller
+
+    def _end_the_controller(self) -> None:
+        """Or it would go on to start workers, where Ray stays."""
+        with contextlib.suppress(ray.exceptions.RayError):  # what is asked of it afterwards fails when it has ended
+            if self.controller:
+                ray.kill(self.controller)
+                ray.get(self.controller.get_result.remote(), timeout=10)
 
     def _create_default_callbacks(self) -> Any:
         return [c for c in super()._create_default_callbacks() if type(c).__name__ not in UNUSED]
@@ -48,11 +65,5 @@ def _controlled_here(how: dict[str, Any]) -> Any:
     controller, loop = TrainController(**how), asyncio.new_event_loop()
     # Workers are handed the actor, for reports, of which there are none here.
     with contextlib.closing(loop), mock.patch.object(RuntimeContext, "current_actor", None):
-        try:
-            loop.run_until_complete(controller.run())
-        except BaseException:  # an interrupt: where Ray stays, so would the workers
-            with contextlib.suppress(Exception):
-                if group := controller.get_worker_group():
-                    group.abort()
-            raise
+        loop.run_until_complete(controller.run())
     return controller.get_result()

@@ -43,7 +43,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     from raybooth.session import Run
 
     def map_rows(make: Callable[[], Callable[[list[Any]], list[bytes]]], rows: list[dict[str, Any]], **_: Any) -> Iterator[tuple[str, bytes]]:
-        return zip([r["name"] for r in rows], make()(rows), strict=True)
+        yield from zip([r["name"] for r in rows], make()(rows), strict=True)
 
     monkeypatch.setattr("raybooth.drawing.map_rows", map_rows)
     monkeypatch.setattr(Run, "ray", None)

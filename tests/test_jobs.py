@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,11 +27,15 @@ from stored import make_run
 from raybooth.cluster.fit import LESS_MEMORY, _loss, place_given_back, run_group
 from raybooth.cluster.rows import _held, _made, map_rows
 from raybooth.cluster.session import Resources
+from raybooth.config import Config
+from raybooth.drawing import map_into
 from raybooth.errors import RayboothError
 from raybooth.families import Loaded
 from raybooth.jobs import encoder, featurizer, for_inference, model_of, sampler
 from raybooth.photos import png
 from raybooth.sections import Sampling
+from raybooth.session import Run
+from raybooth.stage import Stage
 from raybooth.workspace import Workspace
 
 MAKERS: dict[str, tuple[Callable[..., Any], str, str, list[str]]] = {
@@ -84,6 +90,25 @@ def test_pictures_that_kill_their_worker_are_not_tried_for_ever(ray: None, tmp_p
     with pytest.raises(RayboothError, match="The same pictures lost a worker 2 times, perhaps for lack of memory"):
         list(map_rows(partial(exec, dies), [{"name": "a"}], batch=1, have=Resources(1, 0, 1), retries=1))  # type: ignore[arg-type]
     assert (tmp_path / "deaths").read_text() == "xx"
+
+
+def test_ctrl_c_while_a_file_is_written_ends_the_drawing(storage: str, ray: None):
+    """Ray Data's threads would go on until nobody holds the error any more: after Ray has gone, which they tell at length."""
+
+    def interrupted(name: str, data: bytes) -> None:
+        assert drawing()
+        raise KeyboardInterrupt
+
+    def drawing() -> list[str]:
+        return [t.name for t in threading.enumerate() if t.name.startswith(("StreamingExecutor", "ray-data"))]
+
+    slow = partial(eval, "lambda rows: __import__('time').sleep(0.1) or [b''] * len(rows)")
+    rows = [{"name": str(i)} for i in range(400)]
+    run = Run(Config(subject={"photos": [], "class": "dog"}, storage=storage))
+    with run, pytest.raises(KeyboardInterrupt) as held:
+        map_into(cast(Stage, SimpleNamespace(write=interrupted)), run, slow, rows, batch=1, title="", unit="", model_stage="base-model")
+    assert held.tb
+    assert not drawing()
 
 
 def test_a_killed_worker_of_a_fine_tuning_names_what_needs_less_memory(ray: None):

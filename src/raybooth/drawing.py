@@ -1,5 +1,6 @@
 """Pictures of a run by one of its models: which rows there are, and drawing those that are missing."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -116,8 +117,9 @@ def map_into(stage: Stage, run: Run, make: Make, rows: list[dict[str, Any]], *, 
     """
     cluster = run.config.cluster
     done = map_rows(make, rows, batch=batch, have=run.ray, retries=cluster.retries, samplers=cluster.samplers, model_bytes=model_bytes(run, model_stage))
-    for name, data in run.progress(done, len(rows), title, unit):
-        stage.write(name, data)
+    with contextlib.closing(done):  # Ctrl-C may come while a file is written
+        for name, data in run.progress(done, len(rows), title, unit):
+            stage.write(name, data)
 
 
 def _titled(stage: Stage, rows: list[dict[str, Any]], columns: int = 8, most: int = 64) -> list[tuple[str, list[Image.Image]]]:

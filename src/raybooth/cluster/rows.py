@@ -6,7 +6,7 @@ import math
 import pickle
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any
 
@@ -111,11 +111,12 @@ def threads_of(have: Resources, model_bytes: int) -> int:
 
 def map_rows(
     make: Make, rows: list[Row], *, batch: int, have: Resources, retries: int, samplers: int | None = None, model_bytes: int = 0
-) -> Iterator[tuple[str, bytes]]:  # fmt: skip
+) -> Generator[tuple[str, bytes]]:  # fmt: skip
     """(name, file's bytes) of every row, as they are done and in no particular order.
 
     Each row has a `name`. `make` runs in the workers, once in each; it must be picklable, as a partial of a function is.
     Rows that were a worker's when it died go to another, up to `retries` times.
+    Who may leave off before the last one closes it (`contextlib.closing`): Ray Data's threads go on until then, also without Ray.
 
     Raises:
         RayboothError: what a worker has raised as one, or if rows have been the end of too many.

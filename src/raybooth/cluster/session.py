@@ -100,9 +100,9 @@ def connected(address: str | None) -> Iterator[Resources]:
 
 
 def _wait_for_ray_data() -> None:
-    """After Ctrl-C it gives its loop two seconds to end, which on a busy machine may then still be in a step: asking a Ray that has gone ends the process."""
+    """After Ctrl-C it waits seconds for its threads, which on a busy machine may still be in a step then: asking a Ray that has gone ends the process."""
     for thread in threading.enumerate():
-        if thread.name.startswith("StreamingExecutor"):
+        if thread.name.startswith(("StreamingExecutor", "ray-data")):
             thread.join(timeout=10)
 
 

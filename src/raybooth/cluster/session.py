@@ -103,7 +103,7 @@ def _wait_for_ray_data() -> None:
     """After Ctrl-C it waits seconds for its threads, which on a busy machine may still be in a step then: asking a Ray that has gone ends the process."""
     for thread in threading.enumerate():
         if thread.name.startswith(("StreamingExecutor", "ray-data", "iter_threaded")):
-            thread.join(timeout=3)
+            thread.join(timeout=10)
 
 
 def _start(address: str | None) -> None:

@@ -100,7 +100,7 @@ def connected(address: str | None) -> Iterator[Resources]:
 
 
 def _wait_for_ray_data() -> None:
-    """After Ctrl-C it waits seconds for its threads, which on a busy machine may still be in a step then: asking a Ray that has gone ends the process."""
+    """After Ctrl-C it waits seconds for its loop and not for those that read: one that asks a Ray that has gone ends the process without a word."""
     for thread in threading.enumerate():
         if thread.name.startswith(("StreamingExecutor", "ray-data", "iter_threaded")):
             thread.join(timeout=10)

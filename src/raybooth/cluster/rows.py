@@ -116,13 +116,14 @@ def map_rows(
 
     Each row has a `name`. `make` runs in the workers, once in each; it must be picklable, as a partial of a function is.
     Rows that were a worker's when it died go to another, up to `retries` times.
-    Who may leave off before the last one closes it (`contextlib.closing`): Ray Data's threads go on until then, also without Ray.
+    Who may leave off before the last one closes it (`contextlib.closing`): Ray Data's thread goes on until then, also without Ray.
 
     Raises:
         RayboothError: what a worker has raised as one, or if rows have been the end of too many.
     """
-    import ray.data
+    import ray
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+    from ray.data.block import BlockAccessor
 
     blocks = math.ceil(len(rows) / batch)
     size = pool_size(blocks, have, samplers, model_bytes)
@@ -139,7 +140,10 @@ def map_rows(
         done = source.map_batches(_Worker, batch_size=batch, compute=pool, fn_constructor_args=args, num_gpus=1, num_cpus=0.5)
     else:
         done = source.map_batches(_Task(*args), batch_size=None, compute=TaskPoolStrategy(size=size), num_cpus=0.5)
-    for one in done.iter_rows():
-        if one["error"]:
-            raise RayboothError(one["error"])
-        yield one["name"], one["data"]
+    # By its blocks, in this thread: iter_rows() reads ahead in three of its own, which outlive an interrupt and then ask a Ray that has gone.
+    for bundle in done.iter_internal_ref_bundles():
+        for block in bundle.block_refs:
+            for one in BlockAccessor.for_block(ray.get(block)).iter_rows(public_row_format=True):
+                if one["error"]:
+                    raise RayboothError(one["error"])
+                yield one["name"], one["data"]

@@ -100,9 +100,9 @@ def connected(address: str | None) -> Iterator[Resources]:
 
 
 def _wait_for_ray_data() -> None:
-    """After Ctrl-C it waits seconds for its loop and not for those that read: one that asks a Ray that has gone ends the process without a word."""
+    """After Ctrl-C it gives its loop two seconds to end: a loop that asks a Ray that has gone ends the process without a word."""
     for thread in threading.enumerate():
-        if thread.name.startswith(("StreamingExecutor", "ray-data", "iter_threaded")):
+        if thread.name.startswith(("StreamingExecutor", "ray-data")):
             thread.join(timeout=10)
 
 

@@ -51,12 +51,26 @@ def sd35_medium() -> dict[str, Any]:
         pooled_projection_dim=2048, in_channels=16, out_channels=16, patch_size=2, pos_embed_max_size=384,
         dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
     )  # fmt: skip
-    t5 = transformers.T5Config(d_model=4096, d_ff=10240, d_kv=64, num_layers=24, num_heads=64, vocab_size=32128, feed_forward_proj="gated-gelu")
     vae = diffusers.AutoencoderKL(**VAE, latent_channels=16, sample_size=1024, use_quant_conv=False, use_post_quant_conv=False)
     return {
         "transformer": transformer, "vae": vae, "text_encoder": clip(768, 12, 12, True), "text_encoder_2": clip(1280, 32, 20, True, "gelu"),
-        "text_encoder_3": transformers.T5EncoderModel(t5),
+        "text_encoder_3": t5_xxl(),
     }  # fmt: skip
+
+
+def flux_dev() -> dict[str, Any]:
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24, joint_attention_dim=4096,
+        pooled_projection_dim=768, guidance_embeds=True,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(**VAE, latent_channels=16, sample_size=1024, use_quant_conv=False, use_post_quant_conv=False)
+    return {"transformer": transformer, "vae": vae, "text_encoder": clip(768, 12, 12), "text_encoder_2": t5_xxl()}
+
+
+def t5_xxl() -> Any:
+    return transformers.T5EncoderModel(
+        transformers.T5Config(d_model=4096, d_ff=10240, d_kv=64, num_layers=24, num_heads=64, vocab_size=32128, feed_forward_proj="gated-gelu")
+    )
 
 
 def written(make: Callable[[], dict[str, Any]], pipeline: str, scheduler: Any, folder: Path) -> Path:
@@ -80,19 +94,21 @@ MODELS: dict[str, tuple[Callable[[], dict[str, Any]], str, Any, int]] = {
     "SD 1.4": (sd14, "StableDiffusionPipeline", diffusers.DDIMScheduler(beta_schedule="scaled_linear"), 2),
     "SDXL": (sdxl, "StableDiffusionXLPipeline", diffusers.DDIMScheduler(beta_schedule="scaled_linear"), 1),
     "SD 3.5 medium": (sd35_medium, "StableDiffusion3Pipeline", diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), 1),
+    "FLUX.1 [dev]": (flux_dev, "FluxPipeline", diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), 1),
 }
 WAYS = {
     "all, with text encoders": [],
     "denoiser alone": ["finetune.text_encoder=false"],
     "denoiser alone, gradient checkpointing": ["finetune.text_encoder=false", "finetune.gradient_checkpointing=true"],
     "LoRA": ["finetune.text_encoder=false", "finetune.method=lora"],
+    "LoRA, two passes a step": ["finetune.text_encoder=false", "finetune.method=lora", "finetune.accumulate=2"],
     "LoRA, gradient checkpointing": ["finetune.text_encoder=false", "finetune.method=lora", "finetune.gradient_checkpointing=true"],
 }
 
 
 def main() -> None:
     columns = ["model, pixels, batch", "trained", "parameters, M", "weights", "gradients", "optimizer", "activations and temporary"]
-    columns += ["peak, GiB", "TFLOP a step", "drawing, GiB"]
+    columns += ["peak, GiB", "TFLOP a step", "drawing, GiB", "TFLOP a picture"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     with tempfile.TemporaryDirectory() as scratch:
         for name, (make, pipeline, scheduler, batch) in MODELS.items():
@@ -100,11 +116,13 @@ def main() -> None:
             for way, settings in WAYS.items():
                 made = config.load(None, [f"finetune.batch={batch}", *settings], subject={"class": "dog"}, base={"model": str(folder)})
                 planned = plan(folder, made)
+                drawn = planned.class_pictures + planned.pictures
                 parts = {k: v / GIB for k, v in planned.memory.items()}
                 print(
                     f"| {name}, {resolution(folder)}, {batch} + {batch} | {way} | {planned.trained / 1e6:,.0f} "
                     f"| {parts['weights']:.1f} | {parts['gradients']:.1f} | {parts['optimizer']:.1f} | {parts['activations'] + parts['temporary']:.1f} "
-                    f"| {planned.peak / GIB:.1f} | {planned.step_flops / 1e12:.1f} | {planned.drawing_peak / GIB:.1f} |",
+                    f"| {planned.peak / GIB:.1f} | {planned.step_flops / 1e12:.1f} | {planned.drawing_peak / GIB:.1f} "
+                    f"| {planned.drawing_flops / drawn / 1e12:.0f} |",
                     flush=True,
                 )
 

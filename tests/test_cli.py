@@ -44,6 +44,18 @@ def test_a_stage_goes_by_the_settings_of_the_storage_that_is_named(home: Path, n
     assert config_of(parser().parse_args(["generate"])).generate.steps == 9
 
 
+def test_run_goes_by_the_storage_if_it_is_told_no_subject_and_no_base(home: Path):
+    begun(home / "run", 7)
+    assert config_of(parser().parse_args(["run", "--storage=~/run"])).generate.steps == 7
+    assert config_of(parser().parse_args(["run", "--storage=~/run", "--set=finetune.steps=800"])).generate.steps == 7
+    usual = config.Config.model_fields["generate"].default.steps
+    for told in (["--class=cat"], ["--class=cat", "--photos", "a"], ["--set=subject.class=cat"]):
+        assert config_of(parser().parse_args(["run", "--storage=~/run", *told])).generate.steps == usual
+    for told in (["--photos", "a"], ["--token=unq"], ["--base=mini"], ["--set=base.model=mini"], ["--storage=~/new"]):
+        with pytest.raises(RayboothError, match=r"subject\.class is empty"):
+            config_of(parser().parse_args(["run", "--storage=~/run", *told]))
+
+
 def test_photographs_can_be_named_one_by_one(home: Path):
     made = config_of(parser().parse_args(["run", "--class=dog", "--photos", "a", "b", "--photos=c"]))
     assert made.subject.photos == ["a", "b", "c"]
@@ -79,7 +91,7 @@ def test_plan_and_demo_know_the_home_too(home: Path):
 def test_plan_knows_what_was_prepared_for_a_remote_storage(home: Path):
     uri, model = "memory://planned/run", "owner/model"
     made = config.load(None, [f"storage={uri}"], subject={"class": "dog"}, base={"model": model})
-    with pytest.raises(RayboothError, match="run 'raybooth prepare' first"):
+    with pytest.raises(RayboothError, match="owner/model is not prepared in the storage memory://planned/run: run 'raybooth prepare' first"):
         model_configuration(made)
     stage = Workspace(uri).stage("base-model", {"repo": model, "revision": None})
     stage.write("model_index.json", b"{}")

@@ -124,6 +124,21 @@ def test_prodigys_rate_is_a_factor_near_one_unless_the_user_sets_it(base: str):
     assert other.finetune.lr == config.load(None, ["subject.class=dog"], base={"model": base}).finetune.lr
 
 
+def test_adapters_have_a_rate_of_their_own_unless_the_user_sets_it(tmp_path: Path):
+    """They start from nothing, and learn next to nothing at that of the weights."""
+
+    def rate(*how: str, path: Path | None = None) -> float:
+        return config.load(path, ["subject.class=dog", *how]).finetune.lr
+
+    assert rate("finetune.method=lora") == 1e-4 > rate()
+    assert rate("finetune.method=lora", "finetune.lr=5e-5") == 5e-5
+    assert rate("finetune.method=lora", "finetune.optimizer=prodigy") == 1
+    assert rate("finetune.method=lora", "base.model=mini") == rate("base.model=mini"), "mini's own serves for both"
+    kept = tmp_path / "config.json"
+    kept.write_text(config.load(None, ["subject.class=dog"]).model_dump_json(by_alias=True))
+    assert rate("finetune.method=lora", path=kept) == 1e-4
+
+
 @pytest.mark.parametrize("base", ["CompVis/stable-diffusion-v1-4", "mini"])
 def test_a_kept_configuration_takes_another_optimizers_rates(tmp_path: Path, base: str):
     """A storage keeps every setting, the defaults too: prodigy's factor is not adamw's rate, nor the other way round."""

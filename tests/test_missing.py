@@ -32,7 +32,7 @@ def test_a_picture_that_has_gone_is_named_with_the_verb_that_makes_it(run: Run, 
     path = run.workspace.root / picture
     before = path.read_bytes()
     spoil(path)
-    with pytest.raises(RayboothError, match=rf"^{picture} {said} in the storage .* run 'raybooth {verb}' to make it again"), run:
+    with pytest.raises(RayboothError, match=rf"^{picture} {said} in the storage .* run 'raybooth {verb} --storage .*' to make it again"), run:
         do(run, ["encode"])
     if path.is_dir():
         path.rmdir()
@@ -48,7 +48,7 @@ def test_a_latent_that_has_gone_is_named_before_a_worker_starts(run: Run, monkey
     latent.unlink()
     groups: list[object] = []
     monkeypatch.setattr("raybooth.cluster.fit.run_group", lambda *a, **k: groups.append(a))
-    with pytest.raises(RayboothError, match=rf"^latents/{latent.name} is missing .* run 'raybooth encode'"), run:
+    with pytest.raises(RayboothError, match=rf"^latents/{latent.name} is missing .* run 'raybooth encode --storage .*'"), run:
         do(run, ["finetune"])
     assert not groups
     with run:
@@ -59,7 +59,7 @@ def test_a_latent_that_has_gone_is_named_before_a_worker_starts(run: Run, monkey
 def test_another_file_that_has_gone_is_said_to_be_missing(run: Run):
     """Where no stage asks for it by its name."""
     (run.workspace.root / "class-images" / "00000.png").unlink()
-    with pytest.raises(RayboothError, match=r"lacks a file .*'raybooth run', which makes again what is missing \(.*00000\.png\)"), run:
+    with pytest.raises(RayboothError, match=r"lacks a file .*'raybooth run' makes again what is missing \(.*00000\.png\)"), run:
         run.images("class")
 
 

@@ -225,6 +225,20 @@ def counted_and_real(folder: Path, *how: str) -> tuple[int, int]:
     return step_flops(family, without_weights(family, folder, made.finetune, made.lora), made.prior, made.finetune, 32, workers), real
 
 
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("name", [*MAKERS, "sd3.5"])
+def test_the_flops_of_drawing_are_those_of_real_pictures(name: str, guidance: float):
+    folder = toys.made(name)
+    sampling = [f"generate.guidance={guidance}", "generate.steps=3", "generate.scheduler=euler", "generate.images_per_prompt=2", "generate.prompts=a dog"]
+    made = config.load(None, [*sampling, "prior.images=0"], subject={"class": "dog"}, base={"model": str(folder), "resolution": 32})
+    family, loaded = whole(folder)
+    draw = Sampler(family, loaded, Sampling(3, guidance, "euler", 32), 2).draw
+    list(draw(["a dog"] * 2, [0, 1]))  # it keeps encoded prompts, which are not counted
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        list(draw(["a dog"] * 2, [0, 1]))
+    assert plan(folder, made).drawing_flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
 TAUGHT = [*LORA, "prior.method=base-prediction"]
 
 

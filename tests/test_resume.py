@@ -139,7 +139,7 @@ def test_prompts_that_are_not_encoded_yet_are_asked_for(tmp_path: Path, unbroken
     """The text encoder was to be trained, and now is not."""
     with_stages_before(unbroken, tmp_path)
     assert main(command("finetune", tmp_path, toy, photos, finetune__text_encoder=False)[3:]) == 2
-    assert "run 'raybooth encode' first" in capsys.readouterr().err
+    assert "run 'raybooth encode --storage " in capsys.readouterr().err
 
 
 def test_latents_of_another_base_model_are_not_trained_on(tmp_path: Path, unbroken: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
@@ -148,7 +148,7 @@ def test_latents_of_another_base_model_are_not_trained_on(tmp_path: Path, unbrok
     for stage in ("prepare", "class-images"):
         assert main(command(stage, tmp_path, other, photos)[3:]) == 0
     assert main(command("finetune", tmp_path, other, photos)[3:]) == 2
-    assert "The latents do not belong to the present base model and pictures: run 'raybooth encode' first" in capsys.readouterr().err
+    assert "The latents do not belong to the present base model and pictures: run 'raybooth encode --storage " in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_at_a_reading_is_said(tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch):

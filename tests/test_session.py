@@ -44,11 +44,24 @@ def test_only_nodes_that_are_there_and_work_are_counted(monkeypatch: pytest.Monk
 
 def test_gpus_that_torch_cannot_use_are_left_alone_with_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr("raybooth.cluster.session.connected", lambda _: nullcontext(Resources(8, 1, 1)))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for build, gpus in (("2.13.0+cpu", 0), ("2.13.0+cu130", 1), ("2.13.0", 1)):
         monkeypatch.setattr("raybooth.session.version", lambda _, build=build: build)
         with Run(Config(subject={"class": "dog"}, storage=str(tmp_path))) as run:  # type: ignore[arg-type]
             assert run.ray.gpus == gpus
         assert ("torch is its CPU build" in capsys.readouterr().err) == (gpus == 0)
+
+
+def test_gpus_whose_driver_is_too_old_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A CUDA build would draw on the CPU without a word, for hours that are paid for."""
+    monkeypatch.setattr("raybooth.cluster.session.connected", lambda _: nullcontext(Resources(8, 1, 1)))
+    monkeypatch.setattr("raybooth.session.version", lambda _: "2.13.0+cu130")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with (
+        Run(Config(subject={"class": "dog"}, storage=str(tmp_path))) as run,  # type: ignore[arg-type]
+        pytest.raises(RayboothError, match="cannot use the GPUs of this machine, most likely because their driver is too old"),
+    ):
+        _ = run.ray
 
 
 def test_the_time_left_counts_from_where_a_group_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

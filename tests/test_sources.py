@@ -213,6 +213,33 @@ def test_a_name_that_is_no_text_is_learnt_from(tmp_path: Path):
     assert prepared(tmp_path, tmp_path / "run") == ["ph\ufffdto.png"]
 
 
+def prepares(storage: Path, *more: str) -> int:
+    return main(["prepare", "--class", "dog", "--base", "mini", "--storage", str(storage), *more])
+
+
+def test_when_the_photographs_have_gone_their_pictures_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As on another machine, which takes over from one that was lost."""
+    photos, storage = tmp_path / "photos", tmp_path / "run"
+    picture(photos / "a.png", 0)
+    picture(tmp_path / "b.png", 1)
+    given = ["--photos", str(photos), str(tmp_path / "b.png")]
+    assert prepares(storage, *given) == 0
+    made = {p.name: p.read_bytes() for p in (storage / "instance-images").iterdir()}
+    photos.rename(tmp_path / "elsewhere")
+    assert prepares(storage, *given) == 2, "one of the two is still there: this is another set of photographs"
+    (tmp_path / "b.png").unlink()
+    capsys.readouterr()
+    assert prepares(storage, *given) == 0
+    assert "the photographs have gone; the pictures made of them are kept" in capsys.readouterr().err
+    assert main(["prepare", "--storage", str(storage)]) == 0
+    assert {p.name: p.read_bytes() for p in (storage / "instance-images").iterdir()} == made
+    for other in (["--photos", str(tmp_path / "typo")], [*given, "--set", "subject.crops=1"], [*given, "https://127.0.0.1:1/c.png"]):
+        assert prepares(storage, *other) == 2, other
+    (storage / "instance-images" / "00.png").write_bytes(b"damaged")
+    assert prepares(storage, *given) == 2
+    assert f"There is no photograph or folder {photos}" in capsys.readouterr().err
+
+
 def test_a_command_that_fails_leaves_the_configuration(tmp_path: Path):
     """An unreachable default base, and then another one, whose own settings are not those of the first."""
     picture(tmp_path / "dog" / "a.png", 0)

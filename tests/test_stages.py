@@ -44,14 +44,15 @@ def stored(tmp_path: Path, toy: Path, photos: Path, in_process: None) -> Path:
     ],
 )
 def test_pictures_of_other_settings_are_not_trained_on(stored: Path, toy: Path, photos: Path, changed: str, told: str, verb: str, stage: Any):
-    with pytest.raises(RayboothError, match=f"{told}.*: run 'raybooth {verb}' first, or 'raybooth run' for all"):
+    here = f"--storage {stored}"
+    with pytest.raises(RayboothError, match=f"{told}.*: run 'raybooth {verb} {here}' first, or 'raybooth run {here}' for all"):
         stage(run(stored, toy, photos, changed))
 
 
 def test_class_pictures_of_another_base_are_not_trained_on(stored: Path, tmp_path: Path, photos: Path):
     made = run(stored, make_sd2(tmp_path / "other"), photos)
     prepare(made)
-    with pytest.raises(RayboothError, match="class-images are of another model than the present: run 'raybooth class-images' first"):
+    with pytest.raises(RayboothError, match=r"class-images are of another model than the present: run 'raybooth class-images --storage .*' first"):
         encode(made)
 
 
@@ -83,7 +84,7 @@ def test_a_picture_that_was_changed_is_not_encoded(stored: Path, toy: Path, phot
     shutil.rmtree(stored / "latents")
     other = (stored / file).with_name("02.png" if "instance" in file else "00002.png").read_bytes()
     (stored / file).write_bytes(b"no picture" if broken else other)
-    with pytest.raises(RayboothError, match=f"{file} .* changed or damaged: run 'raybooth {verb}' to make it again"):
+    with pytest.raises(RayboothError, match=f"{file} .* changed or damaged: run 'raybooth {verb} --storage .*' to make it again"):
         encode(run(stored, toy, photos))
     {"prepare": prepare, "class-images": class_images}[verb](run(stored, toy, photos))
     encode(run(stored, toy, photos))
@@ -110,5 +111,5 @@ def test_pictures_that_nobody_makes(stored: Path, toy: Path, photos: Path):
     assert len(made.images("instance")) == 3
     with pytest.raises(RayboothError, match=r"no pictures 'foo' .* name 'instance'"):
         made.images("foo")
-    with pytest.raises(RayboothError, match="run 'raybooth generate' first"):
+    with pytest.raises(RayboothError, match=r"run 'raybooth generate --storage .*' first"):
         made.images("output")

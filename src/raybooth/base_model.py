@@ -176,7 +176,10 @@ def model_configuration(config: Config) -> Path:
         return source
     prepared = folder_here(config.storage) / "base-model"
     if not (prepared / "model_index.json").exists():
-        raise RayboothError(f"The model {config.base.model} is not on this machine yet: run 'raybooth prepare' first, or give a local folder with --base.")
+        raise RayboothError(
+            f"The model {config.base.model} is not prepared in the storage {config.storage}: run 'raybooth prepare' first, or give a local folder "
+            "with --base, of which the configuration files suffice."
+        )
     if other := other_base(config.base, read_manifest(prepared)):
         raise RayboothError(
             f"The storage {config.storage} holds the base model {other}, and not {_named(config.base)}: prepare this one in another --storage, "

@@ -49,15 +49,19 @@ def _storage(args: argparse.Namespace) -> str | None:
 
 
 def _kept_config(args: argparse.Namespace) -> Path | None:
-    """A single stage, given no file, goes by what the storage was made with, and needs that unless it is told the one setting without a default."""
-    if args.verb == "run":
-        return None
+    """Given no file, a verb goes by what the storage was made with, and needs that unless it is told the one setting without a default.
+
+    `run` begins anew with what it is told of a subject or a base.
+    """
     from raybooth.config import Config
     from raybooth.session import config_in, kept_config
 
     storage = _storage(args) or Config.model_fields["storage"].default
     said_whole = args.class_name is not None or any(override.startswith("subject.class") for override in args.set)
-    return kept_config(storage) if said_whole or args.verb in FIRST else config_in(storage)
+    begins = said_whole or args.photos or args.token or args.base or any(override.startswith(("subject.", "base.")) for override in args.set)
+    if args.verb == "run" and begins:
+        return None
+    return kept_config(storage) if said_whole or args.verb in (*FIRST, "run") else config_in(storage)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -216,7 +220,7 @@ def _for_less_memory(config: "Config") -> str:
     how, workers = config.finetune, config.workers[0]
     steps = {
         "lower finetune.batch": how.batch > workers,
-        "raise finetune.accumulate": how.batch > workers * how.accumulate,
+        "raise finetune.accumulate": how.batch * (2 if config.prior.preserves else 1) > workers * how.accumulate,
         "set finetune.method = lora with finetune.lr = 1e-4": how.method != "lora",
         "set finetune.gradient_checkpointing": not how.gradient_checkpointing,
         "set finetune.optimizer = adamw8bit": how.method != "lora" and how.optimizer == "adamw",

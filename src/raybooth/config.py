@@ -154,18 +154,18 @@ def _where_it_lies(kept: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _for_layers(kept: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a storage keeps names every setting, defaults too: those are left out that are others with the base or the optimizer of `layers`."""
+    """What a storage keeps names every setting, defaults too: those are left out that are others with the base, method or optimizer of `layers`."""
     before, after = _usual(kept), _usual(kept, *layers)
     moved = {(k, n) for k, own in before.items() if isinstance(own, dict) for n in own if own[n] != after[k][n]}
     return {k: {n: v for n, v in of.items() if (k, n) not in moved or v != before[k][n]} if isinstance(of, dict) else of for k, of in kept.items()}
 
 
 def _usual(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Every setting's default, of the base and with the optimizer that `layers` name."""
+    """Every setting's default, of the base and with the method and optimizer that `layers` name."""
     named: dict[str, Any] = {"subject": {"class": "thing"}}
-    for section, key in (("base", "model"), ("finetune", "optimizer")):
+    for section, key in (("base", "model"), ("finetune", "method"), ("finetune", "optimizer")):
         chosen = [value for layer in layers if (value := said(layer, section, key))]
-        named |= {section: {key: chosen[-1]}} if chosen else {}
+        named = merged(named, {section: {key: chosen[-1]}} if chosen else {})
     return Config(**named).model_dump(by_alias=True, mode="json")
 
 

@@ -26,7 +26,7 @@ _SENTENCES = {
     errno.EIO: "is on a disk or a mount that reports an input/output error: check it, or give another --storage, and run the same command again",
     errno.ESTALE: "is on a mount that has lost its server's folder (stale file handle): mount it again, and run the same command again",
 }
-_BELOW = {errno.ENOENT: "lacks a file that was there, or should be: run 'raybooth run', which makes again what is missing"}
+_BELOW = {errno.ENOENT: "lacks a file that was there, or should be: 'raybooth run' makes again what is missing"}
 """What an error means of a file in the storage, where that is something else."""
 _FULL = {errno.ENOSPC: ("No space left", "os error 28"), errno.EDQUOT: ("Disk quota exceeded", "os error 122"), errno.EFBIG: ("File too large", "os error 27")}
 """How a disk that takes no more reads where a library's own error hides the number (safetensors raises no OSError)."""

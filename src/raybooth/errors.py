@@ -13,7 +13,7 @@ MUST_BE_SHARED = "on a cluster it must be a mount that all machines have, or a U
 LOGS = "what Ray's logs say on the machine that it ran on (/tmp/ray/session_latest/logs)"
 """Where more may stand of a worker that died."""
 LESS_MEMORY = (
-    "a smaller finetune.batch (or more finetune.accumulate), finetune.method = 'lora', finetune.gradient_checkpointing = true, "
+    "a smaller finetune.batch (or more finetune.accumulate), finetune.method = 'lora' (with finetune.lr = 1e-4), finetune.gradient_checkpointing = true, "
     "finetune.optimizer = 'adamw8bit'. With any of these the fine-tuning begins anew: checkpoints are kept, but "
     "belong to the settings that they were made with."
 )

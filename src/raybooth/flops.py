@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raybooth.families import Family, Loaded
 from raybooth.families.lora import adapters_off
-from raybooth.families.parts import unloaded
+from raybooth.families.parts import decode, unloaded
 from raybooth.method import held_in, make_ready
 from raybooth.sections import Finetune, Lora, Prior
 
@@ -57,6 +57,18 @@ def _pass_flops(family: Family, loaded: Loaded, prior: Prior, finetune: Finetune
                 loss_without_data(family, loaded, trained, of_class, side, prompts=0)  # it has encoded them once for the run
         loss_without_data(family, loaded, trained, rows, side, prompts).backward()
     return counter.get_total_flops()
+
+
+def picture_flops(family: Family, loaded: Loaded, side: int, guided: bool) -> tuple[int, int]:
+    """Of one picture: of a denoising step, and of its decoding. `loaded`, with its VAE, is on the meta device."""
+    facts, rows = loaded.facts, 2 if guided and not loaded.facts.embeds_guidance else 1
+    denoiser = next(loaded.modules[family.denoiser].parameters())
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as step:
+        text = {k: torch.zeros(rows, *s, dtype=denoiser.dtype) for k, s in family.conditioning(loaded.folder).items()}
+        family.predict(loaded, torch.zeros(rows, *facts.latent_shape(side), dtype=denoiser.dtype), torch.zeros(rows), text)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as decoding:
+        decode(loaded, torch.zeros(1, *facts.latent_shape(side)))
+    return step.get_total_flops(), decoding.get_total_flops()
 
 
 def loss_without_data(family: Family, loaded: Loaded, trained: tuple[str, ...], rows: int, side: int, prompts: int = 2) -> Tensor:

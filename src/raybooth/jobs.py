@@ -38,13 +38,19 @@ def explained_if_out_of_memory(what: str, advice: str) -> Iterator[None]:
         raise RayboothError(f"{what} ran out of memory. What needs less, in this order: {advice}") from error
 
 
+FITS_NOT = (
+    "fewer workers (cluster.samplers) where they share a machine, a smaller model, a machine or a GPU with more. 'raybooth plan' says what a model takes."
+)
+"""Where it is the model itself: nothing of how it is used makes that smaller."""
+
+
 def _explained(what: str, advice: str) -> Callable[[Callable[P, Work]], Callable[P, Work]]:
     """Of a function that makes work: in the making, which loads a model, and in the work."""
 
     def decorated(make: Callable[P, Work]) -> Callable[P, Work]:
         @functools.wraps(make)
         def made(*args: P.args, **kwargs: P.kwargs) -> Work:
-            with explained_if_out_of_memory(what, advice):
+            with explained_if_out_of_memory(f"{what}, at the loading of the model,", FITS_NOT):
                 work = make(*args, **kwargs)
             return explained_if_out_of_memory(what, advice)(work)
 
@@ -77,7 +83,7 @@ def model_of(workspace: Workspace, stage: str) -> str:
     if manifest.get("inputs", {}).get("model", base) != base:
         raise RayboothError(
             f"{stage} in the storage {workspace.storage} belongs to another base model than the one that lies there now: "
-            "run 'raybooth prepare' with the base model of before, or 'raybooth run' to fine-tune this one."
+            f"run {workspace.command('prepare')} with the base model of before, or {workspace.command('run')} to fine-tune this one."
         )
     return digest([model_digest(manifest), base])
 

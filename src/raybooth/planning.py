@@ -22,7 +22,7 @@ from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded, family_of
 from raybooth.families.folder import names_in, needed_files, read_object
 from raybooth.families.parts import decode, unloaded
-from raybooth.flops import loss_without_data, passes_of_step, step_flops, without_weights
+from raybooth.flops import loss_without_data, passes_of_step, picture_flops, step_flops, without_weights
 from raybooth.method import autocast_dtype, drawing_dtype
 from raybooth.optim import Average, Outline, make_optimizer
 from raybooth.sample import decoded_at_once
@@ -34,7 +34,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes at the peak of a step of one worker, by part; FLOPs of a step of all workers; counts.
+    """Bytes at the peak of a step of one worker, by part; FLOPs of a step of all workers, and of all pictures together; counts.
 
     Attributes:
         drawing: bytes at the peak of drawing a batch, by part: all of the model is there, text encoders and VAE too.
@@ -49,6 +49,7 @@ class Plan:
     steps: int
     class_pictures: int
     pictures: int
+    drawing_flops: int
     stored: int
 
     @property
@@ -66,11 +67,15 @@ class Plan:
         lines += [f"{'peak of a worker':<22}{self.peak / GIB:>12.2f} GiB"]
         lines += [f"{'peak of drawing':<22}{self.drawing_peak / GIB:>12.2f} GiB ({self.drawing['weights'] / GIB:.2f} of them weights)", ""]
         lines += [
-            f"{'steps':<22}{self.steps:>12,} of {self.step_flops / 1e12:.2f} TFLOP, {self.steps * self.step_flops / 1e15:.2f} PFLOP in all",
-            f"{'pictures to draw':<22}{self.class_pictures + self.pictures:>12,} ({self.class_pictures} of the class)",
+            f"{'steps':<22}{self.steps:>12,} of {_flop(self.step_flops)}, {_flop(self.steps * self.step_flops)} in all",
+            f"{'pictures to draw':<22}{self.class_pictures + self.pictures:>12,} ({self.class_pictures} of the class), {_flop(self.drawing_flops)} in all",
             f"{'to be stored':<22}{self.stored / GIB:>12.2f} GiB",
         ]
         return "\n".join(lines)
+
+
+def _flop(n: int) -> str:
+    return f"{n / 1e15:.2f} PFLOP" if n >= 1e14 else f"{n / 1e12:.2f} TFLOP"
 
 
 def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
@@ -85,9 +90,10 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
     with torch.device("meta"):
         loaded = unloaded(family, folder, (family.denoiser, "vae", *family.encoders))
         parameters = {part: count(module) for part, module in loaded.modules.items()}
+        side = config.base.resolution or loaded.facts.resolution
+        drawing_flops = _drawing_flops(family, loaded, config, side)
     used = without_weights(family, folder, finetune, config.lora, device)
     workers = config.workers[0]
-    side = config.base.resolution or loaded.facts.resolution
     flops = step_flops(family, used, config.prior, finetune, side, workers)
     saved = {part: sum(t.numel() * t.element_size() for t in _saved(used.modules[part])) for part in trained}
     held = [*used.modules.values(), *_copy_that_teaches(family, used, config, trained, device)]
@@ -107,7 +113,16 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
     # A checkpoint is written before the oldest goes; when the result is written, that is over.
     most = max(min(written, finetune.checkpoints + 1) * checkpoint, min(written, finetune.checkpoints) * checkpoint + result + pictures * picture)
     stored = sum(base.values()) + drawn * (picture + latent) + most
-    return Plan(parameters, moving, memory, drawing, flops, finetune.steps, drawn, pictures, stored)
+    return Plan(parameters, moving, memory, drawing, flops, finetune.steps, drawn, pictures, drawing_flops, stored)
+
+
+def _drawing_flops(family: Family, loaded: Loaded, config: Config, side: int) -> int:
+    """Of the class pictures and of the result's, without the encoding of their prompts."""
+    flops, results = 0, len(config.generate.prompts) * config.generate.images_per_prompt
+    for n, how in ((config.prior.drawn, config.prior), (results, config.generate)):
+        step, decoding = picture_flops(family, loaded, side, how.guidance > 1) if n else (0, 0)
+        flops += n * (how.steps * step + decoding)
+    return flops
 
 
 def _weights(folder: Path, part: str, module: nn.Module) -> int:

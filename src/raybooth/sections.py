@@ -114,7 +114,7 @@ class Finetune(Section):
     method: Literal["full", "lora"] = Field("full", description="train the weights themselves, or low-rank adapters beside them")
     steps: Count = Field(400, description="optimizer steps")
     batch: int = Field(2, ge=1, le=65_536, description="instance rows a step over all workers; as many class rows go with them")
-    lr: Positive = Field(5e-6, description="learning rate, the highest that the schedule comes to")
+    lr: Positive = Field(5e-6, description="learning rate, the highest that the schedule comes to; default of lora: 1e-4")
     weight_decay: NonNegative = Field(0.01, description="AdamW's decoupled weight decay")
     max_grad_norm: Positive = Field(1.0, description="bound on the norm of all gradients together")
     text_encoder: bool = Field(True, description="train the text encoder with the UNet")
@@ -144,8 +144,12 @@ class Finetune(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _prodigy_finds_the_rate(cls, values: Any) -> Any:
-        return {"lr": 1.0, **values} if isinstance(values, dict) and values.get("optimizer") == "prodigy" else values
+    def _rates_of_their_own(cls, values: Any) -> Any:
+        """Prodigy finds the rate; adapters start from nothing, and learn next to nothing at that of the weights."""
+        if not isinstance(values, dict):
+            return values
+        own = {"lr": 1.0} if values.get("optimizer") == "prodigy" else {"lr": 1e-4} if values.get("method") == "lora" else {}
+        return {**own, **values}
 
 
 class Lora(Section):

@@ -59,10 +59,27 @@ class Run:
 
         cluster = self.config.cluster
         have = self._exit.enter_context(connected(cluster.address))
-        if have.gpus and have.here and cluster.address is None and version("torch").endswith("+cpu"):
-            self.say("torch is its CPU build here and cannot use what this machine has of GPUs: install the CUDA build ('make demo TORCH=cuda').")
-            have = replace(have, gpus=0)
+        if have.gpus and have.here and cluster.address is None:
+            have = self._usable(have)
         check_workers(self.config.workers[0], cluster.gpus_per_worker, have)  # before hours of drawing, not after
+        return have
+
+    def _usable(self, have: "Resources") -> "Resources":
+        """What torch can use of it: Ray counts what GPUs there are.
+
+        Raises:
+            RayboothError: if torch is made for GPUs, and can use none: who pays for them would wait for hours.
+        """
+        if version("torch").endswith("+cpu"):
+            self.say("torch is its CPU build here and cannot use what this machine has of GPUs: install the CUDA build ('make demo TORCH=cuda').")
+            return replace(have, gpus=0)
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RayboothError(
+                f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the GPUs of this machine, most likely because their driver is too old "
+                "for it ('nvidia-smi' says for which CUDA it is): update it, install a torch that goes with it, or set CUDA_VISIBLE_DEVICES= to work on CPUs."
+            )
         return have
 
     def say(self, text: str) -> None:

@@ -1,5 +1,6 @@
 """The stages, in order. Each reads what the ones before it left in the storage, and does only what is missing."""
 
+import os
 import tempfile
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 from raybooth import selection
 from raybooth.base_model import prepare_base
 from raybooth.checkpoint import Checkpoints
+from raybooth.disk import path_of
 from raybooth.drawing import SHEET, class_inputs, class_rows, draw, drawing, map_into, output_rows, resolution
 from raybooth.encoder_files import prepare_encoders
 from raybooth.errors import MUST_BE_SHARED, RayboothError
@@ -30,7 +32,9 @@ def prepare(run: Run) -> None:
         check_installed(run.config.finetune)
     with tempfile.TemporaryDirectory() as scratch:
         photos = _Photos(run, Path(scratch))
-        if not run.held("instance-images"):  # what cannot be had shows before gigabytes are fetched
+        if not photos.have_gone:  # what cannot be had shows before gigabytes are fetched
+            _ = photos.here
+        if not photos.held:
             _ = photos.there
         prepare_base(run)
         settle_token(run)
@@ -45,9 +49,19 @@ class _Photos:
 
     def __init__(self, run: Run, scratch: Path):
         given = run.config.subject.photos
-        local = [s for s in given if not is_remote(s)]
-        self.remote, self._scratch = [s for s in given if is_remote(s)], scratch
-        self.here = gather(local, run.workspace.root) if local or not given else Gathered()
+        self.remote, self._local = [s for s in given if is_remote(s)], [s for s in given if not is_remote(s)]
+        self.places = [os.path.abspath(path_of(s, "subject.photos")) for s in self._local]
+        self.held, self._root, self._scratch = run.held("instance-images"), run.workspace.root, scratch
+
+    @property
+    def have_gone(self) -> bool:
+        """Whether all that is left of those of this machine are the squares in the storage, as on another machine that goes on."""
+        known = self.held is not None and self.places and self.held["facts"].get("places") == self.places
+        return bool(known) and not any(map(os.path.lexists, self.places))
+
+    @cached_property
+    def here(self) -> Gathered:
+        return gather(self._local, self._root) if self._local or not self.remote else Gathered()
 
     @cached_property
     def there(self) -> Gathered:
@@ -57,6 +71,8 @@ class _Photos:
 def prepare_photos(run: Run, photos: _Photos) -> None:
     """People's photographs to instance images: upright RGB squares of the base's resolution. Those of this machine come first."""
     subject, how = run.config.subject, _views(run)
+    if photos.have_gone and _are_as(run, photos, how):
+        return run.say("instance-images: the photographs have gone; the pictures made of them are kept")
     # A remote source stands for itself: what was fetched once is kept, and nothing is fetched to see whether it changed.
     stage = run.workspace.stage("instance-images", {"photos": [p.sha256 for p in photos.here.photos], "remote": photos.remote, **how})
     _say_skipped(run, photos.here)
@@ -67,7 +83,13 @@ def prepare_photos(run: Run, photos: _Photos) -> None:
     given = photos.here.photos + photos.there.photos
     images = [(photo, views(photo, how["resolution"], subject.crops, subject.flip, str(run.config.seed))) for photo in given]
     refuse_duplicates((photo, squares[0].tobytes()) for photo, squares in images)
-    _write_instances(run, stage, images, photos.here.skipped + photos.there.skipped)
+    _write_instances(run, stage, images, {"skipped": photos.here.skipped + photos.there.skipped, "places": photos.places})
+
+
+def _are_as(run: Run, photos: _Photos, how: dict[str, Any]) -> bool:
+    """Whether the pictures in the storage are whole, of all remote sources too, and made in this way."""
+    held = photos.held
+    return held is not None and held["inputs"].items() >= {"remote": photos.remote, **how}.items() and run.workspace.intact("instance-images", held["outputs"])
 
 
 def _views(run: Run) -> dict[str, Any]:
@@ -89,7 +111,7 @@ def _say_skipped(run: Run, found: Gathered, most: int = 20) -> None:
         run.say(f"instance-images: skipped {len(found.skipped) - most} more; instance-images/manifest.json lists them all")
 
 
-def _write_instances(run: Run, stage: Stage, images: list[tuple[Photo, list[Image.Image]]], skipped: list[tuple[str, str]]) -> None:
+def _write_instances(run: Run, stage: Stage, images: list[tuple[Photo, list[Image.Image]]], facts: dict[str, Any]) -> None:
     """`02.png` is the third photograph, `02-1.png` its second view."""
     pictures = {f"{i:02d}{f'-{k}' if k else ''}.png": view for i, (_, views) in enumerate(images) for k, view in enumerate(views)}
     for name, image in pictures.items():
@@ -97,7 +119,7 @@ def _write_instances(run: Run, stage: Stage, images: list[tuple[Photo, list[Imag
     title = f"{run.config.subject.prompt}: what the model will see"
     stage.write(SHEET, png(contact_sheet([(title if not k else "", list(row)) for k, row in enumerate(zip(*(v for _, v in images), strict=True))])))
     sources = [{"name": photo.name, "sha256": photo.sha256} for photo, _ in images]
-    stage.finish({"pictures": list(pictures), "sources": sources, "skipped": skipped}, only=[*pictures, SHEET])
+    stage.finish({"pictures": list(pictures), "sources": sources, **facts}, only=[*pictures, SHEET])
     what = f"{len(pictures)} views of " if len(pictures) > len(images) else ""
     run.say(f"instance-images: {what}{len(images)} photograph{'s' * (len(images) > 1)}; look at {stage.folder / SHEET}")
 
@@ -143,7 +165,7 @@ def _pictures(run: Run) -> dict[str, dict[str, str]]:
 
 def _instance_pictures(run: Run) -> dict[str, str]:
     made = run.workspace.manifest("instance-images")
-    _refuse_others("instance-images", "prepare", made["inputs"], _views(run))
+    _refuse_others(run, "instance-images", "prepare", made["inputs"], _views(run))
     return {name: made["outputs"][name]["sha256"] for name in made["facts"]["pictures"]}
 
 
@@ -151,16 +173,16 @@ def _class_pictures(run: Run) -> dict[str, str]:
     prior = run.config.prior
     stage = drawing(run, "class-images", "base-model", prior, class_inputs(run))  # first: it completes what was stopped while it moved in
     made = run.workspace.manifest("class-images")
-    _refuse_others("class-images", "class-images", made["inputs"], stage.inputs)
+    _refuse_others(run, "class-images", "class-images", made["inputs"], stage.inputs)
     names = [row["name"] for row in class_rows(run, prior.images)]
     if not made["outputs"].keys() >= set(names):
-        raise RayboothError(f"There are not prior.images = {prior.images} class-images yet: run 'raybooth class-images' first, or 'raybooth run' for all.")
+        raise RayboothError(f"There are not prior.images = {prior.images} class-images yet: {run.workspace.first('class-images')}.")
     return {name: made["outputs"][name]["sha256"] for name in names}
 
 
-def _refuse_others(stage: str, verb: str, made_from: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _refuse_others(run: Run, stage: str, verb: str, made_from: dict[str, Any], wanted: dict[str, Any]) -> None:
     if others := [key for key, value in wanted.items() if made_from.get(key) != value]:
-        raise RayboothError(f"The {stage} are of another {' and '.join(others)} than the present: run 'raybooth {verb}' first, or 'raybooth run' for all.")
+        raise RayboothError(f"The {stage} are of another {' and '.join(others)} than the present: {run.workspace.first(verb)}.")
 
 
 def _latent_name(sha256: str) -> str:
@@ -202,7 +224,7 @@ def finetune(run: Run) -> None:
     rows = {kind: [_latent_name(sha) for sha in found.values()] for kind, found in _pictures(run).items()}
     used = [n for names in (*rows.values(), _prompt_names(run)) for n in names]
     if not latents.keys() >= set(used):
-        raise RayboothError("The latents do not belong to the present base model and pictures: run 'raybooth encode' first, or 'raybooth run' for all.")
+        raise RayboothError(f"The latents do not belong to the present base model and pictures: {run.workspace.first('encode')}.")
     prompts = {"instance": config.subject.prompt, "class": config.class_prompt}
     without = {"log_every", "trackers", "checkpoint_every", "checkpoints"} | (set() if config.finetune.text_encoder else {"text_encoder_lr"})
     inputs = {

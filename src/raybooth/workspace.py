@@ -10,6 +10,7 @@ import getpass
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import socket
 import threading
@@ -86,6 +87,17 @@ class Workspace:
     def stage(self, name: str, inputs: dict[str, Any]) -> Stage:
         return Stage(self, name, inputs)
 
+    def command(self, verb: str) -> str:
+        """How a verb is called on this storage, for messages. Given no more than that, each goes by the storage's own settings."""
+        return f"'raybooth {verb} --storage {shlex.quote(self.storage)}'"
+
+    def first(self, verb: str) -> str:
+        """What to do, for messages, where what `verb` makes is not there yet, or not as it is needed."""
+        return f"run {self.command(verb)} first, or {self.command('run')} for all"
+
+    def _anew(self, stage: str) -> str:
+        return f"run {self.command(_VERBS.get(stage, stage))} to make it again, or {self.command('run')} for all"
+
     def manifest(self, stage: str) -> dict[str, Any]:
         """Of a stage that must have been run before.
 
@@ -95,9 +107,7 @@ class Workspace:
         self.pull(stage)
         manifest = read_manifest(self.root / stage)
         if manifest is None:
-            raise RayboothError(
-                f"The storage {self.storage} holds no complete {stage}: run 'raybooth {_VERBS.get(stage, stage)}' first, or 'raybooth run' for all."
-            )
+            raise RayboothError(f"The storage {self.storage} holds no complete {stage}: {self.first(_VERBS.get(stage, stage))}.")
         return manifest
 
     def output(self, stage: str, name: str) -> Path:
@@ -109,10 +119,7 @@ class Workspace:
         path = self.root / stage / name
         if not path.is_file():
             what, first = ("is no file", "move it elsewhere and ") if path.exists() else ("is missing", "")
-            raise RayboothError(
-                f"{stage}/{name} {what} in the storage {self.storage}, though the manifest of {stage} names it: "
-                f"{first}run 'raybooth {_VERBS.get(stage, stage)}' to make it again, or 'raybooth run' for all."
-            )
+            raise RayboothError(f"{stage}/{name} {what} in the storage {self.storage}, though the manifest of {stage} names it: {first}{self._anew(stage)}.")
         return path
 
     def intact(self, stage: str, names: Iterable[str]) -> bool:
@@ -129,10 +136,7 @@ class Workspace:
         """
         data = self.output(stage, name).read_bytes()
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise RayboothError(
-                f"{stage}/{name} in the storage {self.storage} is not what its manifest says, it was changed or damaged: "
-                f"run 'raybooth {_VERBS.get(stage, stage)}' to make it again, or 'raybooth run' for all."
-            )
+            raise RayboothError(f"{stage}/{name} in the storage {self.storage} is not what its manifest says, it was changed or damaged: {self._anew(stage)}.")
         return data
 
     @contextlib.contextmanager

@@ -120,8 +120,18 @@ def test_prodigys_rate_is_a_factor_near_one_unless_the_user_sets_it(base: str):
     set_by_user = config.load(None, ["subject.class=dog", "finetune.optimizer=prodigy", "finetune.lr=0.5"], base={"model": base})
     assert set_by_user.finetune.lr == 0.5
     assert Config(**set_by_user.model_dump(by_alias=True, mode="json")) == set_by_user
-    other = config.load(None, ["subject.class=dog", "finetune.optimizer=adafactor"], base={"model": base})
-    assert other.finetune.lr == config.load(None, ["subject.class=dog"], base={"model": base}).finetune.lr
+
+
+@pytest.mark.parametrize(("method", "times"), [("full", 40), ("lora", 500)])
+@pytest.mark.parametrize("base", ["CompVis/stable-diffusion-v1-4", "mini"])
+def test_adafactors_rate_is_relative_to_the_size_of_weights_unless_the_user_sets_it(base: str, method: str, times: float):
+    def of(*how: str) -> Finetune:
+        return config.load(None, ["subject.class=dog", f"finetune.method={method}", *how], base={"model": base}).finetune
+
+    usual, own = of(), of("finetune.optimizer=adafactor")
+    assert own.lr == pytest.approx(times * usual.lr)
+    assert own.text_encoder_lr == (None if usual.text_encoder_lr is None else times * usual.text_encoder_lr)
+    assert of("finetune.optimizer=adafactor", "finetune.lr=0.5").lr == 0.5
 
 
 def test_adapters_have_a_rate_of_their_own_unless_the_user_sets_it(tmp_path: Path):
@@ -148,6 +158,8 @@ def test_a_kept_configuration_takes_another_optimizers_rates(tmp_path: Path, bas
     assert prodigy == config.load(None, ["subject.class=dog", "finetune.optimizer=prodigy"], base={"model": base}, storage=str(tmp_path))
     kept.write_text(prodigy.model_dump_json(by_alias=True))
     assert config.load(kept, ["finetune.optimizer=adamw"]) == plain
+    adafactor = ["finetune.optimizer=adafactor", "finetune.method=lora"]
+    assert config.load(kept, adafactor) == config.load(None, ["subject.class=dog", *adafactor], base={"model": base}, storage=str(tmp_path))
     assert config.load(kept, ["finetune.steps=7"]).finetune.lr == 1
     kept.write_text(config.load(None, ["finetune.lr=3e-4"], base={"model": base}, subject={"class": "dog"}).model_dump_json(by_alias=True))
     assert config.load(kept, ["finetune.optimizer=prodigy"]).finetune.lr == 3e-4  # what somebody has set stays

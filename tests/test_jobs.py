@@ -100,7 +100,7 @@ def test_ctrl_c_while_a_file_is_written_ends_the_drawing(storage: str, ray: None
         raise KeyboardInterrupt
 
     def drawing() -> list[str]:
-        return [t.name for t in threading.enumerate() if t.name.startswith(("StreamingExecutor", "ray-data"))]
+        return [t.name for t in threading.enumerate() if t.name.startswith(("StreamingExecutor", "ray-data", "iter_threaded", "Prefetcher"))]
 
     slow = partial(eval, "lambda rows: __import__('time').sleep(0.1) or [b''] * len(rows)")
     rows = [{"name": str(i)} for i in range(400)]

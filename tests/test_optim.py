@@ -1,6 +1,7 @@
 """Optimizers, schedules, averages, rounding: against their definitions."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from raybooth.errors import RayboothError
 from raybooth.optim import Average, StochasticAdamW, learning_rate_factor, make_optimizer, round_stochastically, state_like
+from raybooth.sections import Finetune
 
 
 def test_the_schedules_warm_up_and_end_where_they_should():
@@ -64,6 +66,27 @@ def test_an_optimizer_that_is_not_installed_says_how_to_get_it(name: str, monkey
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(RayboothError, match=rf"pip install 'raybooth\[{name}\]'"):
         make_optimizer(name, [{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}], 0.0, 0)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_adafactor_steps_as_far_as_adamw_by_default(adapter: bool):
+    """At AdamW's own rate it would take a fortieth of its steps, and of an adapter's half that starts at zero a thousandth."""
+
+    def moved(name: str, lr: float) -> float:
+        torch.manual_seed(0)
+        weights = torch.zeros(64, 64) if adapter else torch.randn(64, 64) * 0.025
+        p, before, wanted = nn.Parameter(weights.clone()), weights, torch.randn(64, 64)
+        optimizer = make_optimizer(name, [{"params": [p], "lr": lr}], 0.0, 0)
+        for _ in range(50):
+            (p - wanted).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return float((p.detach() - before).square().mean().sqrt())
+
+    method: Any = "lora" if adapter else "full"
+    usual, own = Finetune(method=method).lr, Finetune(method=method, optimizer="adafactor").lr
+    assert 0.3 < moved("adafactor", own) / moved("adamw", usual) < 3
+    assert moved("adafactor", usual) < 0.1 * moved("adamw", usual)
 
 
 def test_the_state_of_a_plan_is_what_adafactor_holds():

@@ -1,10 +1,10 @@
 """What `raybooth plan` says, against what a real step of the same models takes."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -87,8 +87,30 @@ DENOISER, LORA = ["finetune.text_encoder=false"], ["finetune.method=lora", "fine
 def test_the_peak_is_within_15_percent_of_a_real_step(name: str, how: list[str]):
     folder = toys.made(name)
     made = config.load(None, [f"finetune.batch={BATCH}", "finetune.precision=fp32", *how], subject={"class": "dog"}, base={"model": str(folder)})
-    planned, measured = plan(folder, made), measured_peak(folder, made)
+    planned, measured = plan(folder, made, "cpu"), measured_peak(folder, made)
     print(name, how, planned.memory, planned.peak, measured)
+    assert planned.peak - planned.memory["latents"] == pytest.approx(measured, rel=0.15)
+
+
+def in_float32(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def computed(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return norm(*(a.float() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+
+    return computed
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3.5", "flux"])
+def test_norms_are_planned_in_float32_as_cudas_autocast_computes_them(name: str, monkeypatch: pytest.MonkeyPatch):
+    """torch/include/ATen/autocast_mode.h, AT_FORALL_FP32: group_norm, layer_norm, rms_norm."""
+    folder, how = toys.made(name), [*LORA, f"finetune.batch={BATCH}", "finetune.precision=bf16", "finetune.gradient_checkpointing=false"]
+    made = config.load(None, how, subject={"class": "dog"}, base={"model": str(folder)})
+    planned, of_a_cpu = plan(folder, made, "cuda"), plan(folder, made, "cpu")
+    for norm in ("group_norm", "layer_norm", "rms_norm"):
+        monkeypatch.setattr(torch.nn.functional, norm, in_float32(getattr(torch.nn.functional, norm)))
+    measured = measured_peak(folder, made)
+    print(name, planned.peak, of_a_cpu.peak, measured)
+    assert planned.memory["activations"] > 1.04 * of_a_cpu.memory["activations"]
     assert planned.peak - planned.memory["latents"] == pytest.approx(measured, rel=0.15)
 
 

@@ -85,6 +85,23 @@ def test_a_flow_is_trained_in_float32_by_a_gpu_that_has_no_bfloat16(family: Fami
     assert autocast_dtype(family, "fp16", "cuda") == torch.float16
 
 
+@pytest.mark.parametrize("lora", [Lora(rank=4), Lora(rank=4, dropout=0.3), Lora(rank=2, dora=True)], ids=["lora", "dropout", "dora"])
+def test_adapters_that_take_their_inputs_as_they_come_learn_the_same_bits(lora: Lora):
+    """PEFT's float32 copies of them are cast back by autocast, and kept for the backward pass."""
+
+    def learnt(copies: bool) -> tuple[dict[str, torch.Tensor], int]:
+        family, loaded = adapted(toys.made("sdxl"), lora=lora)
+        spared: list[Any] = [m for part in loaded.modules.values() for m in part.modules() if not getattr(m, "cast_input_dtype_enabled", True)]
+        for layer in spared if copies else ():
+            layer.cast_input_dtype_enabled = True
+        return list(taught(toys.made("sdxl"), family, loaded))[-1].state().tensors, len(spared)
+
+    (own, spared), (theirs, _) = learnt(copies=False), learnt(copies=True)
+    assert bool(spared) == (not lora.dora or LORA.text_encoder)
+    assert own.keys() == theirs.keys()
+    assert all(torch.equal(own[k], theirs[k]) for k in own)
+
+
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("lora", [Lora(rank=4), Lora(rank=2, dora=True)], ids=["lora", "dora"])
 def test_float32_adapters_on_a_bf16_base_learn(tmp_path: Path, name: str, lora: Lora):

@@ -23,7 +23,7 @@ from raybooth.planning import plan
 from raybooth.remote import Remote
 from raybooth.sections import Finetune, Lora, Prior
 from raybooth.train import State
-from raybooth.tuning import finetuner
+from raybooth.tuning import exporter, finetuner
 from raybooth.workspace import Workspace
 
 ROWS = {"instance": ["0.safetensors", "1.safetensors"], "class": ["2.safetensors"]}
@@ -92,6 +92,22 @@ def test_a_checkpoint_that_was_gone_on_from_is_let_go_of(storage: Path, monkeypa
     monkeypatch.setattr(Checkpoints, "save", saved)
     tuned(storage)
     assert len(read) == 1
+
+
+@pytest.mark.parametrize("how", [{"method": "lora", "precision": "bf16"}, {"method": "lora", "precision": "fp32"}, {"precision": "bf16-weights"}, {}])
+def test_a_chosen_checkpoint_is_saved_as_its_training_would_have_saved_it(storage: Path, how: dict[str, Any]):
+    """Adapters too, whose base is held in half precision then: a large one may have no room in float32."""
+    tuned(storage, **how)
+    (last,) = (storage / "checkpoints").glob("*-0000006")
+    exporter(str(storage), f"checkpoints/{last.name}", "fine-tuned-model/chosen")([{"name": "model"}])
+    made, chosen = storage / "fine-tuned-model" / "new", storage / "fine-tuned-model" / "chosen"
+    weights = [name for name in files_under(made) if name.endswith(".safetensors")]
+    assert files_under(chosen) == files_under(made)
+    assert weights
+    for name in weights:
+        saved, wanted = load_file(chosen / name), load_file(made / name)
+        assert saved.keys() == wanted.keys()
+        assert all(saved[k].dtype == wanted[k].dtype and torch.equal(saved[k], wanted[k]) for k in wanted)
 
 
 def losses(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:

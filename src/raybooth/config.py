@@ -16,7 +16,7 @@ from raybooth.errors import RayboothError
 from raybooth.layers import merged, parsed_override, read_file, said
 from raybooth.manifest import KEPT
 from raybooth.prompts import filled, unknown_words
-from raybooth.sections import Base, Cluster, Evaluate, Finetune, Generate, Lora, Prior, Section, Subject
+from raybooth.sections import RELATIVE, Base, Cluster, Evaluate, Finetune, Generate, Lora, Prior, Section, Subject
 
 MINI_DEFAULTS: dict[str, dict[str, Any]] = {
     # Without guidance: what is to be kept is what the model draws of itself. Taught its guided pictures and drawn with guidance again, the class narrows.
@@ -56,9 +56,12 @@ class Config(Section):
     def _mini_brings_its_own(cls, values: Any) -> Any:
         if not isinstance(values, dict) or said(values, "base", "model") != "mini":
             return values
-        own = MINI_DEFAULTS
-        if said(values, "finetune", "optimizer") == "prodigy":  # its factor is no rate of mini's
+        own, optimizer = MINI_DEFAULTS, said(values, "finetune", "optimizer")
+        if optimizer == "prodigy":  # its factor is no rate of mini's
             own = {**own, "finetune": {k: v for k, v in own["finetune"].items() if not k.endswith("lr")}}
+        if optimizer == "adafactor":
+            times = RELATIVE["lora" if said(values, "finetune", "method") == "lora" else "full"]
+            own = {**own, "finetune": {k: v * times if k.endswith("lr") else v for k, v in own["finetune"].items()}}
         return merged(own, values)
 
     @model_validator(mode="after")

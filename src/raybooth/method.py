@@ -25,9 +25,11 @@ def make_ready(family: Family, loaded: Loaded, finetune: Finetune, lora: Lora, s
         denoiser.compile()
     trained = family.trainable(finetune.text_encoder)
     if finetune.method == "lora":
-        from raybooth.families.lora import add_adapters
+        from raybooth.families.lora import add_adapters, spare_copies
 
         add_adapters(family, loaded, trained, lora, seed)
+        for part in trained:
+            spare_copies(loaded.modules[part])
     else:
         for part in trained:
             loaded.modules[part].requires_grad_(True)

@@ -3,9 +3,10 @@
 The step is run on tensors without data (torch's FakeTensorMode) under torch's memory tracker.
 """
 
+import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from raybooth.base_model import check_fits
@@ -198,7 +200,8 @@ def _step(
     buckets = _Buckets(parameters.values() if workers > 1 else ())
     tracker.track_external(*held, optimizer, *averages, *buckets.held.values())
     dtype = autocast_dtype(family, finetune.precision, device)
-    with tracker:
+    norms = _norms_in_float32() if dtype and device == "cuda" else contextlib.nullcontext()
+    with tracker, norms:
         for step in range(2):
             for i, (rows, _) in enumerate(passes, 1):
                 tracker.reset_mod_stats()
@@ -232,6 +235,25 @@ def _drawing(family: Family, folder: Path, config: Config, side: int, device: st
             family.predict(loaded, torch.zeros(rows, *shape, dtype=dtype), torch.zeros(rows), text)
             decode(loaded, torch.zeros(decoded_at_once(batch, side), *shape, dtype=dtype))
     return _by_part(tracker.get_tracker_snapshot("peak")[torch.device("cpu")])
+
+
+@contextlib.contextmanager
+def _norms_in_float32() -> Iterator[None]:
+    """CUDA's autocast computes them so, and float32 is what is kept of them for the backward pass; a CPU's leaves them in half precision."""
+
+    def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def computed(*args: Any, **kwargs: Any) -> Tensor:
+            cast = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+            with torch.autocast("cpu", enabled=False):
+                return norm(*cast[0], **cast[1])
+
+        return computed
+
+    with contextlib.ExitStack() as kept:
+        for name in ("group_norm", "layer_norm", "rms_norm"):
+            kept.callback(setattr, nn.functional, name, getattr(nn.functional, name))
+            setattr(nn.functional, name, in_float32(getattr(nn.functional, name)))
+        yield
 
 
 class _Buckets:

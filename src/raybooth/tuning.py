@@ -124,7 +124,8 @@ def exporter(storage: str, checkpoint: str, target: str) -> Callable[[list[Row]]
     def work(rows: list[Row]) -> list[bytes]:
         workspace, folder, base = Workspace(storage), stage_folder(storage, checkpoint), stage_folder(storage, "base-model")
         family, finetune = family_of(base), recipe_of(folder)
-        dtype = torch.bfloat16 if finetune.precision == "bf16-weights" else torch.float32
+        # Of adapters nothing of the base is saved, and a large one may have no room in float32.
+        dtype = torch.bfloat16 if finetune.method == "lora" or finetune.precision == "bf16-weights" else torch.float32
         loaded = load(family, base, family.trainable(finetune.text_encoder), dtype)
         shutil.rmtree(workspace.root / target, ignore_errors=True)
         with explained_if_full(f"The storage {storage}"):

@@ -51,6 +51,17 @@ def add_adapters(family: Family, loaded: Loaded, parts: Iterable[str], how: Lora
         _measure_again(module)
 
 
+def spare_copies(module: nn.Module) -> None:
+    """For a base in half precision, which is stepped under autocast: that casts what adapters take.
+
+    PEFT would cast it to their float32 first, and a copy more would be kept for the backward pass. DoRA goes by the precision of what it takes.
+    """
+    for layer in module.modules():
+        if _is_adapted(layer) and next(layer.get_base_layer().parameters()).dtype is not torch.float32:
+            how: Any = layer
+            how.cast_input_dtype_enabled = bool(how.lora_variant)
+
+
 def _measure_again(module: nn.Module) -> None:
     """DoRA's magnitudes, in float32: PEFT takes them in the base's precision, and rounded ones are another model."""
     for layer in module.modules():

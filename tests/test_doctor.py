@@ -40,7 +40,7 @@ def test_it_tells_of_everything_that_a_run_needs():
 
 
 @pytest.mark.parametrize(
-    ("gib", "told"), [(16, "finetune.method = lora with finetune.lr = 1e-4 needs about 6 GiB"), (24, "SD 1.4 with its text encoder fits.")]
+    ("gib", "told"), [(16, "finetune.method = lora with finetune.lr = 1e-4 needs about 7 GiB"), (24, "SD 1.4 with its text encoder fits.")]
 )
 def test_a_small_gpu_is_told_what_fits(monkeypatch: pytest.MonkeyPatch, gib: int, told: str):
     with_gpu(monkeypatch, gib)

@@ -94,7 +94,7 @@ def _expectation() -> str:
     most = max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / 2**30
     if most < 20:
         return (
-            "SD 1.4 with its text encoder needs 18 GiB to be fine-tuned whole: finetune.method = lora with finetune.lr = 1e-4 needs about 6 GiB. "
+            "SD 1.4 with its text encoder needs 18 GiB to be fine-tuned whole: finetune.method = lora with finetune.lr = 1e-4 needs about 7 GiB. "
             "'raybooth plan' counts it for your settings."
         )
     return "SD 1.4 with its text encoder fits."

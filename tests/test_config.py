@@ -144,6 +144,11 @@ def test_adapters_have_a_rate_of_their_own_unless_the_user_sets_it(tmp_path: Pat
     assert rate("finetune.method=lora", "finetune.lr=5e-5") == 5e-5
     assert rate("finetune.method=lora", "finetune.optimizer=prodigy") == 1
     assert rate("finetune.method=lora", "base.model=mini") == rate("base.model=mini"), "mini's own serves for both"
+    for section in (Finetune(steps=3), Finetune(method="lora"), Finetune(optimizer="adafactor")):
+        by_name = config.load(None, ["subject.class=dog"], base={"model": "mini"}, finetune=section.model_dump(include=section.model_fields_set))
+        assert Config(subject={"class": "dog"}, base={"model": "mini"}, finetune=section).finetune == by_name.finetune, "mini's own, in Python too"
+        again = Config(subject={"class": "dog"}, finetune=section).finetune
+        assert again == Config(subject={"class": "dog"}, finetune=again).finetune == Finetune(**section.model_dump(include=section.model_fields_set))
     kept = tmp_path / "config.json"
     kept.write_text(config.load(None, ["subject.class=dog"]).model_dump_json(by_alias=True))
     assert rate("finetune.method=lora", path=kept) == 1e-4

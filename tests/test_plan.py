@@ -103,7 +103,7 @@ def in_float32(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3.5", "flux"])
 def test_norms_are_planned_in_float32_as_cudas_autocast_computes_them(name: str, monkeypatch: pytest.MonkeyPatch):
     """torch/include/ATen/autocast_mode.h, AT_FORALL_FP32: group_norm, layer_norm, rms_norm."""
-    folder, how = toys.made(name), [*LORA, f"finetune.batch={BATCH}", "finetune.precision=bf16", "finetune.gradient_checkpointing=false"]
+    folder, how = toys.made(name), [*LORA, f"finetune.batch={BATCH}", "finetune.precision=bf16"]
     made = config.load(None, how, subject={"class": "dog"}, base={"model": str(folder)})
     planned, of_a_cpu = plan(folder, made, "cuda"), plan(folder, made, "cpu")
     for norm in ("group_norm", "layer_norm", "rms_norm"):

@@ -42,15 +42,16 @@ FITS_NOT = (
     "fewer workers (cluster.samplers) where they share a machine, a smaller model, a machine or a GPU with more. 'raybooth plan' says what a model takes."
 )
 """Where it is the model itself: nothing of how it is used makes that smaller."""
+SMALLER_ENCODERS = "fewer cluster.samplers where they share a machine, smaller models as evaluate.dino and evaluate.clip."
 
 
-def _explained(what: str, advice: str) -> Callable[[Callable[P, Work]], Callable[P, Work]]:
+def _explained(what: str, advice: str, too_large: str = FITS_NOT) -> Callable[[Callable[P, Work]], Callable[P, Work]]:
     """Of a function that makes work: in the making, which loads a model, and in the work."""
 
     def decorated(make: Callable[P, Work]) -> Callable[P, Work]:
         @functools.wraps(make)
         def made(*args: P.args, **kwargs: P.kwargs) -> Work:
-            with explained_if_out_of_memory(f"{what}, at the loading of the model,", FITS_NOT):
+            with explained_if_out_of_memory(f"{what}, at the loading of the model,", too_large):
                 work = make(*args, **kwargs)
             return explained_if_out_of_memory(what, advice)(work)
 
@@ -179,7 +180,7 @@ def encoder(storage: str, prompts: bool, model: str) -> Work:
     return lambda rows: [one(r) for r in rows]
 
 
-@_explained("Scoring", "fewer cluster.samplers where they share a machine, smaller models as evaluate.dino and evaluate.clip.")
+@_explained("Scoring", SMALLER_ENCODERS, too_large=SMALLER_ENCODERS)
 def featurizer(storage: str, model: str) -> Work:
     """Rows with a `picture` to its features by both encoders, rows with a `prompt` to CLIP's, as safetensors. `model` as encoder() has it."""
     import torch

@@ -147,15 +147,14 @@ class Finetune(Section):
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     checkpoints: Count = Field(2, description="newest checkpoints that are kept")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _rates_of_their_own(cls, values: Any) -> Any:
+    @model_validator(mode="after")
+    def _rate_of_its_own(self) -> "Finetune":
         """Prodigy finds the rate; adapters start from nothing, and learn next to nothing at that of the weights."""
-        if not isinstance(values, dict):
-            return values
-        method, optimizer = "lora" if values.get("method") == "lora" else "full", values.get("optimizer")
-        usual = 1e-4 if method == "lora" else 5e-6
-        return {"lr": 1.0 if optimizer == "prodigy" else usual * RELATIVE[method] if optimizer == "adafactor" else usual, **values}
+        if "lr" not in self.model_fields_set:
+            usual = 1e-4 if self.method == "lora" else type(self).model_fields["lr"].default
+            own = {"prodigy": 1.0, "adafactor": usual * RELATIVE[self.method]}.get(self.optimizer, usual)
+            self.__dict__["lr"] = own  # not as one that was set: mini's rates come before it
+        return self
 
 
 class Lora(Section):

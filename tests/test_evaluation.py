@@ -18,7 +18,7 @@ from raybooth.encoders import clip, vit
 from raybooth.jobs import model_of
 from raybooth.mini import FOLDER
 from raybooth.mini.world import render, subject_scenes
-from raybooth.score import Score, among, distances, diversity, scored, scored_pairs, to_prompt, to_subject
+from raybooth.score import Array, Score, among, distances, diversity, scored, scored_pairs, to_prompt, to_subject
 from raybooth.verbs import do
 
 
@@ -69,13 +69,17 @@ def test_diversity_is_none_among_equals_and_grows_with_difference(subject: list[
     encode = vit(FOLDER / "vit")
     nearly = [subject[0], subject[0].point(lambda v: min(255, v + 8))]
     same, alike, various = (encode(x)["patches"].numpy() for x in ([subject[0]] * 3, nearly, others))
-    assert diversity([same])[0] == pytest.approx(0, abs=1e-6)
-    assert 0 < diversity([alike])[0] < diversity([various])[0]
+
+    def div(patches: Array) -> float:
+        return float(diversity([distances(patches)])[0])
+
+    assert div(same) == pytest.approx(0, abs=1e-6)
+    assert 0 < div(alike) < div(various)
     a, b = torch.from_numpy(various[:1]), torch.from_numpy(various[1:2])
     by_hand = (2 - 2 * torch.cosine_similarity(a, b, dim=-1)).mean()  # the squared distance of unit vectors
-    assert diversity([various[:2]])[0] == pytest.approx(float(by_hand), abs=1e-5)
+    assert div(various[:2]) == pytest.approx(float(by_hand), abs=1e-5)
     pairs = [torch.cosine_similarity(a, b, dim=-1) for a, b in combinations(torch.from_numpy(various), 2)]
-    assert diversity([various])[0] == pytest.approx(float((2 - 2 * torch.stack(pairs)).mean()), abs=1e-5)
+    assert div(various) == pytest.approx(float((2 - 2 * torch.stack(pairs)).mean()), abs=1e-5)
 
 
 def test_the_interval_is_that_of_a_mean():
@@ -92,18 +96,18 @@ def test_the_interval_of_a_diversity_holds_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
     every = rng.normal(size=(60, 1, 6)) * rng.uniform(0.1, 1, size=(60, 1, 1)) + np.eye(6)[0]
     every = (every / np.linalg.norm(every, axis=-1, keepdims=True)).astype(np.float32)
-    found = [scored_pairs(every[rng.integers(60, size=20)], draws=400) for _ in range(200)]
+    found = [scored_pairs(distances(every[rng.integers(60, size=20)]), draws=400) for _ in range(200)]
     truth = float(distances(every).mean())
     held = np.mean([s.low < truth < s.high for s in found])  # type: ignore[operator]
     assert 0.85 < held < 0.99
 
 
 def test_a_single_value_has_no_interval_and_two_pictures_are_a_single_pair(others: list[Image.Image]):
-    patches = vit(FOLDER / "vit")(others[:3])["patches"].numpy()
-    one, two, three = scored(np.array([0.5], np.float32), floor=0.1), scored_pairs(patches[:2]), scored_pairs(patches)
+    apart = distances(vit(FOLDER / "vit")(others[:3])["patches"].numpy())
+    one, two, three = scored(np.array([0.5], np.float32), floor=0.1), scored_pairs(apart[:2, :2]), scored_pairs(apart)
     assert (one.value, one.low, one.high, one.floor) == (0.5, None, None, 0.1)
-    assert two.value == pytest.approx(diversity([patches[:2]])[0])
-    assert three.value == pytest.approx(diversity([patches])[0])
+    assert two.value == pytest.approx(diversity([apart[:2, :2]])[0])
+    assert three.value == pytest.approx(diversity([apart])[0])
     assert two.low is None
     assert three.low is not None
     assert three.high is not None
@@ -135,7 +139,7 @@ def test_what_is_scored_is_what_this_configuration_asks_for(storage: Path, photo
         words = clip(FOLDER / "clip")[1](["photo of a dog at night"] * 3 + ["photo of a dog on the beach"] * 3)["clip"].numpy()
         assert scores["clip_t"].value == pytest.approx(to_prompt(found["output"]["clip"], words).mean(), abs=1e-5)
         patches = found["output"]["patches"]
-        assert scores["div"].value == pytest.approx(diversity([patches[:3], patches[3:]]).mean(), abs=1e-6)
+        assert scores["div"].value == pytest.approx(diversity([distances(patches[:3]), distances(patches[3:])]).mean(), abs=1e-6)
         assert evaluation.class_before(run) == "class-before-images", "the class images were drawn in fewer steps"
         assert run.workspace.manifest("class-before-images")["inputs"]["steps"] == 3
         assert evaluation.before_after(run).exists()
@@ -153,7 +157,7 @@ def test_only_prompts_that_show_the_subject_tell_how_like_it_the_pictures_are(st
             assert scores[name].floor == pytest.approx(to_subject(found["before"][kind][shown], own).mean(), abs=1e-6)
         assert scores["clip_t"].value == pytest.approx(to_prompt(found["output"]["clip"], found["prompts"]["clip"]).mean(), abs=1e-6)
         patches = found["output"]["patches"]
-        assert scores["div"].value == pytest.approx(diversity([patches[i : i + 2] for i in range(0, 8, 2)]).mean(), abs=1e-6)
+        assert scores["div"].value == pytest.approx(diversity([distances(patches[i : i + 2]) for i in range(0, 8, 2)]).mean(), abs=1e-6)
 
 
 def test_where_no_prompt_shows_the_subject_a_sentence_says_so(storage: Path, photos: Path, capsys: pytest.CaptureFixture[str]):

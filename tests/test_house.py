@@ -14,7 +14,7 @@ LAYERS = [
     {"card", "reporting", "serving"},
     {"evaluation", "plots"}, {"stages", "planning"}, {"selection"}, {"features", "encoder_files"}, {"drawing", "base_model", "naming"}, {"loading"},
     {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
-    {"train", "sample", "score", "encoders", "checkpoint"}, {"teacher"},
+    {"train", "sample", "score", "encoders", "lpips", "checkpoint"}, {"teacher"},
     {"families", "dataset", "loss", "noise", "dropout", "optim", "dreambench", "photos", "sources", "hub", "tables"},
     {"config", "workspace", "stage", "mirror", "extras"}, {"sections"},
     {"disk", "remote", "layers", "clock", "manifest", "background"}, {"errors", "prompts", "complaints"},

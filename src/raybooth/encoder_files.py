@@ -15,18 +15,19 @@ from raybooth.session import Run
 
 WEIGHTS, SHARDED = "model.safetensors", "model.safetensors.index.json"
 KINDS = {"dino": ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit"), "clip": ("clip",)}
-"""What they may be, as config.json has it: those with a class token, and both towers of CLIP."""
+"""What they may be, as config.json has it: those with a class token, and both towers of CLIP. LPIPS's VGG16 is known by its weights alone."""
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _AGAIN = "copy or download it again, or name another one in [evaluate]."
 
 
 def prepare_encoders(run: Run) -> None:
-    """Both encoders into the storage. Of one whose folder has gone since, the copy is kept.
+    """The encoders into the storage. Of one whose folder has gone since, the copy is kept.
 
     Raises:
         RayboothError: if one cannot be had, is not complete, or is of a kind that does not serve.
     """
-    models = {"dino": run.config.evaluate.dino, "clip": run.config.evaluate.clip}
+    asked = run.config.evaluate
+    models = {"dino": asked.dino, "clip": asked.clip} | ({"lpips": asked.lpips} if asked.lpips else {})
     if gone := _gone(run, models):
         run.say(f"encoders: {' and '.join(gone)} has gone; the copy of it is kept")
         return
@@ -46,6 +47,10 @@ def prepare_encoders(run: Run) -> None:
             for name in files[part]:
                 shutil.copyfile(source / name, target / name)
         check_weights(target, [WEIGHTS])
+        if part == "lpips":
+            from raybooth.lpips import check
+
+            check(target / WEIGHTS)
     stage.finish(facts, only=files_under(stage.partial))
 
 
@@ -62,10 +67,15 @@ def _source(part: str, model: str) -> Path | None:
     if model == "mini":
         from raybooth.families import mini_folder
 
+        if part == "lpips":
+            raise RayboothError(
+                "evaluate.lpips = 'mini': mini has no VGG16. Leave it out, and DIV is by the ViT's patches, or name one, such as timm/vgg16.tv_in1k."
+            )
         return mini_folder() / {"dino": "vit", "clip": "clip"}[part]
     source = local_source(model, f"evaluate.{part}")
     if source is not None and not source.is_dir():
-        raise RayboothError(f"evaluate.{part} = '{model}' is no folder that is there: give one, a hub repository as owner/name, or 'mini'.")
+        other = "such as timm/vgg16.tv_in1k" if part == "lpips" else "or 'mini'"
+        raise RayboothError(f"evaluate.{part} = '{model}' is no folder that is there: give one, a hub repository as owner/name, {other}.")
     return source
 
 
@@ -95,6 +105,8 @@ def _needed(part: str, model: str, names: Iterable[str]) -> list[str]:
             f"The encoder {model} has no {WEIGHTS}, and pickled weights are refused: name another one in [evaluate], or a revision that has it as "
             "owner/name@revision. A pull request is one too: owner/name@refs/pr/3 is the third of those on the Community page of the repository."
         )
+    if part == "lpips":
+        return [WEIGHTS]
     if "config.json" not in wanted:
         raise RayboothError(f"The encoder {model} has no config.json: {_AGAIN}")
     if not any(name in wanted for name in _PREPROCESSORS):
@@ -106,6 +118,8 @@ def _needed(part: str, model: str, names: Iterable[str]) -> list[str]:
 
 def _check(part: str, model: str, folder: Path, names: Iterable[str]) -> None:
     """What the files, but for the weights, say."""
+    if part not in KINDS:
+        return
     for name in ("config.json", *_PREPROCESSORS):
         if name in names:
             read_object(folder / name)

@@ -10,10 +10,10 @@ from PIL import Image
 
 from raybooth.drawing import by_prompt, class_inputs, class_rows, draw, drawing, output_rows, photographs
 from raybooth.encoder_files import prepare_encoders
-from raybooth.features import features, scored_prompt, shows_subject
+from raybooth.features import features, lpips_distances, scored_prompt, shows_subject
 from raybooth.manifest import write_atomically
 from raybooth.photos import contact_sheet, png
-from raybooth.score import Array, Score, among, diversity, scored, scored_pairs, to_prompt, to_subject
+from raybooth.score import Array, Distances, Score, among, distances, diversity, scored, scored_pairs, to_prompt, to_subject
 from raybooth.session import Run
 from raybooth.stages import generate
 
@@ -38,6 +38,7 @@ def evaluate(run: Run) -> None:
     generate(run)  # what there is may be of an earlier model, or of other prompts
     _draw_comparisons(run)
     found = measured(run)
+    apart = _apart(run, found)
     inputs = {
         "encoders": run.model_digest("encoders"),
         "pictures": {kind: list(map(run.outputs(stage).__getitem__, names)) for kind, (stage, names) in pictures(run).items()},
@@ -47,7 +48,7 @@ def evaluate(run: Run) -> None:
     }
     stage = run.workspace.stage("scores", inputs)
     if not stage.done():
-        stage.write(SCORES, json.dumps({name: asdict(score) for name, score in _scores(run, found).items()}, indent=1).encode())
+        stage.write(SCORES, json.dumps({name: asdict(score) for name, score in _scores(run, found, apart).items()}, indent=1).encode())
         stage.finish()
     run.say(table(run))
     if "dino" not in read(run):
@@ -105,18 +106,26 @@ def measured(run: Run) -> dict[str, dict[str, Array]]:
     return features(run, "features", pictures(run), _texts(run))
 
 
-def _scores(run: Run, found: dict[str, dict[str, Array]]) -> dict[str, Score]:
+def _apart(run: Run, found: dict[str, dict[str, Array]]) -> dict[str, list[Distances]]:
+    """How far the pictures of one prompt are from one another, by kind: by LPIPS where `evaluate.lpips` is given, else by the ViT's patches."""
+    shown, each = pictures(run), run.config.generate.images_per_prompt
+    parts = {}
+    for kind, (_, names) in shown.items():
+        size = each if kind in ("before", "output") else len(names)
+        parts[kind] = [slice(i, i + size) for i in range(0, len(names), size)]
+    if run.config.evaluate.lpips:
+        return lpips_distances(run, {kind: [(stage, names[part]) for part in parts[kind]] for kind, (stage, names) in shown.items()})
+    return {kind: [distances(found[kind]["patches"][part]) for part in parts[kind]] for kind in KINDS}
+
+
+def _scores(run: Run, found: dict[str, dict[str, Array]], apart: dict[str, list[Distances]]) -> dict[str, Score]:
     subject, before, after, of_class, of_class_after = (found[k] for k in KINDS)
-    texts, each = found["prompts"]["clip"], run.config.generate.images_per_prompt
+    texts = found["prompts"]["clip"]
     several = len(subject["dino"]) > 1
     own = {k: float(among(subject[k]).mean()) if several else None for k in ("dino", "clip")}
 
     def similar(drawn: dict[str, Array], base: dict[str, Array], by: str) -> Score:
         return scored(to_subject(drawn[by], subject[by]), float(to_subject(base[by], subject[by]).mean()), own[by])
-
-    def differences(drawn: dict[str, Array]) -> Array:
-        """Of each prompt."""
-        return diversity([drawn["patches"][i : i + each] for i in range(0, len(drawn["patches"]), each)])
 
     shown = np.array(_shows_subject(run))
     drawn, base = ({k: v[shown] for k, v in of.items()} for of in (after, before))
@@ -125,12 +134,12 @@ def _scores(run: Run, found: dict[str, dict[str, Array]]) -> dict[str, Score]:
         "clip_t": scored(to_prompt(after["clip"], texts), float(to_prompt(before["clip"], texts).mean())),
         "pres": similar(of_class_after, of_class, "dino"),
     }
-    if len(of_class_after["patches"]) > 1:
-        scores["class_div"] = scored_pairs(of_class_after["patches"], float(diversity([of_class["patches"]])[0]))
-    if each > 1:
-        alike = float(diversity([subject["patches"]])[0]) if several else None
-        anchors = float(differences(before).mean()), alike
-        scores["div"] = scored_pairs(after["patches"], *anchors) if len(after["patches"]) == each else scored(differences(after), *anchors)
+    if len(of_class_after["dino"]) > 1:
+        scores["class_div"] = scored_pairs(apart["class-after"][0], float(diversity(apart["class-before"])[0]))
+    if run.config.generate.images_per_prompt > 1:
+        anchors = float(diversity(apart["before"]).mean()), float(diversity(apart["instance"])[0]) if several else None
+        of_one_prompt = len(apart["output"]) == 1
+        scores["div"] = scored_pairs(apart["output"][0], *anchors) if of_one_prompt else scored(diversity(apart["output"]), *anchors)
     return scores
 
 

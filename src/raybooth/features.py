@@ -1,16 +1,20 @@
 """Features of a run's pictures and prompts: what the encoders in its storage make of both."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raybooth.drawing import map_into
-from raybooth.score import Array
+from raybooth.manifest import digest
+from raybooth.score import Array, Distances
 from raybooth.session import Run
+
+if TYPE_CHECKING:
+    from raybooth.jobs import Work
 
 _LINKS = """
 about above across after against along alongside among and are around as at be before behind below beneath beside besides between beyond by carrying chasing
@@ -67,23 +71,53 @@ def features(run: Run, folder: str, pictures: Mapping[str, tuple[str, list[str]]
     """
     from raybooth import jobs
 
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Callable[[], dict[str, Any]]] = {}
     order: dict[str, list[str]] = {}
     for kind, (stage_name, names) in pictures.items():
         outputs = run.outputs(stage_name)
         order[kind] = [f"{outputs[name][:32]}.safetensors" for name in names]
-        rows |= {n: {"file": run.workspace.root / stage_name / name} for n, name in zip(order[kind], names, strict=True)}
+        rows |= {n: partial(_picture, run, stage_name, name) for n, name in zip(order[kind], names, strict=True)}
     order["prompts"] = [jobs.prompt_name(p) for p in prompts]
-    rows |= {jobs.prompt_name(p): {"prompt": p} for p in prompts}
+    rows |= {jobs.prompt_name(p): partial(dict, prompt=p) for p in prompts}
+    folder_of = _computed(run, folder, jobs.featurizer, rows, batch=16, unit="row")
+    return {kind: _stacked([folder_of / n for n in names]) for kind, names in order.items()}
+
+
+def lpips_distances(run: Run, groups: Mapping[str, Sequence[tuple[str, list[str]]]]) -> dict[str, list[Distances]]:
+    """Of each kind's groups of pictures (a stage and names of its files), the pictures' distances from one another (n, n). Only what is new is computed."""
+    from safetensors.numpy import load_file
+
+    from raybooth import jobs
+
+    rows: dict[str, Callable[[], dict[str, Any]]] = {}
+    order: dict[str, list[str]] = {}
+    for kind, of_kind in groups.items():
+        outputs = {stage: run.outputs(stage) for stage, _ in of_kind}
+        order[kind] = [f"{digest([outputs[stage][name] for name in names])[:32]}.safetensors" for stage, names in of_kind]
+        rows |= {n: partial(_pictures, run, *group) for n, group in zip(order[kind], of_kind, strict=True)}
+    folder = _computed(run, "distances", jobs.comparer, rows, batch=1, unit="group")
+    return {kind: [load_file(folder / n)["distances"].astype(np.float64) for n in names] for kind, names in order.items()}
+
+
+def _picture(run: Run, stage: str, name: str) -> dict[str, Any]:
+    return {"picture": (run.workspace.root / stage / name).read_bytes()}
+
+
+def _pictures(run: Run, stage: str, names: list[str]) -> dict[str, Any]:
+    return {"pictures": [_picture(run, stage, name)["picture"] for name in names]}
+
+
+def _computed(run: Run, folder: str, work: "Callable[[str, str], Work]", rows: Mapping[str, Callable[[], dict[str, Any]]], batch: int, unit: str) -> Path:
+    """The storage's `folder` with the files that `work`, with the encoders, makes of `rows`; what there is already is not made again."""
     stage = run.workspace.stage(folder, {"encoders": run.model_digest("encoders")})
     missing = stage.missing(rows)
-    work = [{"name": n, **({"prompt": r["prompt"]} if "prompt" in r else {"picture": r["file"].read_bytes()})} for n, r in rows.items() if n in set(missing)]
-    if work:
-        make = partial(jobs.featurizer, run.workspace.uri, stage.inputs["encoders"])
-        map_into(stage, run, make, work, batch=16, title=folder, unit="row", model_stage="encoders")
-    if work or not stage.done(rows):
+    if missing:
+        make = partial(work, run.workspace.uri, stage.inputs["encoders"])
+        made_of = [{"name": n} | rows[n]() for n in missing]
+        map_into(stage, run, make, made_of, batch=batch, title=folder, unit=unit, model_stage="encoders")
+    if missing or not stage.done(rows):
         stage.finish(only=rows)
-    return {kind: _stacked([stage.folder / n for n in names]) for kind, names in order.items()}
+    return stage.folder
 
 
 def _stacked(files: list[Path]) -> dict[str, Array]:

@@ -204,6 +204,19 @@ def featurizer(storage: str, model: str) -> Work:
     return lambda rows: [one(r) for r in rows]
 
 
+@_explained("Comparing pictures by LPIPS", f"fewer evaluate.class_images, {SMALLER_ENCODERS}")
+def comparer(storage: str, model: str) -> Work:
+    """Rows with several `pictures` to their LPIPS distances from one another, as safetensors. `model` as encoder() has it."""
+    import torch
+    from PIL import Image
+    from safetensors.torch import save
+
+    from raybooth.lpips import lpips
+
+    distances = lpips(stage_folder(storage, "encoders") / "lpips" / "model.safetensors", "cuda" if torch.cuda.is_available() else "cpu")
+    return lambda rows: [save({"distances": distances([Image.open(io.BytesIO(p)) for p in row["pictures"]]).cpu()}) for row in rows]
+
+
 def _pixels(data: bytes) -> "Tensor":
     """(1, 3, h, w) in [-1, 1]."""
     import numpy as np

@@ -152,7 +152,8 @@ def _stages(run: Run, selected: dict[str, Any] | None) -> list[str]:
     """What this run's model and pictures follow from, in the order of their making."""
     chosen = [*_checkpoint_stages(selected), "checkpoint-features"] if selected else []
     made = ["base-model", "encoders", "instance-images", evaluation.class_before(run), "latents", *chosen, "fine-tuned-model"]
-    return [*made, "output-images", "before-images", "class-after-images", "features", "scores"]
+    compared = ["distances"] if run.config.evaluate.lpips else []
+    return [*made, "output-images", "before-images", "class-after-images", "features", *compared, "scores"]
 
 
 def _checkpoint_stages(selected: dict[str, Any]) -> list[str]:

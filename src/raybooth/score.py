@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+Distances = NDArray[np.float64]
 
 
 def to_subject(drawn: Array, photographs: Array) -> Array:
@@ -25,7 +26,7 @@ def among(pictures: Array) -> Array:
     return (pictures[first] * pictures[second]).sum(axis=1)
 
 
-def distances(patches: Array) -> NDArray[np.float64]:
+def distances(patches: Array) -> Distances:
     """Of pictures whose patches are (n, p, d) from one another: (n, n).
 
     The distance is LPIPS's (Zhang et al. 2018, equation 1) on the last layer of the ViT, unweighted: the squared distance of
@@ -38,9 +39,9 @@ def distances(patches: Array) -> NDArray[np.float64]:
     return found
 
 
-def diversity(patches: Sequence[Array]) -> Array:
-    """DIV: of each prompt, whose pictures' patches are (n, p, d), the mean distance of its pictures' pairs: (prompts,)."""
-    return np.array([distances(one).sum() / (len(one) * (len(one) - 1)) for one in patches if len(one) > 1], dtype=np.float32)
+def diversity(prompts: Sequence[Distances]) -> Array:
+    """DIV: of each prompt, whose pictures' distances from one another are (n, n), the mean of its pairs: (prompts,)."""
+    return np.array([one.sum() / (len(one) * (len(one) - 1)) for one in prompts if len(one) > 1], dtype=np.float32)
 
 
 def share(value: float, anchor: float) -> float:
@@ -68,12 +69,12 @@ def scored(values: Array, floor: float | None = None, ceiling: float | None = No
     return Score(float(values.mean()), float(low), float(high), floor, ceiling)
 
 
-def scored_pairs(patches: Array, floor: float | None = None, ceiling: float | None = None, draws: int = 2000) -> Score:
-    """DIV of two or more pictures of one prompt, whose patches are (n, p, d).
+def scored_pairs(found: Distances, floor: float | None = None, ceiling: float | None = None, draws: int = 2000) -> Score:
+    """DIV of two or more pictures of one prompt, whose distances from one another are (n, n).
 
     What is drawn anew are the pictures: pairs share them, and by pairs the interval would be half as wide as it is. A picture is no pair with itself.
     """
-    n, found = len(patches), distances(patches)
+    n = len(found)
     value = float(found.sum() / (n * (n - 1)))
     if n == 2:
         return Score(value, None, None, floor, ceiling)

@@ -190,6 +190,9 @@ class Evaluate(Section):
         description="ViT that tells subjects apart: hub repository (owner/name, owner/name@revision), local folder, or 'mini'",
     )
     clip: str = Field("openai/clip-vit-base-patch32", min_length=1, description="CLIP for pictures and prompts: hub repository, local folder, or 'mini'")
+    lpips: str | None = Field(
+        None, min_length=1, description="VGG16, by which DIV is then LPIPS: timm/vgg16.tv_in1k or another, or a folder; default: DIV is by the ViT's patches"
+    )
     class_images: Annotated[int, Field(ge=2, le=100_000)] | None = Field(
         None, description="pictures of the class to draw and score, before and after; default: 24, or as many as prior.images where these are fewer"
     )

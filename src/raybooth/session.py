@@ -175,7 +175,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     """A configuration to be kept with what it made, as plain values: paths of this machine are absolute, for it is read again in other folders."""
     values = config.model_dump(by_alias=True, mode="json")
     values["subject"]["photos"] = [_absolute(source) for source in config.subject.photos]
-    for section, key in (("base", "model"), ("base", "configuration"), ("evaluate", "dino"), ("evaluate", "clip")):
+    for section, key in (("base", "model"), ("base", "configuration"), ("evaluate", "dino"), ("evaluate", "clip"), ("evaluate", "lpips")):
         values[section][key] = _absolute(values[section][key])
     return values
 

@@ -1,6 +1,5 @@
 """The scores against plain transformers, against pictures whose order is known, and as a stage."""
 
-import json
 import re
 import shutil
 from itertools import combinations
@@ -14,6 +13,7 @@ from stored import on_mini, teach
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 
 from raybooth import evaluation, reporting, selection
+from raybooth.drawing import picture_seed
 from raybooth.encoders import clip, vit
 from raybooth.jobs import model_of
 from raybooth.mini import FOLDER
@@ -104,8 +104,8 @@ def test_the_interval_of_a_diversity_holds_the_truth_as_often_as_it_says():
 
 def test_a_single_value_has_no_interval_and_two_pictures_are_a_single_pair(others: list[Image.Image]):
     apart = distances(vit(FOLDER / "vit")(others[:3])["patches"].numpy())
-    one, two, three = scored(np.array([0.5], np.float32), floor=0.1), scored_pairs(apart[:2, :2]), scored_pairs(apart)
-    assert (one.value, one.low, one.high, one.floor) == (0.5, None, None, 0.1)
+    one, two, three = scored(np.array([0.5], np.float32), np.array([0.1], np.float32)), scored_pairs(apart[:2, :2]), scored_pairs(apart)
+    assert (one.value, one.low, one.high, one.floor) == (0.5, None, None, pytest.approx(0.1))
     assert two.value == pytest.approx(diversity([apart[:2, :2]])[0])
     assert three.value == pytest.approx(diversity([apart])[0])
     assert two.low is None
@@ -220,7 +220,7 @@ def test_crops_and_mirror_images_are_no_photographs(storage: Path, photos: Path)
 def test_one_pair_of_pictures_has_a_dash_for_its_interval(storage: Path, photos: Path):
     with on_mini(storage, photos) as run:
         [line] = [line for line in evaluation.table(run).splitlines() if line.startswith("DIV     pictures of one prompt")]
-        assert re.fullmatch(r".{62} +\d\.\d{3} +-  .*", line)
+        assert re.fullmatch(r"DIV .* +\d\.\d{3} +-  .*", line)
 
 
 def test_the_stage_scores_a_run_and_does_nothing_twice(storage: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
@@ -241,5 +241,39 @@ def test_the_stage_scores_a_run_and_does_nothing_twice(storage: Path, photos: Pa
         before = {p: p.stat().st_mtime_ns for p in storage.rglob("*.safetensors")} | {p: p.stat().st_mtime_ns for p in storage.rglob("*.png")}
         evaluation.evaluate(run)
         assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert json.loads((storage / "scores" / "scores.json").read_text())["clip_t"]["ceiling"] is None
     assert "DINO    looks like the subject" in capsys.readouterr().err
+
+
+def test_the_ceiling_of_the_prompt_is_what_the_base_model_draws_of_it_in_words_that_it_knows(storage: Path, photos: Path):
+    """Asked for a word that it has never met, it is easily beaten."""
+    prompts = ["photo of {subject} in the snow", "photo of a dog in the snow", "photo of a car"]
+    with on_mini(storage, photos, f"generate.prompts={prompts}") as run:
+        do(run, ["evaluate"])
+        drawn = run.workspace.manifest("plain-images")["facts"]["rows"]
+        assert [(r["prompt"], r["seed"]) for r in drawn.values()] == [
+            (prompt, picture_seed(run, "output", k)) for prompt in ("photo of a dog in the snow", "photo of a car") for k in range(2)
+        ], "two of the prompts are the same in plain words"
+        images = [Image.open(storage / "plain-images" / name) for name in (*list(drawn)[:2], *drawn)]
+        pictures, words = clip(FOLDER / "clip")
+        asked = ["photo of a dog in the snow"] * 4 + ["photo of a car"] * 2
+        expected = to_prompt(pictures(images)["clip"].numpy(), words(asked)["clip"].numpy()).mean()
+        assert evaluation.read(run)["clip_t"].ceiling == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_change_is_seen_that_two_intervals_hide():
+    """Pictures of the same seeds vary together; what has changed of each does not."""
+    rng = np.random.default_rng(2)
+    base = rng.normal(0.2, 0.2, 24).astype(np.float32)
+    score = scored(base + 0.05 + rng.normal(0, 0.02, 24).astype(np.float32), base)
+    assert score.low is not None
+    assert score.changed is not None
+    assert score.low < base.mean(), "by its own interval it may be what it was"
+    assert 0.03 < score.changed[0] < 0.05 < score.changed[1] < 0.07
+    points = rng.normal(size=(24, 1, 8))
+    nearer = np.stack([distances((x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)) for x in (points, points + 0.3)])
+    pairs = scored_pairs(nearer[1], nearer[0])
+    assert pairs.changed is not None
+    assert pairs.changed[0] < pairs.value - nearer[0].sum() / (24 * 23) < pairs.changed[1] < 0
+    assert pairs.low is not None
+    assert pairs.high is not None
+    assert pairs.changed[1] - pairs.changed[0] < pairs.high - pairs.low

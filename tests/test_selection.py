@@ -21,7 +21,7 @@ from raybooth.workspace import Workspace
 
 
 def test_balance_pays_neither_a_subject_beyond_the_photographs_nor_a_prompt_beyond_the_base():
-    whole = Candidate(1, dino=0.9, clip_t=0.5, own=0.9, floor=0.5)
+    whole = Candidate(1, dino=0.9, clip_t=0.5, own=0.9, base=0.5)
     assert whole.balance == 2
     assert Candidate(1, 0.99, 0.6, 0.9, 0.5).balance == 2
     assert Candidate(1, 0.45, 0.6, 0.9, 0.5).balance == 1.5
@@ -29,11 +29,11 @@ def test_balance_pays_neither_a_subject_beyond_the_photographs_nor_a_prompt_beyo
 
 
 @pytest.mark.parametrize("own", [0.9, 0.05, 0.0, -0.05])
-@pytest.mark.parametrize("floor", [0.3, 0.0, -0.05])
-def test_balance_never_falls_while_a_score_rises(own: float, floor: float):
+@pytest.mark.parametrize("base", [0.3, 0.0, -0.05])
+def test_balance_never_falls_while_a_score_rises(own: float, base: float):
     """Whatever the anchors are: cosines may be nought or less."""
     scores = [-0.5, -0.1, -0.05, -0.01, 0.0, 0.01, 0.2, 0.9]
-    for rising in ([Candidate(1, x, floor, own, floor).balance for x in scores], [Candidate(1, own, x, own, floor).balance for x in scores]):
+    for rising in ([Candidate(1, x, base, own, base).balance for x in scores], [Candidate(1, own, x, own, base).balance for x in scores]):
         assert rising == sorted(rising)
         assert rising[0] < 2
         assert rising[-1] == pytest.approx(2)
@@ -87,7 +87,7 @@ def test_an_earlier_checkpoint_is_taken_and_is_better_on_seeds_that_it_was_not_c
 
     def balance(kind: str) -> float:
         dino = float(to_subject(drawn[kind]["dino"], drawn["photographs"]["dino"]).mean())
-        return Candidate(0, dino, float(to_prompt(drawn[kind]["clip"], drawn["prompts"]["clip"]).mean()), found[0]["own"], found[0]["floor"]).balance
+        return Candidate(0, dino, float(to_prompt(drawn[kind]["clip"], drawn["prompts"]["clip"]).mean()), found[0]["own"], found[0]["base"]).balance
 
     assert balance("taken") > balance("last") + 0.1
 

@@ -90,9 +90,10 @@ def _sampling(run: Run, how: Prior | Generate) -> Sampling:
 
 
 def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: list[dict[str, Any]], inputs: dict[str, Any]) -> None:
-    """The pictures of `rows` that are missing in stage folder `name`, and its contact sheet."""
+    """The pictures of `rows` that are missing in stage folder `name`, and its contact sheet. Rows of one name are the same picture."""
     from raybooth import jobs
 
+    rows = list({r["name"]: r for r in rows}.values())
     stage = drawing(run, name, model_stage, how, inputs)
     names = [r["name"] for r in rows]
     missing = set(stage.missing(names))

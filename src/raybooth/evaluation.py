@@ -17,7 +17,7 @@ from raybooth.score import Array, Distances, Score, among, distances, diversity,
 from raybooth.session import Run
 from raybooth.stages import generate
 
-KINDS = ("instance", "before", "output", "class-before", "class-after")
+KINDS = ("instance", "before", "plain", "output", "class-before", "class-after")
 SCORES = "scores.json"
 CLASS_PICTURES = 24
 NAMES = {
@@ -33,7 +33,8 @@ UNSHOWN = "No prompt of generate.prompts has {subject} or {token} in it: how ali
 
 def evaluate(run: Run) -> None:
     """DINO, CLIP-I, CLIP-T, PRES and DIV (of the subject's pictures, and of the class's), each with its interval, the base model's and the photographs' own."""
-    run.outputs("instance-images")  # first: what is not there, or cannot be fetched, shows before anything is drawn
+    for needed in ("instance-images", "fine-tuned-model"):
+        run.outputs(needed)  # first: what is not there, or cannot be fetched, shows before anything is drawn
     prepare_encoders(run)
     generate(run)  # what there is may be of an earlier model, or of other prompts
     _draw_comparisons(run)
@@ -44,7 +45,7 @@ def evaluate(run: Run) -> None:
         "pictures": {kind: list(map(run.outputs(stage).__getitem__, names)) for kind, (stage, names) in pictures(run).items()},
         "prompts": _texts(run),
         "subject": _shows_subject(run),
-        "scores": [*NAMES, "intervals over pictures"],  # earlier ones were of pairs: what was scored by them is scored again
+        "scores": [*NAMES, "intervals over pictures", "changes", "plain words"],  # earlier ones were of pairs: what was scored by them is scored again
     }
     stage = run.workspace.stage("scores", inputs)
     if not stage.done():
@@ -56,12 +57,18 @@ def evaluate(run: Run) -> None:
 
 
 def _draw_comparisons(run: Run) -> None:
-    """By the base model, the prompts and the class; by the fine-tuned one the class: the same seeds before and after."""
+    """By the base model, the prompts, the same in plain words and the class; by the fine-tuned one the class: the same seeds before and after."""
     config, rows, before = run.config, _class_rows(run), class_before(run)
     draw(run, "before-images", "base-model", config.generate, output_rows(run), {"seed": config.seed})
+    draw(run, "plain-images", "base-model", config.generate, _plain_rows(run), {"seed": config.seed})
     if before != "class-images":
         draw(run, before, "base-model", config.prior, rows, class_inputs(run))
     draw(run, "class-after-images", "fine-tuned-model", config.prior, rows, class_inputs(run))
+
+
+def _plain_rows(run: Run) -> list[dict[str, Any]]:
+    """Of each of the output's pictures what CLIP is asked of it, which the base model, too, can draw: the word that it has never met is left out."""
+    return output_rows(run, prompts=[scored_prompt(run, prompt) for prompt in by_prompt(run, "output-images")])
 
 
 def _class_rows(run: Run) -> list[dict[str, Any]]:
@@ -81,6 +88,7 @@ def pictures(run: Run) -> dict[str, tuple[str, list[str]]]:
     return {
         "instance": ("instance-images", photographs(run)),
         **{kind: (f"{kind}-images", run.facts(f"{kind}-images")["pictures"]) for kind in ("before", "output")},
+        "plain": ("plain-images", [r["name"] for r in _plain_rows(run)]),
         "class-before": (class_before(run), of_class),
         "class-after": ("class-after-images", of_class),
     }
@@ -111,7 +119,7 @@ def _apart(run: Run, found: dict[str, dict[str, Array]]) -> dict[str, list[Dista
     shown, each = pictures(run), run.config.generate.images_per_prompt
     parts = {}
     for kind, (_, names) in shown.items():
-        size = each if kind in ("before", "output") else len(names)
+        size = each if kind in ("before", "plain", "output") else len(names)
         parts[kind] = [slice(i, i + size) for i in range(0, len(names), size)]
     if run.config.evaluate.lpips:
         return lpips_distances(run, {kind: [(stage, names[part]) for part in parts[kind]] for kind, (stage, names) in shown.items()})
@@ -119,27 +127,28 @@ def _apart(run: Run, found: dict[str, dict[str, Array]]) -> dict[str, list[Dista
 
 
 def _scores(run: Run, found: dict[str, dict[str, Array]], apart: dict[str, list[Distances]]) -> dict[str, Score]:
-    subject, before, after, of_class, of_class_after = (found[k] for k in KINDS)
+    subject, before, plain, after, of_class, of_class_after = (found[k] for k in KINDS)
     texts = found["prompts"]["clip"]
     several = len(subject["dino"]) > 1
     own = {k: float(among(subject[k]).mean()) if several else None for k in ("dino", "clip")}
 
     def similar(drawn: dict[str, Array], base: dict[str, Array], by: str) -> Score:
-        return scored(to_subject(drawn[by], subject[by]), float(to_subject(base[by], subject[by]).mean()), own[by])
+        return scored(to_subject(drawn[by], subject[by]), to_subject(base[by], subject[by]), own[by])
 
     shown = np.array(_shows_subject(run))
     drawn, base = ({k: v[shown] for k, v in of.items()} for of in (after, before))
     scores = {"dino": similar(drawn, base, "dino"), "clip_i": similar(drawn, base, "clip")} if shown.any() else {}
     scores |= {
-        "clip_t": scored(to_prompt(after["clip"], texts), float(to_prompt(before["clip"], texts).mean())),
+        "clip_t": scored(to_prompt(after["clip"], texts), to_prompt(before["clip"], texts), float(to_prompt(plain["clip"], texts).mean())),
         "pres": similar(of_class_after, of_class, "dino"),
     }
     if len(of_class_after["dino"]) > 1:
-        scores["class_div"] = scored_pairs(apart["class-after"][0], float(diversity(apart["class-before"])[0]))
+        scores["class_div"] = scored_pairs(apart["class-after"][0], apart["class-before"][0])
     if run.config.generate.images_per_prompt > 1:
-        anchors = float(diversity(apart["before"]).mean()), float(diversity(apart["instance"])[0]) if several else None
-        of_one_prompt = len(apart["output"]) == 1
-        scores["div"] = scored_pairs(apart["output"][0], *anchors) if of_one_prompt else scored(diversity(apart["output"]), *anchors)
+        alike, one_prompt = float(diversity(apart["instance"])[0]) if several else None, len(apart["output"]) == 1
+        scores["div"] = (
+            scored_pairs(apart["output"][0], apart["before"][0], alike) if one_prompt else scored(diversity(apart["output"]), diversity(apart["before"]), alike)
+        )
     return scores
 
 
@@ -154,13 +163,16 @@ def read(run: Run) -> dict[str, Score]:
 
 
 def table(run: Run) -> str:
-    """A line a score, for people."""
-    lines = [f"{'':<62}{'now':>7}  {'95% interval':>16}  {'base':>6}  {'photographs':>11}"]
-    for name, score in read(run).items():
-        low, high, base, own = (f"{x:.3f}" if x is not None else "-" for x in (score.low, score.high, score.floor, score.ceiling))
-        interval = "-" if low == "-" else f"{low} to {high}"
-        text = NAMES[name].replace("{class}", run.config.subject.class_name)
-        lines.append(f"{text:<62}{score.value:>7.3f}  {interval:>16}  {base:>6}  {own:>11}")
+    """A line a score, for people. What has changed stands beside, with a sign."""
+    scores = read(run)
+    texts = {name: text.replace("{class}", run.config.subject.class_name) for name, text in NAMES.items()}
+    width = max(len(texts[name]) for name in scores)
+    lines = [f"{'':<{width}}{'now':>8}  {'95% interval':>16}  {'base':>6}  {'change since, 95%':>17}  {'ceiling':>7}"]
+    for name, score in scores.items():
+        base, own = (f"{x:.3f}" if x is not None else "-" for x in (score.floor, score.ceiling))
+        interval = "-" if score.low is None else f"{score.low:.3f} to {score.high:.3f}"
+        changed = "-" if score.changed is None else "{:+.3f} to {:+.3f}".format(*score.changed)
+        lines.append(f"{texts[name]:<{width}}{score.value:>8.3f}  {interval:>16}  {base:>6}  {changed:>17}  {own:>7}")
     return "\n".join(lines)
 
 

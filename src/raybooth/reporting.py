@@ -15,6 +15,7 @@ from PIL import Image
 from raybooth import evaluation, plots, selection
 from raybooth.drawing import by_prompt, output_prompts
 from raybooth.errors import RayboothError
+from raybooth.features import scored_prompt
 from raybooth.manifest import write_atomically
 from raybooth.score import Score
 from raybooth.sections import Prior
@@ -27,14 +28,24 @@ SETTINGS = "settings.json"  # as the page gives it
 WORDS = {
     "dino": ("Is it the subject?", "DINO: how alike the pictures and the photographs are to an encoder that tells individuals apart."),
     "clip_i": ("Does it look like the photographs?", "CLIP-I: the same by an encoder of what is to be seen at all, places and style included."),
-    "clip_t": ("Does it do what the prompt says?", "CLIP-T: how well the pictures fit their prompts, the token left out."),
+    "clip_t": (
+        "Does it do what the prompt says?",
+        "CLIP-T: how well the pictures fit their prompts, the token left out. The base model does not know the token, and draws better without it.",
+    ),
     "pres": (
         "Is 'a {class}' still any {class}?",
         "PRES: how much pictures of the class look like the subject. As much as the base model's is good, more is bad.",
     ),
-    "div": ("Do pictures of one prompt differ?", "DIV: the mean distance of pictures of the same prompt. One subject differs less than many do."),
+    "div": (
+        "Do pictures of one prompt differ?",
+        "DIV: the mean distance of pictures of the same prompt. One subject differs less than the many that the base model draws, "
+        "and in one place less than the photographs, which were taken in several.",
+    ),
     "class_div": ("Is there still more than one {class}?", "DIV of the class: as much as the base model's is good, less means that it has narrowed."),
 }
+
+CEILINGS = {"clip_t": "base, without the token"}
+"""What a score's ceiling is, where it is not what the photographs score among themselves."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,7 @@ class Line:
     question: str
     meaning: str
     score: Score
+    ceiling: str = "photographs"
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -52,7 +64,7 @@ class Line:
     @property
     def marks(self) -> list[tuple[str, float]]:
         """What the score is to be compared with."""
-        return [(name, x) for name, x in (("base", self.score.floor), ("photographs", self.score.ceiling)) if x is not None]
+        return [(name, x) for name, x in (("base", self.score.floor), (self.ceiling, self.score.ceiling)) if x is not None]
 
     @property
     def span(self) -> tuple[float, float]:
@@ -113,7 +125,9 @@ def facts_of(run: Run) -> dict[str, Any]:
         "asked": len(output_prompts(run)),
         "classes": classes,
         "class_prompt": config.class_prompt,
-        "scores": [Line(q.replace("{class}", config.subject.class_name), m, scores[k]) for k, (q, m) in WORDS.items() if k in scores],
+        "scores": [
+            Line(q.replace("{class}", config.subject.class_name), m, scores[k], CEILINGS.get(k, "photographs")) for k, (q, m) in WORDS.items() if k in scores
+        ],
         "unshown": "" if "dino" in scores else evaluation.UNSHOWN,
         "strip": strip,
         "losses": plots.losses(trained["history"]) if trained["history"] else "",
@@ -153,7 +167,7 @@ def _stages(run: Run, selected: dict[str, Any] | None) -> list[str]:
     chosen = [*_checkpoint_stages(selected), "checkpoint-features"] if selected else []
     made = ["base-model", "encoders", "instance-images", evaluation.class_before(run), "latents", *chosen, "fine-tuned-model"]
     compared = ["distances"] if run.config.evaluate.lpips else []
-    return [*made, "output-images", "before-images", "class-after-images", "features", *compared, "scores"]
+    return [*made, "output-images", "before-images", "plain-images", "class-after-images", "features", *compared, "scores"]
 
 
 def _checkpoint_stages(selected: dict[str, Any]) -> list[str]:
@@ -183,12 +197,13 @@ def _strip(run: Run, selected: dict[str, Any] | None) -> dict[str, Any] | None:
     stages = [_checkpoint_stage(step) for step in steps]
     if not run.held(stages[0]):
         return None
-    names = run.facts(stages[0])["pictures"]
-    if lost := [stage for stage in stages if not run.workspace.intact(stage, names)]:
+    if lost := [stage for stage in stages if not (held := run.held(stage)) or not run.workspace.intact(stage, held["facts"]["pictures"])]:
         run.say(f"report: without what the checkpoints drew: pictures of {lost[0]} are missing or damaged.")
         return None
-    first = {prompt: names[0] for prompt, names in by_prompt(run, stages[0]).items()}
-    lines = [(prompt, [run.workspace.root / stage / name for stage in stages]) for prompt, name in first.items()]
+    lines = []
+    for prompt, (name, *_) in by_prompt(run, stages[1]).items():
+        plain = by_prompt(run, stages[0]).get(scored_prompt(run, prompt), [name])[0]
+        lines.append((prompt, [run.workspace.root / stages[0] / plain, *(run.workspace.root / stage / name for stage in stages[1:])]))
     scores, kept = [candidates[step] for step in steps[1:]], len(candidates)
     return {"steps": steps, "taken": selected["step"], "rule": selected["rule"], "lines": lines, "scores": scores, "kept": kept}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,35 +52,50 @@ def share(value: float, anchor: float) -> float:
 
 @dataclass(frozen=True)
 class Score:
-    """A mean with its bootstrap 95% interval (none of a single value); `floor` is the base model's before fine-tuning, `ceiling` the photographs' own."""
+    """A mean with its bootstrap 95% interval (none of a single value).
+
+    `floor` is the base model's before fine-tuning, and `changed` the interval of what has changed since: by pairs of pictures of the same prompt and
+    seed, which vary together, so that it is much narrower than the two means' own. `ceiling` is the best that can be expected.
+    """
 
     value: float
     low: float | None
     high: float | None
     floor: float | None
     ceiling: float | None
+    changed: tuple[float, float] | None = None
 
 
-def scored(values: Array, floor: float | None = None, ceiling: float | None = None, draws: int = 2000) -> Score:
-    """Percentile bootstrap (Efron 1979) over `values`, with a fixed seed."""
+def scored(values: Array, base: Array | None = None, ceiling: float | None = None, draws: int = 2000) -> Score:
+    """Percentile bootstrap (Efron 1979) over `values`, with a fixed seed. `base` are the base model's, in the same order."""
+    floor = None if base is None else float(base.mean())
     if len(values) == 1:
         return Score(float(values[0]), None, None, floor, ceiling)
     picked = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    low, high = np.percentile(values[picked].mean(axis=1), [2.5, 97.5])
-    return Score(float(values.mean()), float(low), float(high), floor, ceiling)
+    changed = None if base is None else _interval((values - base)[picked].mean(axis=1))
+    return Score(float(values.mean()), *_interval(values[picked].mean(axis=1)), floor, ceiling, changed)
 
 
-def scored_pairs(found: Distances, floor: float | None = None, ceiling: float | None = None, draws: int = 2000) -> Score:
+def _interval(means: NDArray[Any]) -> tuple[float, float]:
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def scored_pairs(found: Distances, base: Distances | None = None, ceiling: float | None = None, draws: int = 2000) -> Score:
     """DIV of two or more pictures of one prompt, whose distances from one another are (n, n).
 
     What is drawn anew are the pictures: pairs share them, and by pairs the interval would be half as wide as it is. A picture is no pair with itself.
     """
     n = len(found)
-    value = float(found.sum() / (n * (n - 1)))
+    value, floor = float(diversity([found])[0]), None if base is None else float(diversity([base])[0])
     if n == 2:
         return Score(value, None, None, floor, ceiling)
     times = np.stack([np.bincount(one, minlength=n) for one in np.random.default_rng(0).integers(n, size=(draws, n))])
     pairs = n * n - (times**2).sum(axis=1)
-    means = ((times @ found) * times).sum(axis=1)[pairs > 0] / pairs[pairs > 0]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Score(value, float(low), float(high), floor, ceiling)
+    times, pairs = times[pairs > 0], pairs[pairs > 0]
+
+    def means(of: Distances) -> NDArray[Any]:
+        return ((times @ of) * times).sum(axis=1) / pairs
+
+    changed = None if base is None else _interval(means(found) - means(base))
+    return Score(value, *_interval(means(found)), floor, ceiling, changed)

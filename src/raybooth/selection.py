@@ -18,50 +18,63 @@ PROMPTS, EACH = 4, 2  # the first that show the subject, and pictures of each; t
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint's scores. `own` is DINO among the photographs, `floor` CLIP-T of the base model on the same prompts and seeds."""
+    """A checkpoint's scores.
+
+    `own` is DINO among the photographs, none of a single one. `base` is CLIP-T of the base model: of the same seeds, and of the same prompts without the
+    token, for what it makes of a word that it has never met is easily beaten, and would let much be forgotten.
+    """
 
     step: int
     dino: float
     clip_t: float
-    own: float
-    floor: float
+    own: float | None
+    base: float
 
     @property
     def balance(self) -> float:
         """How much of what can be had of the subject, and how much of the prompt is kept, each at most whole."""
-        return min(1.0, share(self.dino, self.own)) + min(1.0, share(self.clip_t, self.floor))
+        return min(1.0, self.subject) + min(1.0, self.prompt)
+
+    @property
+    def subject(self) -> float:
+        """Of one photograph, which is like no other, all of its DINO is to be had."""
+        return share(self.dino, 1.0 if self.own is None else self.own)
+
+    @property
+    def prompt(self) -> float:
+        return share(self.clip_t, self.base)
 
 
 RULES: dict[str, Callable[[Candidate], float]] = {"balance": lambda c: c.balance, "subject": lambda c: c.dino}
 
 
 def candidates(run: Run, checkpoints: Mapping[int, str]) -> list[Candidate]:
-    """Scores of the checkpoints (step -> folder in the storage), in their order. Step 0 is the base model, drawn for comparison.
+    """Scores of the checkpoints (step -> folder in the storage), in their order. Step 0 is the base model, which draws the prompts without the token.
 
     The pictures lie in `checkpoint-images/<step>/`.
     """
     prepare_encoders(run)
-    rows, shown = rows_of(run), {step: f"{FOLDER}/{step:07d}" for step in (0, *checkpoints)}
+    shown = {step: f"{FOLDER}/{step:07d}" for step in (0, *checkpoints)}
+    rows = {step: rows_of(run) for step in checkpoints} | {0: rows_of(run, plain=True)}
     for step, folder in shown.items():
-        draw(run, folder, checkpoints.get(step, "base-model"), run.config.generate, rows, {"seed": run.config.seed})
-    names = [r["name"] for r in rows]
-    pictures = {"photographs": ("instance-images", photographs(run))} | {f: (f, names) for f in shown.values()}
-    found = features(run, "checkpoint-features", pictures, [scored_prompt(run, r["prompt"]) for r in rows])
+        draw(run, folder, checkpoints.get(step, "base-model"), run.config.generate, rows[step], {"seed": run.config.seed})
+    pictures = {"photographs": ("instance-images", photographs(run))} | {f: (f, [r["name"] for r in rows[step]]) for step, f in shown.items()}
+    found = features(run, "checkpoint-features", pictures, [r["prompt"] for r in rows[0]])
     subject, texts = found["photographs"]["dino"], found["prompts"]["clip"]
-    own = float(among(subject).mean()) if len(subject) > 1 else 1.0
-    floor = float(to_prompt(found[shown[0]]["clip"], texts).mean())
+    own = float(among(subject).mean()) if len(subject) > 1 else None
+    base = float(to_prompt(found[shown[0]]["clip"], texts).mean())
 
     def scored(step: int) -> Candidate:
         pictures = found[shown[step]]
-        return Candidate(step, float(to_subject(pictures["dino"], subject).mean()), float(to_prompt(pictures["clip"], texts).mean()), own, floor)
+        return Candidate(step, float(to_subject(pictures["dino"], subject).mean()), float(to_prompt(pictures["clip"], texts).mean()), own, base)
 
     return [scored(step) for step in checkpoints]
 
 
-def rows_of(run: Run) -> list[dict[str, Any]]:
-    """What every checkpoint draws: the subject, if need be by the prompt that it was learnt by."""
+def rows_of(run: Run, plain: bool = False) -> list[dict[str, Any]]:
+    """What every checkpoint draws: the subject, if need be by the prompt that it was learnt by. `plain` is what the base model does: without the token."""
     prompts = [p for p in output_prompts(run) if shows_subject(run, p)] or [run.config.subject.prompt]
-    return output_rows(run, "checkpoint", EACH, prompts[:PROMPTS])
+    return output_rows(run, "checkpoint", EACH, [scored_prompt(run, p) if plain else p for p in prompts[:PROMPTS]])
 
 
 def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, Any]:
@@ -72,7 +85,8 @@ def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, A
     rule, found = run.config.evaluate.select, candidates(run, checkpoints)
     best = max(found, key=lambda c: (RULES[rule](c), c.step))
     for c in found:
-        marks = f"subject {share(c.dino, c.own):.0%} of the photographs' own, prompt {share(c.clip_t, c.floor):.0%} of the base model's"
+        subject = f"{c.dino:.2f}" if c.own is None else f"{c.subject:.0%} of the photographs' own"
+        marks = f"subject {subject}, prompt {c.prompt:.0%} of the base model's"
         run.say(f"checkpoint {c.step}: {marks}{'; taken' if c is best else ''}")
     if best.step != max(checkpoints):
         shutil.rmtree(run.workspace.root / target, ignore_errors=True)  # the last step's: a pull would take it for the one that another machine has made

@@ -192,6 +192,14 @@ def test_prompts_are_filled_in():
     assert made.subject.prompt == "photo of zwx dog"
 
 
+@pytest.mark.parametrize(("noun", "named"), [("owl", "an owl"), ("unicorn", "a unicorn"), ("hourglass", "an hourglass"), ("teapot", "a teapot")])
+def test_a_class_has_the_article_that_it_takes(noun: str, named: str):
+    made = config.load(None, [f"subject.class={noun}"])
+    assert made.class_prompt == f"photo of {named}"
+    assert made.fill("A {class}, no banana {class}") == f"{named.capitalize()}, no banana {noun}"
+    assert made.fill("an {class}") == named
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

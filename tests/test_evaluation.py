@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 from raybooth import evaluation, reporting, selection
 from raybooth.drawing import picture_seed
 from raybooth.encoders import clip, vit
+from raybooth.errors import RayboothError
 from raybooth.jobs import model_of
 from raybooth.mini import FOLDER
 from raybooth.mini.world import render, subject_scenes
@@ -205,6 +206,22 @@ def test_other_texts_are_other_scores(storage: Path, photos: Path, monkeypatch: 
         monkeypatch.setattr(evaluation, "scored_prompt", lambda run, prompt: "a car on the water")
         do(run, ["evaluate"])
         assert evaluation.read(run)["clip_t"].value != before.value
+
+
+def test_a_run_without_a_model_is_told_before_anything_is_fetched_or_drawn(storage: Path, photos: Path):
+    shutil.rmtree(storage / "fine-tuned-model")
+    shutil.rmtree(storage / "encoders")
+    with on_mini(storage, photos) as run, pytest.raises(RayboothError, match="no complete fine-tuned-model"):
+        do(run, ["evaluate"])
+    assert not (storage / "encoders").exists()
+
+
+def test_one_picture_of_a_prompt_is_told_to_say_nothing_of_variety(storage: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+    with on_mini(storage, photos, "generate.images_per_prompt=1") as run:
+        run.quiet = False
+        do(run, ["evaluate"])
+        assert "div" not in evaluation.read(run)
+    assert evaluation.ALONE in capsys.readouterr().err
 
 
 def test_crops_and_mirror_images_are_no_photographs(storage: Path, photos: Path):

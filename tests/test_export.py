@@ -419,4 +419,4 @@ def test_a_push_is_private_and_holds_the_model_with_its_card(runs: Callable[...,
     wanted = {WEIGHTS} if how else {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"}
     assert wanted <= pushed["files"].keys()
     assert "manifest.json" not in pushed["files"]
-    assert not list(storage.glob(".scratch-*"))
+    assert not list(storage.glob(".raybooth-scratch-*"))

@@ -1,5 +1,6 @@
 import io
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,16 @@ def test_transparent_pixels_become_white():
     assert np.asarray(square(saved(palette, "PNG", transparency=0), 32)).min() == 255
     grey = Image.new("LA", (64, 64), (0, 0))
     assert np.asarray(square(saved(grey, "PNG"), 32)).min() == 255
+
+
+def test_a_grey_that_is_not_there_is_white_in_sixteen_bits_too():
+    values = np.full((32, 32), 40000, np.uint16)
+    values[:16] = 7
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG", transparency=7)
+    found = np.asarray(square(Photo("grey.png", file.getvalue()), 32))
+    assert found[:15].min() == 255
+    assert abs(int(found[17:].mean()) - 40000 / 257) < 2
 
 
 def test_sixteen_bits_keep_their_tones():
@@ -163,6 +174,15 @@ def _turned() -> Image.Exif:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     return exif
+
+
+def test_torn_words_of_a_camera_are_read_past_without_a_word():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 3, "x" * 100
+    torn = saved(halves(), "JPEG", exif=exif.tobytes()[:-90], quality=95)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert square(torn, 60).size == (60, 60)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -133,6 +133,19 @@ def test_a_host_in_any_language_is_asked_by_its_name_in_ascii(url: str, asked: s
     assert seen[0].host.isascii()
 
 
+def test_an_at_sign_behind_the_host_is_no_password(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def answer(request: urllib.request.Request, **_: object) -> io.BytesIO:
+        seen.append(request.full_url)
+        raise OSError("far enough")
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    with pytest.raises(RayboothError, match="cannot be fetched"):
+        fetch(["http://127.0.0.1:9?q=a@b"], no_hub)
+    assert seen == ["http://127.0.0.1:9?q=a@b"]
+
+
 @pytest.mark.parametrize("url", ["http://me:secret@127.0.0.1:9/a.png", "https://secret@h/a@b.png"])
 def test_a_password_in_an_address_is_neither_sent_nor_printed(url: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=AssertionError))

@@ -1,17 +1,23 @@
 """Stages one by one: each takes what the one before made by the present settings, and nothing else."""
 
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
+from PIL import Image
 from toys import make_sd2
 
 from raybooth import config
+from raybooth.drawing import output_rows
 from raybooth.errors import RayboothError
 from raybooth.session import Run
 from raybooth.stages import class_images, encode, finetune, generate, prepare
+from raybooth.verbs import do
 
 SMALL = ("prior.images=4", "prior.steps=2", "finetune.steps=2", "generate.steps=2", "generate.images_per_prompt=1", "generate.prompts={subject} at night")
 
@@ -104,6 +110,62 @@ def test_words_that_the_model_was_not_taught_are_told(stored: Path, toy: Path, p
     made.quiet = False
     generate(made)
     assert "the model was taught 'photo of unqtkn dog', and the subject is 'photo of unqtkn cat' by now" in capsys.readouterr().err
+
+
+def test_what_the_model_does_not_read_of_a_prompt_is_told(tmp_path: Path, toy: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+    """And what it would not read of the subject is refused: it would learn another prompt than is asked of it later."""
+    long = "photo of a large and beautiful old house on the beach in the rain at night behind a car and a tree beside a cup, and {subject} in front"
+    made = run(tmp_path / "run", toy, photos, f"generate.prompts=['{long}', '{{subject}} at night']")
+    made.quiet = False
+    prepare(made)
+    [told] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prompts:")]
+    length = json.loads((toy / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
+    assert f"this model reads {length} tokens, and not the end: '" in told
+    assert told.endswith("unqtkn dog in front'")
+    assert "beautiful" not in told.rpartition("the end: ")[2]
+    with pytest.raises(RayboothError, match=r"'photo of unqtkn very .*' would be cut off: shorten subject.token"):
+        prepare(run(tmp_path / "other", toy, photos, class_name="very " * 18 + "dog"))
+
+
+def test_a_base_whose_tokenizer_does_not_say_how_much_is_read(tmp_path: Path, toy: Path, photos: Path, in_process: None):
+    """Its text encoder does."""
+    base = Path(shutil.copytree(toy, tmp_path / "base"))
+    said = json.loads((base / "tokenizer" / "tokenizer_config.json").read_text())
+    said.pop("model_max_length")
+    (base / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(said))
+    for folder, model in (("one", base), ("two", toy)):
+        made = run(tmp_path / folder, model, photos)
+        prepare(made)
+        class_images(made)
+    one, two = (sorted((tmp_path / folder / "class-images").glob("0*.png")) for folder in ("one", "two"))
+    assert len(one) == 4
+    for a, b in zip(one, two, strict=True):
+        assert np.array_equal(np.asarray(Image.open(a)), np.asarray(Image.open(b)))
+
+
+@pytest.mark.parametrize("verb", ["generate", "finetune", "evaluate"])
+def test_another_base_than_the_storages_is_not_taken_for_it(stored: Path, tmp_path: Path, photos: Path, verb: str):
+    """What it has drawn would be drawn again, by the defaults of a model that it does not have."""
+    before = {p: p.read_bytes() for p in stored.rglob("*.png")}
+    with pytest.raises(RayboothError, match=r"holds a run on .*, and not on .*other: leave the base out, or give another --storage"):
+        do(run(stored, make_sd2(tmp_path / "other"), photos), [verb])
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_folder_whose_name_is_no_text_is_said(tmp_path: Path, toy: Path, photos: Path, monkeypatch: pytest.MonkeyPatch):
+    here = os.fsencode(tmp_path) + b"/l\xe4nd"
+    os.mkdir(here)
+    monkeypatch.chdir(os.fsdecode(here))
+    shutil.copytree(photos, "photos")
+    with pytest.raises(RayboothError, match=r"subject\.photos = 'photos' lies in a folder whose name is not in UTF-8"):
+        prepare(run(tmp_path / "run", toy, Path("photos")))
+    with pytest.raises(RayboothError, match="storage = 'run' lies in a folder whose name is not in UTF-8"):
+        prepare(run(Path("run"), toy, photos))
+
+
+def test_a_picture_is_called_something_whatever_its_prompt(tmp_path: Path, toy: Path, photos: Path):
+    made = run(tmp_path, toy, photos, "generate.prompts=['雪の中の犬']")
+    assert output_rows(made)[0]["name"].startswith("picture-")
 
 
 def test_pictures_that_nobody_makes(stored: Path, toy: Path, photos: Path):

@@ -67,7 +67,16 @@ def test_a_users_file_in_the_way_is_named_and_kept(tmp_path: Path):
     assert (tmp_path / "s" / "x").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda manifest: manifest.write_text("{")])
+def test_a_link_to_a_disk_that_is_away_is_in_the_way(tmp_path: Path):
+    stage = Workspace(str(tmp_path)).stage("s", {})
+    stage.write("x", b"ours")
+    (tmp_path / "s" / "x").symlink_to("/no/such/disk")
+    with pytest.raises(RayboothError, match="x is in the way of outputs"):
+        stage.finish()
+    assert (tmp_path / "s" / "x").is_symlink()
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda manifest: manifest.write_text("{"), lambda manifest: manifest.write_bytes(bytes(100))])
 def test_a_stage_that_has_lost_its_manifest_takes_back_what_it_made(spoil: Callable[[Path], None], tmp_path: Path):
     space = Workspace(str(tmp_path))
     made(space.stage("s", {"a": 1}), x=b"1", y=b"2")
@@ -238,24 +247,26 @@ def test_a_storage_is_made_when_it_is_first_written_to(tmp_path: Path):
 
 def test_what_killed_runs_left_half_written_goes_when_it_is_old(tmp_path: Path):
     old = time.time() - 7200
-    left = [tmp_path / name for name in ("s/.x.png.123.tmp", "s/.partial-1/.y.png.9.tmp", ".scratch-ab/unet/weights")]
-    others = [tmp_path / name for name in ("s/x.png", "s/.partial-1/y.png", "s/.seconds.tmp", "s/notes.tmp")]
-    for path in (*left, *others, tmp_path / "s/.new.png.9.tmp", tmp_path / ".scratch-new/weights"):
+    left = [tmp_path / name for name in ("s/.raybooth-x.png.123.tmp", "s/.partial-1/.raybooth-y.png.9.tmp", ".raybooth-scratch-ab/unet/weights")]
+    others = [
+        tmp_path / name for name in ("s/x.png", "s/.partial-1/y.png", "s/.seconds.tmp", "s/notes.tmp", "theirs/.scratch-notes/thesis.txt", ".cache.2023.tmp")
+    ]
+    for path in (*left, *others, tmp_path / "s/.raybooth-new.png.9.tmp", tmp_path / ".raybooth-scratch-new/weights"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
         if "new" not in str(path):
             os.utime(path, (old, old))
-    for folder in (tmp_path / ".scratch-ab/unet", tmp_path / ".scratch-ab", tmp_path / ".scratch-new"):
+    for folder in (tmp_path / ".raybooth-scratch-ab/unet", tmp_path / ".raybooth-scratch-ab", tmp_path / ".raybooth-scratch-new"):
         os.utime(folder, (old, old))
     with Workspace(str(tmp_path)).locked():
         assert not [path for path in left if path.exists()]
-        assert not (tmp_path / ".scratch-ab").exists()
+        assert not (tmp_path / ".raybooth-scratch-ab").exists()
         assert all(path.exists() for path in others)
-        assert (tmp_path / "s/.new.png.9.tmp").exists()
-        assert (tmp_path / ".scratch-new/weights").exists()
+        assert (tmp_path / "s/.raybooth-new.png.9.tmp").exists()
+        assert (tmp_path / ".raybooth-scratch-new/weights").exists()
 
 
-@pytest.mark.parametrize("theirs", [b'{"name": "my site"}', b"[1, 2]", b"null"])
+@pytest.mark.parametrize("theirs", [b'{"name": "my site"}', b"[1, 2]", b"null", b"# not JSON at all"])
 def test_a_users_own_manifest_is_in_the_way_too(tmp_path: Path, theirs: bytes):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / MANIFEST).write_bytes(theirs)

@@ -36,6 +36,21 @@ def keep_base(run: Run) -> None:
     prepare_base(run)
 
 
+def refuse_other_base(run: Run) -> None:
+    """Of what works with the base model that a storage holds: it would take that for the one that is asked for, and draw with the defaults of this one.
+
+    Raises:
+        RayboothError: if they are not the same.
+    """
+    base, held = run.config.base, run.held("base-model")
+    source = held["facts"].get("source") if held else None
+    if source not in (None, base.model, _place(base)):
+        raise RayboothError(
+            f"The storage {run.config.storage} holds a run on {source}, and not on {_named(base)}: leave the base out, or give another --storage. "
+            f"To begin anew on {_named(base)} in this one, run 'raybooth prepare' with it first."
+        )
+
+
 def _prepare(run: Run, source: Path | None) -> None:
     from raybooth.families.folder import check_weights, plain_name, settle_shards
     from raybooth.families.single import check_kind, refuse_lora
@@ -43,6 +58,8 @@ def _prepare(run: Run, source: Path | None) -> None:
     base = run.config.base
     if source and any(Path(os.path.realpath(source)).is_relative_to(os.path.realpath(own)) for own in (run.base_folder, run.model_folder)):
         raise RayboothError(f"base.model = '{base.model}' is what the storage {run.config.storage} itself has made, and would replace: give another --storage.")
+    if source and base.revision and base.model != "mini":
+        run.say(f"base-model: base.revision = '{base.revision}' is one of the hub's, and is not looked at: {base.model} lies on this machine")
     if _has_gone(base, run.held("base-model")):
         check_fits(run.config, run.base_folder)
         return run.say(f"base-model: {base.model} has gone; the copy of it is kept")

@@ -71,6 +71,7 @@ def bench(
                     results[recipe][subject.name] = evaluation.read(run)
                 done[subject.class_name, recipe] = Path(config.storage)
                 write_atomically(root / "scores.json", json.dumps(_plain(results), indent=1).encode())
+                write_atomically(root / "table.md", table(results, published).encode())  # of what is done, for who waits for days
     text = table(results | known(), published)
     write_atomically(root / "table.md", text.encode())
     return text

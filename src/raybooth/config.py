@@ -87,6 +87,8 @@ class Config(Section):
                 raise ValueError(f"{key} holds an empty prompt: write what the picture shall show")
             if unknown_words(prompt):
                 raise ValueError(f"{key} '{prompt}' has a placeholder that is not known: use {{subject}}, {{token}} or {{class}}")
+        if any(word in self.prior.prompt for word in ("{subject}", "{token}")) or self.class_prompt.casefold() == subject.prompt.casefold():
+            raise ValueError(f"prior.prompt '{self.prior.prompt}' names the subject: it must show the class alone, as 'photo of a {{class}}' does")
         return self
 
     def _check_optimizer(self) -> None:
@@ -130,6 +132,8 @@ def load(path: Path | None = None, overrides: Iterable[str] = (), **values: Any)
     data: dict[str, Any] = {}
     for layer in (below, *layers):
         _check_sections(layer)
+        if said(layer, "subject", "class_name") is not None:  # a field's name in Python alone
+            raise RayboothError("subject.class_name is not a known setting; did you mean subject.class?")
         data = merged(data, layer)
     return Config(**data)
 

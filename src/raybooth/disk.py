@@ -56,6 +56,8 @@ def path_of(text: str, setting: str) -> Path:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise RayboothError(f"{setting} = '{shown}' is longer than a path may be: check it, or move what it names to a shorter one.") from None
+    if any("\ud800" <= letter <= "\udfff" for letter in os.path.abspath(path)):
+        raise RayboothError(f"{setting} = {shown!r} lies in a folder whose name is not in UTF-8, and could not be noted with the run: rename that folder.")
     return path
 
 

@@ -52,7 +52,7 @@ def output_rows(run: Run, purpose: str = "output", each: int | None = None, prom
     """
     rows = []
     for prompt in output_prompts(run) if prompts is None else prompts:
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48]
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
         for k in range(each or run.config.generate.images_per_prompt):
             name = f"{slug}-{digest(prompt)[:8]}-{k:03d}.png"
             rows.append({"name": name, "prompt": prompt, "seed": picture_seed(run, purpose, k)})

@@ -29,6 +29,7 @@ NAMES = {
     "class_div": "DIV     pictures of 'a {class}' differ",
 }
 UNSHOWN = "No prompt of generate.prompts has {subject} or {token} in it: how alike the pictures are to the subject (DINO, CLIP-I) is not scored."
+ALONE = "generate.images_per_prompt is 1: whether pictures of one prompt differ (DIV) is not scored."
 
 
 def evaluate(run: Run) -> None:
@@ -52,8 +53,8 @@ def evaluate(run: Run) -> None:
         stage.write(SCORES, json.dumps({name: asdict(score) for name, score in _scores(run, found, apart).items()}, indent=1).encode())
         stage.finish()
     run.say(table(run))
-    if "dino" not in read(run):
-        run.say(UNSHOWN)
+    for missing in unscored(run):
+        run.say(missing)
 
 
 def _draw_comparisons(run: Run) -> None:
@@ -162,10 +163,16 @@ def read(run: Run) -> dict[str, Score]:
     return {k: Score(**v) for k, v in json.loads((run.workspace.root / "scores" / SCORES).read_text()).items()}
 
 
+def unscored(run: Run) -> list[str]:
+    """Why scores are missing, a sentence each."""
+    scores = read(run)
+    return ([] if "dino" in scores else [UNSHOWN]) + ([] if "div" in scores else [ALONE])
+
+
 def table(run: Run) -> str:
     """A line a score, for people. What has changed stands beside, with a sign."""
     scores = read(run)
-    texts = {name: text.replace("{class}", run.config.subject.class_name) for name, text in NAMES.items()}
+    texts = {name: run.config.fill(text) for name, text in NAMES.items()}
     width = max(len(texts[name]) for name in scores)
     lines = [f"{'':<{width}}{'now':>8}  {'95% interval':>16}  {'base':>6}  {'change since, 95%':>17}  {'ceiling':>7}"]
     for name, score in scores.items():

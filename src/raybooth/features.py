@@ -10,6 +10,7 @@ import numpy as np
 
 from raybooth.drawing import map_into
 from raybooth.manifest import digest
+from raybooth.prompts import article
 from raybooth.score import Array, Distances
 from raybooth.session import Run
 
@@ -26,7 +27,6 @@ TAKES_ARTICLE = frozenset(["", *_LINKS.split()])
 """Words after which a noun wants its article, and the beginning of a prompt or of a part of it."""
 _WITHOUT_BLANKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\ua000-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef"
 """Letters of scripts that do not part words: Thai, Lao, Burmese, Khmer, Chinese, Japanese, Yi; and Korean, which writes endings onto them."""
-_AN = re.compile(r"(?!eu|uku|uni|use|ute)[aeiou]|hour", re.IGNORECASE)
 
 
 def shows_subject(run: Run, prompt: str) -> bool:
@@ -40,15 +40,15 @@ def scored_prompt(run: Run, prompt: str) -> str:
     "a unqtkn dog", "photo of unqtkn dog" and "photo of unqtkn dogs" become "a dog", "photo of a dog" and "photo of dogs".
     """
     noun = run.config.subject.class_name
-    article = "an" if _AN.match(noun) else "a"
+    its_own = article(noun)
 
     def without_token(found: re.Match[str]) -> str:
         if found["plural"]:
             return found["plural"]
         if found["article"]:  # it was the token's
-            return f"{found['article'][0]}{article[1:]} {noun}"
+            return f"{found['article'][0]}{its_own[1:]} {noun}"
         before = re.split(r"\W", prompt[: found.start()].rstrip())[-1]
-        return f"{article} {noun}" if before.lower() in TAKES_ARTICLE else noun
+        return f"{its_own} {noun}" if before.lower() in TAKES_ARTICLE else noun
 
     return _name(run).sub(without_token, prompt)
 

@@ -291,7 +291,8 @@ def _sentence(error: Exception, repo: Repo, hub: str) -> str:
         case 429:
             return f"The hub {hub} is asked too often and refuses the {it} for a while (status 429): wait some minutes and run the same command again."
         case _:
+            needs_none = "; '--base mini' needs no download" if repo.setting == "base.model" else ""
             return (
                 f"The hub {hub} cannot be reached for the {it} ({reason}): check the network and run the same command again, "
-                "or name a local folder instead; '--base mini' needs no download."
+                f"or name a local folder as {repo.setting} instead{needs_none}."
             )

@@ -47,7 +47,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write, which is then synced and renamed; nothing is changed if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".raybooth-{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as f:
@@ -60,11 +60,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def scratch(root: Path) -> tempfile.TemporaryDirectory[str]:
     """A folder in a storage for work that is too large for the machine's own place for such."""
-    return tempfile.TemporaryDirectory(dir=root, prefix=".scratch-")
+    return tempfile.TemporaryDirectory(dir=root, prefix=".raybooth-scratch-")
 
 
-_HALF_WRITTEN = re.compile(r"\..+\.\d+\.tmp|\.scratch-.+")
-"""Names of what replacing() and scratch() give to write to."""
+_HALF_WRITTEN = re.compile(r"\.raybooth-(.+\.\d+\.tmp|scratch-.+)")
+"""Names of what replacing() and scratch() give to write to, and nobody else: a storage may be a folder with much else in it."""
 
 
 def sweep(root: Path, idle: float = 3600.0) -> None:
@@ -126,11 +126,12 @@ def holds_configuration(folder: Path) -> bool:
 
 
 def is_another(data: bytes) -> bool:
-    """Whether it is complete, and no manifest of ours: a user's file of that name. What is torn was ours."""
+    """Whether it is no manifest of ours: a user's file of that name. What is torn was ours if it begins like one, or holds nothing."""
     with contextlib.suppress(ValueError, RecursionError):
         json.loads(data)
         return parsed(data) is None
-    return False
+    head = data.strip(b"\0 \n")[:4]
+    return not any(ours.startswith(head) or head.startswith(ours) for ours in (b'{\n "', b'{"'))
 
 
 def model_digest(manifest: dict[str, Any]) -> str:

@@ -84,7 +84,12 @@ def views(photo: Photo, side: int, crops: int, flip: bool, key: str) -> list[Ima
 
 def _opened(photo: Photo) -> Image.Image:
     _register_heif()
-    data = photo.data
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of EXIF, of which nothing is needed but the orientation
+        return _decoded(photo, photo.data)
+
+
+def _decoded(photo: Photo, data: bytes) -> Image.Image:
     try:
         image = _recognised(data)
         if min(image.size) < SMALLEST_SIDE:
@@ -171,7 +176,10 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
     top = values.max(initial=0)
     full = 1.0 if image.mode == "F" and top <= 2 else 255.0 if top <= 255 and image.mode != "I;16" else 65535.0 if top <= 65535 else top
-    return Image.fromarray(np.clip(values / full * 255 + 0.5, 0, 255).astype(np.uint8))
+    grey = Image.fromarray(np.clip(values / full * 255 + 0.5, 0, 255).astype(np.uint8))
+    if isinstance(clear := image.info.get("transparency"), int):  # the value that a PNG says is not there
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def png(image: Image.Image, **text: str) -> bytes:

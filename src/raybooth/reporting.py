@@ -117,6 +117,7 @@ def facts_of(run: Run) -> dict[str, Any]:
     manifests = {stage: m for stage in _stages(run, trained.get("selected")) if (m := run.held(stage))}
     return {
         "subject": config.subject,
+        "kind": config.fill("A {class}"),
         "base": manifests["base-model"]["facts"].get("source", config.base.model),
         "uri": partial(_uri, side=round(SIDE * min(1.0, math.sqrt(FULL_SIZE / total)))),
         "photographs": photographs,
@@ -125,10 +126,8 @@ def facts_of(run: Run) -> dict[str, Any]:
         "asked": len(output_prompts(run)),
         "classes": classes,
         "class_prompt": config.class_prompt,
-        "scores": [
-            Line(q.replace("{class}", config.subject.class_name), m, scores[k], CEILINGS.get(k, "photographs")) for k, (q, m) in WORDS.items() if k in scores
-        ],
-        "unshown": "" if "dino" in scores else evaluation.UNSHOWN,
+        "scores": [Line(config.fill(q), m, scores[k], CEILINGS.get(k, "photographs")) for k, (q, m) in WORDS.items() if k in scores],
+        "unscored": evaluation.unscored(run),
         "strip": strip,
         "losses": plots.losses(trained["history"]) if trained["history"] else "",
         "taught": Prior.model_construct(**trained.get("configuration", {}).get("prior", {})).teacher,

@@ -52,6 +52,14 @@ class Subject(Section):
             raise ValueError("it stands in prompts, where braces and control characters have no place: use plain words")
         return value
 
+    @field_validator("class_name")
+    @classmethod
+    def _has_no_article(cls, value: str) -> str:
+        first, _, noun = value.partition(" ")
+        if noun and first.casefold() in ("a", "an", "the"):
+            raise ValueError(f"prompts have the article already: write the noun alone, '{noun.strip()}'")
+        return value
+
     @property
     def prompt(self) -> str:
         """What every instance image is called."""

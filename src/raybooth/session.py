@@ -164,7 +164,7 @@ class Run:
             self.workspace.pull(name)
             if holds_configuration(root):
                 return
-            if (root / name).exists():
+            if os.path.lexists(root / name):
                 raise RayboothError(
                     f"{name} in the storage {self.config.storage} is none that raybooth made, and it would write its own there: "
                     "move that file elsewhere, or give another --storage."

@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import string
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -162,8 +163,8 @@ def _made_besides(folder: Path) -> set[str]:
 
 def _without_password(url: str) -> str:
     scheme, _, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{'***@' if '@' in host else ''}{host.rpartition('@')[2]}{slash}{path}"
+    host = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    return f"{scheme}://{'***@' if '@' in host else ''}{host.rpartition('@')[2]}{rest[len(host) :]}"
 
 
 def _address(url: str) -> str:

@@ -121,7 +121,7 @@ class Stage:
 
     def _foreign(self, new: dict[str, dict[str, Any]], ours: set[str]) -> list[str]:
         """Of files that are there and in no manifest, those with the very content are ours, of a stage that has lost its manifest."""
-        there = [n for n in new if n not in ours and (self.folder / n).exists()]
+        there = [n for n in new if n not in ours and os.path.lexists(self.folder / n)]
         foreign = [n for n in there if not (self.folder / n).is_file() or describe(self.folder / n) != new[n]]
         folders = {p.as_posix() for n in new for p in Path(n).parents} - ours
         foreign += sorted(f for f in folders if os.path.lexists(self.folder / f) and not (self.folder / f).is_dir())

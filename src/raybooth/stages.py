@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from raybooth import selection
 from raybooth.base_model import prepare_base
 from raybooth.checkpoint import Checkpoints
 from raybooth.disk import path_of
-from raybooth.drawing import SHEET, class_inputs, class_rows, draw, drawing, map_into, output_rows, resolution
+from raybooth.drawing import SHEET, class_inputs, class_rows, draw, drawing, map_into, output_prompts, output_rows, resolution
 from raybooth.encoder_files import prepare_encoders
 from raybooth.errors import MUST_BE_SHARED, RayboothError
 from raybooth.extras import check_installed
@@ -38,10 +39,39 @@ def prepare(run: Run) -> None:
             _ = photos.there
         prepare_base(run)
         settle_token(run)
+        _check_lengths(run)
         prepare_photos(run, photos)
     if run.config.evaluate.select != "last":
         prepare_encoders(run)  # what cannot be fetched shows before hours of work
     run.save_config()
+
+
+def _check_lengths(run: Run) -> None:
+    """Of the prompts, against what the base model reads of one.
+
+    Raises:
+        RayboothError: if the subject or the class would be cut off where it is taught.
+    """
+    for prompt, (length, rest) in _unread(run, [run.config.subject.prompt, run.config.class_prompt]).items():
+        raise RayboothError(
+            f"'{prompt}' is longer than the {length} tokens that this model reads of a prompt, and '{rest}' would be cut off: "
+            "shorten subject.token, subject.class or prior.prompt."
+        )
+    _say_unread(run)
+
+
+def _say_unread(run: Run) -> None:
+    for prompt, (length, rest) in _unread(run, output_prompts(run)).items():
+        run.say(f"prompts: of '{prompt}' this model reads {length} tokens, and not the end: '{rest}'")
+
+
+def _unread(run: Run, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
+    from raybooth.families import family_of
+    from raybooth.families.reading import unread
+
+    if run.held("base-model") is None:  # removed, or never there: a whole fine-tuned model draws without
+        return {}
+    return unread(family_of(run.base_folder), run.base_folder, dict.fromkeys(prompts))
 
 
 class _Photos:
@@ -288,6 +318,7 @@ def generate(run: Run) -> None:
     taught = run.workspace.manifest("fine-tuned-model")["inputs"].get("prompts", {}).get("instance", run.config.subject.prompt)
     if taught != run.config.subject.prompt:
         run.say(f"output-images: the model was taught '{taught}', and the subject is '{run.config.subject.prompt}' by now: 'raybooth run' would teach that.")
+    _say_unread(run)
     draw(run, "output-images", "fine-tuned-model", run.config.generate, output_rows(run), {"seed": run.config.seed})
 
 

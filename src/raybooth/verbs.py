@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from raybooth.base_model import refuse_other_base
 from raybooth.evaluation import evaluate
 from raybooth.naming import settle_token
 from raybooth.reporting import report
@@ -14,6 +15,8 @@ ALL = {**STAGES, "evaluate": evaluate, "report": report}
 def do(run: Run, names: Iterable[str]) -> None:
     """Those verbs, in order. A whole run that asks for much of a cluster looks for it first: what is refused has changed nothing."""
     names = list(names)
+    if "prepare" not in names:
+        refuse_other_base(run)
     if "finetune" in names:
         refuse_import(run)
     if names[0] == "prepare" and len(names) > 1 and run.config.cluster.is_demanding:

@@ -157,6 +157,11 @@ class Workspace:
                 raise RayboothError(f"The storage {self.storage} is in use by {holder}: wait for it, stop it, or give another --storage.") from None
             if not locks:  # to refuse would shut out whoever has no other mount; to start a second run is a mistake that few make
                 say(f"The storage {self.storage} lies on a file system without locks: start no second run in it before this one has ended.")
+            f.seek(0)
+            if (text := f.read()) and not _HOLDER.fullmatch(text):
+                raise RayboothError(
+                    f".lock in the storage {self.storage} is none of raybooth's, which would write into it: move it, or give another --storage."
+                )
             f.truncate(0)
             f.write(f"{_user()}@{socket.gethostname()}, process {os.getpid()}")
             f.flush()
@@ -228,6 +233,8 @@ def _user() -> str:
         return f"user {os.getuid()}"
 
 
+_HOLDER = re.compile(r".*@.*, process \d+", re.DOTALL)
+"""What a lock file holds."""
 _OF_THIS_PROCESS: set[Path] = set()
 """Mirrors of this process's memory."""
 _OPENING = threading.Lock()

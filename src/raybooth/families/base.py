@@ -21,7 +21,7 @@ class Facts:
         patch: the side of the denoiser's patches, in latents.
         largest: the largest side of a picture, in pixels, if there is one.
         embeds_guidance: whether the guidance scale, if the denoiser takes any, is an input of it, and not a second pass without the prompt.
-        text_length: tokens of a prompt, where models of one family differ in it.
+        text_length: tokens of a prompt that T5 reads, where that is an encoder.
     """
 
     resolution: int

@@ -23,7 +23,7 @@ POSITIONS = 96  # patches along a side, where the configuration does not say
 def facts(folder: Path) -> Facts:
     """Its table of positions bounds the size of a picture."""
     found, positions = parts.facts(folder, "transformer"), parts.config(folder, "transformer/config").get("pos_embed_max_size", POSITIONS)
-    return replace(found, largest=positions * found.multiple)
+    return replace(found, largest=positions * found.multiple, text_length=T5_LENGTH)
 
 
 def objective(folder: Path) -> "Flow":

@@ -1,0 +1,28 @@
+"""How much of a prompt a model reads."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from raybooth.families import parts
+from raybooth.families.base import Family
+from raybooth.families.folder import read_index
+
+_BYTES = 1.5  # of a token at least, but in gibberish: of words it has four or five
+
+
+def unread(family: Family, folder: Path, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Of each prompt that is longer than the model reads, how many tokens it reads and what it does not see.
+
+    By the tokenizer of the encoder that reads furthest, which is opened only where a prompt may be too long.
+    """
+    length = family.facts(folder).text_length or family.conditioning(folder)["text"][0]
+    long = [prompt for prompt in prompts if len(prompt.encode()) > _BYTES * length]
+    if not long:
+        return {}
+    name = [part for part in family.settings if part.startswith("tokenizer")][-1]
+    read, found = parts.tokenizer(folder, name, read_index(folder)), {}
+    for prompt in long:
+        ids = read(prompt, verbose=False).input_ids
+        if len(ids) > length:  # an end mark takes the last place of what is read
+            found[prompt] = length, read.decode(ids[length - 1 :], skip_special_tokens=True).strip()
+    return found

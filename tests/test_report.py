@@ -228,13 +228,12 @@ def test_ever_so_many_large_pictures_still_make_a_page_that_can_be_sent(
         draw(run, "checkpoint-images/0000000", "base-model", run.config.generate, rows_of(run), {"seed": 0})
         for step in steps:
             shutil.copytree(tmp_path / "checkpoint-images" / "0000000", tmp_path / "checkpoint-images" / f"{step:07d}")
-        shown = run.facts("output-images")["pictures"]
+        found, shown = evaluation.pictures(run), run.facts("output-images")["pictures"]
         with Image.open(sorted((Path(__file__).parent / "photographs").glob("*.*"))[0]) as photograph:
             large = ImageOps.fit(photograph.convert("RGB"), (192, 192))
         for folder, name in (("output-images", shown[0]), ("before-images", shown[0]), ("instance-images", "00.png")):
             large.save(tmp_path / folder / name)
         prompts = [f"prompt {i} {'of many words ' * 60}" for i in range(120)]
-        found = evaluation.pictures(run)
         monkeypatch.setattr(evaluation, "pictures", lambda run: found | {"instance": ("instance-images", ["00.png"] * 1000)})
         of_stage = {"output-images": dict.fromkeys(prompts, shown[:1] * 4)}
         monkeypatch.setattr(reporting, "by_prompt", lambda run, stage: of_stage.get(stage) or by_prompt(run, stage))

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageOps
@@ -42,20 +43,25 @@ def page(tmp_path_factory: pytest.TempPathFactory, photos: Path, ray: None, fits
     return storage / "report.html"
 
 
+def facts_of(page: Path, scores: dict[str, Score]) -> dict[str, Any]:
+    """What the page of the run would show, had it scored so."""
+    with pytest.MonkeyPatch.context() as patch, Run(config.load(page.parent / "config.json", storage=str(page.parent)), quiet=True) as run:
+        patch.setattr(evaluation, "read", lambda run: scores)
+        return reporting.facts_of(run)
+
+
 @pytest.fixture(scope="module")
 def extreme(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, had it scored so that the marks lie at the ends of the bars, either way round, and without intervals; all its words are long."""
     scores = {
-        "dino": Score(0.5, 0.45, 0.55, floor=0.9, ceiling=0.1),
+        "dino": Score(0.5, 0.45, 0.55, floor=0.9, ceiling=0.1, changed=(-0.5, -0.3)),
         "clip_i": Score(0.5, 0.45, 0.55, floor=0.1, ceiling=0.9),
         "clip_t": Score(0.9, 0.89, 0.91, floor=0.1, ceiling=None),
         "pres": Score(0.5, 0.1, 0.9, floor=0.5, ceiling=0.5),
         "div": Score(0.1, None, None, floor=None, ceiling=None),
     }
     long = "uninterruptedly" * 30
-    with pytest.MonkeyPatch.context() as patch, Run(config.load(page.parent / "config.json", storage=str(page.parent)), quiet=True) as run:
-        patch.setattr(evaluation, "read", lambda run: scores)
-        facts = reporting.facts_of(run)
+    facts = facts_of(page, scores)
     subject, (prompt, *drawn) = facts["subject"].model_copy(update={"token": long, "class_name": long}), facts["prompts"][0]
     facts |= {"subject": subject, "base": long, "class_prompt": long, "unshown": long, "where": long, "versions": {long: long}}
     facts["prompts"] = [(f"{prompt} {long}", *drawn), *facts["prompts"][1:]]
@@ -259,6 +265,40 @@ def test_drawings_have_names_and_no_line_for_what_there_was_not():
     assert plots.COLOURS["prior"] in plots.losses([row | {"prior": 0.1} for row in history])
     assert drawn.startswith('<svg role="img" aria-label="The losses over the steps" ')
     assert 'aria-label="Seconds of each stage: finetune 61, generate 5"' in plots.bars({"finetune": 61.2, "generate": 5.0})
+
+
+def test_a_score_stands_in_the_page_with_its_interval_and_what_has_changed(page: Path):
+    """As text, with a minus that screen readers read; in words, what the interval of a change means."""
+    scores = {
+        "dino": Score(0.9197, 0.9056, 0.9311, floor=0.541, ceiling=0.9216, changed=(0.3651, 0.3926)),
+        "clip_t": Score(0.6, None, None, floor=0.55, ceiling=None, changed=None),
+        "pres": Score(-0.06, -0.162, 0.0533, floor=-0.0597, ceiling=0.92, changed=(-0.042, 0.041)),
+    }
+    text = told(reporting.page(facts_of(page, scores)))
+    assert "0.920 (0.906 to 0.931), +0.379 since the base model (+0.365 to +0.393)" in text
+    assert "\u22120.060 (\u22120.162 to 0.053), +0.000 since the base model (\u22120.042 to +0.041)" in text
+    assert "0.600 base 0.550" in text
+    assert "it does not hold nought, and the change is real" in text
+    assert "photographs the same among the photographs themselves" in text
+    assert not re.search(r"(?<![\w.-])-\d", text[text.index("Scores") : text.index("Before and after")])
+
+
+def test_of_one_photograph_no_mark_is_explained_that_is_not_there(page: Path):
+    text = told(reporting.page(facts_of(page, {"dino": Score(0.9, 0.8, 1.0, floor=0.5, ceiling=None), "clip_t": Score(0.6, 0.5, 0.7, floor=0.5, ceiling=0.6)})))
+    assert "base is the same before fine-tuning." in text
+    assert "base, without the token 0.600" in text
+    assert "photographs the same" not in text
+    assert "hold nought" not in text, "nothing has an interval of change"
+
+
+def test_every_score_says_which_way_is_better():
+    assert all(re.search(r"(Higher|Lower|nearer .*) is better|the better", meaning) for _, meaning in reporting.WORDS.values())
+    assert "Lower is better" in reporting.WORDS["pres"][1]
+
+
+def told(page: str) -> str:
+    """The page's words."""
+    return " ".join(html.unescape(re.sub("<[^>]*>", " ", page.partition("<body>")[2])).split()).replace(" ,", ",").replace(" .", ".")
 
 
 def test_what_hardly_differs_looks_so():

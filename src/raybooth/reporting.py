@@ -26,22 +26,29 @@ SIDE, PROMPTS, PER_PROMPT, OF_CLASS, PHOTOGRAPHS, COLUMNS = 192, 100, 4, 8, 24, 
 FULL_SIZE = 180  # pictures of SIDE pixels that fit into a page that can be sent; more are smaller
 SETTINGS = "settings.json"  # as the page gives it
 WORDS = {
-    "dino": ("Is it the subject?", "DINO: how alike the pictures and the photographs are to an encoder that tells individuals apart."),
-    "clip_i": ("Does it look like the photographs?", "CLIP-I: the same by an encoder of what is to be seen at all, places and style included."),
+    "dino": ("Is it the subject?", "DINO: how alike the pictures and the photographs are to an encoder that tells individuals apart. Higher is better."),
+    "clip_i": (
+        "Does it look like the photographs?",
+        "CLIP-I: the same by an encoder of what is to be seen at all, places and style included. Higher is better.",
+    ),
     "clip_t": (
         "Does it do what the prompt says?",
-        "CLIP-T: how well the pictures fit their prompts, the token left out. The base model does not know the token, and draws better without it.",
+        "CLIP-T: how well the pictures fit their prompts, the token left out. Higher is better. The base model does not know the token, and draws better "
+        "without it: what it scores then is as much as can be expected.",
     ),
     "pres": (
         "Is 'a {class}' still any {class}?",
-        "PRES: how much pictures of the class look like the subject. As much as the base model's is good, more is bad.",
+        "PRES: how much pictures of the class look like the subject. Lower is better: as much as the base model's is good, more is bad.",
     ),
     "div": (
         "Do pictures of one prompt differ?",
-        "DIV: the mean distance of pictures of the same prompt. One subject differs less than the many that the base model draws, "
-        "and in one place less than the photographs, which were taken in several.",
+        "DIV: the mean distance of pictures of the same prompt. Higher is better, and near nought all are the same picture. As high as the base model's "
+        "it need not be: one subject differs less than the many that the base model draws, and in one place less than photographs of several places.",
     ),
-    "class_div": ("Is there still more than one {class}?", "DIV of the class: as much as the base model's is good, less means that it has narrowed."),
+    "class_div": (
+        "Is there still more than one {class}?",
+        "DIV of the class. The nearer the base model's the better: lower means that the class has narrowed.",
+    ),
 }
 
 CEILINGS = {"clip_t": "base, without the token"}
@@ -56,6 +63,20 @@ class Line:
     meaning: str
     score: Score
     ceiling: str = "photographs"
+
+    @property
+    def told(self) -> str:
+        """The score, in brackets its interval."""
+        value = number(self.score.value)
+        return f"{value} ({number(self.interval[0])} to {number(self.interval[1])})" if self.interval else value
+
+    @property
+    def since(self) -> str:
+        """What has changed since the base model, in brackets its interval. Without one there is nothing to say, for it may be chance."""
+        if self.score.changed is None or self.score.floor is None:
+            return ""
+        change, low, high = (number(x, "+") for x in (self.score.value - self.score.floor, *self.score.changed))
+        return f"{change} since the base model ({low} to {high})"
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -77,6 +98,11 @@ class Line:
         """On the bar, in percent."""
         low, high = self.span
         return 100 * (value - low) / (high - low)
+
+
+def number(x: float, sign: str = "") -> str:
+    """With a minus that is read aloud: of a hyphen before a number screen readers say nothing."""
+    return f"{x:{sign}z.3f}".replace("-", "\u2212")
 
 
 def report(run: Run) -> Path:
@@ -128,6 +154,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "scores": [
             Line(q.replace("{class}", config.subject.class_name), m, scores[k], CEILINGS.get(k, "photographs")) for k, (q, m) in WORDS.items() if k in scores
         ],
+        "number": number,
         "unshown": "" if "dino" in scores else evaluation.UNSHOWN,
         "strip": strip,
         "losses": plots.losses(trained["history"]) if trained["history"] else "",

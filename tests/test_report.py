@@ -3,14 +3,16 @@
 import base64
 import html
 import importlib.metadata
+import io
 import json
 import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from PIL import Image, ImageOps
@@ -24,6 +26,9 @@ from raybooth.score import Score
 from raybooth.selection import rows_of
 from raybooth.session import Run, settings_of
 from raybooth.verbs import ALL, do
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -119,18 +124,73 @@ def test_it_opens_in_a_browser(extreme: Path, tmp_path: Path, width: int):
     assert "CONSOLE" not in done.stderr
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
-def test_it_prints_the_bars_of_the_scores_and_the_configuration(extreme: Path):
-    """What browsers leave off paper if they are not told otherwise: backgrounds, and what is folded up."""
+@pytest.fixture
+def browser() -> Iterator["Browser"]:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
-        page = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
-        page.goto(extreme.as_uri())
-        shown = "document.querySelector('details pre').checkVisibility({ contentVisibilityAuto: true })"
-        assert not page.evaluate(shown)
-        page.emulate_media(media="print")
-        assert any(page.evaluate(shown) or page.wait_for_timeout(100) for _ in range(50))  # laid out in the frames that follow
-        assert page.evaluate("[...document.querySelectorAll('.bar i')].every(bar => getComputedStyle(bar).printColorAdjust === 'exact')")
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+def opened(browser: "Browser", path: Path, width: int = 1280, scheme: Literal["dark", "light"] = "light") -> "Page":
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.goto(path.as_uri())
+    return page
+
+
+def test_it_prints_the_bars_of_the_scores_and_the_configuration(extreme: Path, browser: "Browser"):
+    """What browsers leave off paper if they are not told otherwise: backgrounds, and what is folded up."""
+    page = opened(browser, extreme)
+    shown = "document.querySelector('details pre').checkVisibility({ contentVisibilityAuto: true })"
+    assert not page.evaluate(shown)
+    page.emulate_media(media="print")
+    page.wait_for_function(shown, timeout=5000)  # laid out in the frames that follow
+    assert page.evaluate("[...document.querySelectorAll('.bar i')].every(bar => getComputedStyle(bar).printColorAdjust === 'exact')")
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_only_what_is_wide_scrolls_and_letters_of_drawings_can_be_read(page: Path, browser: "Browser", width: int):
+    shown = opened(browser, page, width)
+    assert shown.evaluate("document.documentElement.scrollWidth") == width
+    sizes = shown.evaluate(
+        "[...document.querySelectorAll('figure text')].map(text => parseFloat(getComputedStyle(text).fontSize) * text.ownerSVGElement.getScreenCTM().a)"
+    )
+    assert len(sizes) > 20
+    assert 10 <= min(sizes) <= max(sizes) <= 16
+    assert shown.evaluate("[...document.querySelectorAll('figure')].map(f => f.scrollWidth > f.clientWidth)") == [width < 560] * 2
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_all_of_it_can_be_read_in_the_dark_and_by_day(page: Path, browser: "Browser", scheme: Literal["dark", "light"]):
+    """Letters at 4.5 to 1 and more (WCAG 2.2, 1.4.3), lines and bars at 3 (1.4.11; the thin ones behind are paler); drawings lie on the page's own paper."""
+    shown = opened(browser, page, scheme=scheme)
+    colours = """(selector, property) => [...document.querySelectorAll(selector)].filter(e => e.matches('figure *, i') || [...e.childNodes].some(n =>
+      n.nodeType === Node.TEXT_NODE && n.textContent.trim())).map(e => getComputedStyle(e)[property])"""
+
+    def found(selector: str, by: str) -> set[tuple[int, ...]]:
+        return {tuple(map(int, re.findall(r"\d+", c)[:3])) for c in shown.evaluate(f"([s, p]) => ({colours})(s, p)", [selector, by]) if c != "none"}
+
+    (paper,) = {tuple(map(int, re.findall(r"\d+", shown.evaluate("getComputedStyle(document.body).backgroundColor"))))}
+    assert sum(paper) > 700 if scheme == "light" else sum(paper) < 100
+    letters = found("body :not(svg, svg *, style, script)", "color") | found("figure text", "fill")
+    assert len(letters) >= 3
+    assert min(contrast(one, paper) for one in letters) >= 4.5
+    assert min(contrast(one, paper) for one in found(".bar i", "backgroundColor") | found("figure path, figure use", "stroke")) >= 3
+    for figure in shown.locator("figure").all():
+        with Image.open(io.BytesIO(figure.screenshot())) as drawn:
+            assert max(drawn.convert("RGB").getcolors(1 << 24) or [])[1] == paper
+
+
+def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    """WCAG's."""
+
+    def luminance(colour: tuple[int, ...]) -> float:
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (x / 255 for x in colour)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    darker, lighter = sorted(map(luminance, (one, other)))
+    return (lighter + 0.05) / (darker + 0.05)
 
 
 @pytest.fixture
@@ -264,7 +324,13 @@ def test_drawings_have_names_and_no_line_for_what_there_was_not():
     assert plots.COLOURS["prior"] not in drawn
     assert plots.COLOURS["prior"] in plots.losses([row | {"prior": 0.1} for row in history])
     assert drawn.startswith('<svg role="img" aria-label="The losses over the steps" ')
-    assert 'aria-label="Seconds of each stage: finetune 61, generate 5"' in plots.bars({"finetune": 61.2, "generate": 5.0})
+    assert 'aria-label="Time of each stage: finetune 1.0 min, generate 5 s"' in plots.bars({"finetune": 61.2, "generate": 5.0})
+
+
+def test_times_are_in_what_people_count_them_in():
+    assert [plots.duration(seconds) for seconds in (0, 45.4, 210, 4300)] == ["0 s", "45 s", "3.5 min", "1.2 h"]
+    for seconds, words in ((45, ["45 s", "seconds"]), (210, ["3.5 min", "minutes"]), (4300, ["1.2 h", "hours"])):
+        assert all(f">{text}</text>" in plots.bars({"finetune": seconds}) for text in words)
 
 
 def test_a_score_stands_in_the_page_with_its_interval_and_what_has_changed(page: Path):

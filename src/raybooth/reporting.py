@@ -3,10 +3,12 @@
 import base64
 import io
 import json
-import math
 import shlex
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from raybooth.sections import Prior
 from raybooth.session import Run, settings_of
 
 FILE = "report.html"
-SIDE, PROMPTS, PER_PROMPT, OF_CLASS, PHOTOGRAPHS, COLUMNS = 192, 100, 4, 8, 24, 12
-FULL_SIZE = 180  # pictures of SIDE pixels that fit into a page that can be sent; more are smaller
+PROMPTS, PER_PROMPT, OF_CLASS, PHOTOGRAPHS, COLUMNS = 100, 4, 8, 24, 12
+BUDGET = 4_200_000  # characters for all pictures together, of the 5 MB of a page that can be sent
+LADDER = [(side, quality) for side in (1024, 768, 512, 384, 288, 216, 160, 120, 88, 64) for quality in (90, 80)]
+"""How pictures are embedded: pixels at most, and JPEG's quality. The largest first, in bytes too."""
 SETTINGS = "settings.json"  # as the page gives it
 WORDS = {
     "dino": ("Is it the subject?", "DINO: how alike the pictures and the photographs are to an encoder that tells individuals apart. Higher is better."),
@@ -139,17 +143,19 @@ def facts_of(run: Run) -> dict[str, Any]:
     prompts = _before_after(run)
     classes = [shown[f"class-{when}"][:OF_CLASS] for when in ("before", "after")]
     photographs, strip = shown["instance"][:PHOTOGRAPHS], _strip(run, trained.get("selected"))
-    total = sum(map(len, (photographs, *classes, *(p for _, *both in prompts for p in both), *(p for _, p in (strip["lines"] if strip else ())))))
+    rows = [photographs, *classes, *(p for _, *both, _ in prompts for p in both), *(p for _, p in (strip["lines"] if strip else ()))]
     manifests = {stage: m for stage in _stages(run, trained.get("selected")) if (m := run.held(stage))}
     return {
         "subject": config.subject,
         "base": manifests["base-model"]["facts"].get("source", config.base.model),
-        "uri": partial(_uri, side=round(SIDE * min(1.0, math.sqrt(FULL_SIZE / total)))),
+        "uri": embedded(chain.from_iterable(rows)).__getitem__,
         "photographs": photographs,
         "learnt_from": len(shown["instance"]),
         "prompts": prompts,
         "asked": len(output_prompts(run)),
         "classes": classes,
+        "of_class": len(shown["class-after"]),
+        "class_stages": [evaluation.class_before(run), "class-after-images"],
         "class_prompt": config.class_prompt,
         "scores": [
             Line(q.replace("{class}", config.subject.class_name), m, scores[k], CEILINGS.get(k, "photographs")) for k, (q, m) in WORDS.items() if k in scores
@@ -182,11 +188,11 @@ def _again(run: Run, trained: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _before_after(run: Run) -> list[tuple[str, list[Path], list[Path]]]:
-    """The prompts, as many as one page can show, with what the base drew of each and what the fine-tuned model did."""
+def _before_after(run: Run) -> list[tuple[str, list[Path], list[Path], int]]:
+    """The prompts, as many as one page can show, with the first that the base drew of each and that the fine-tuned model did, and how many there are."""
     found = list(by_prompt(run, "output-images").items())[:PROMPTS]
     before, after = (run.workspace.root / stage for stage in ("before-images", "output-images"))
-    return [(prompt, [before / n for n in names[:PER_PROMPT]], [after / n for n in names[:PER_PROMPT]]) for prompt, names in found]
+    return [(prompt, [before / n for n in names[:PER_PROMPT]], [after / n for n in names[:PER_PROMPT]], len(names)) for prompt, names in found]
 
 
 def _stages(run: Run, selected: dict[str, Any] | None) -> list[str]:
@@ -245,11 +251,23 @@ def columns(steps: list[int], taken: int) -> list[int]:
     return even if taken in even else [taken if step == nearest else step for step in even]
 
 
-def _uri(path: Path, side: int) -> str:
-    """The picture in the page itself, of `side` pixels at most."""
+def embedded(paths: Iterable[Path]) -> dict[Path, str]:
+    """Pictures for the page itself: as large and as good as all of them together may be, and none larger than it is."""
+    shown = Counter(paths)
+    step = bisect_left(LADDER[:-1], True, key=lambda step: _fits(shown, *step))
+    return {path: _uri(path, *LADDER[step]) for path in shown}
+
+
+def _fits(shown: Counter[Path], side: int, quality: int) -> bool:
+    """Whether all pictures are within the budget. Those that come after it is spent are not looked at."""
+    return not any(total > BUDGET for total in accumulate(times * len(_uri(path, side, quality)) for path, times in shown.items()))
+
+
+def _uri(path: Path, side: int, quality: int) -> str:
+    """The picture, of `side` pixels at most."""
     with Image.open(path) as image:
         small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = io.BytesIO()
-    small.save(data, "JPEG", quality=88)
+    small.save(data, "JPEG", quality=quality)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -250,7 +250,7 @@ def test_what_the_checkpoints_drew_shows_on_another_machine_and_with_other_promp
     storage: str, photos: Path, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
-    candidates = [{"step": step, "dino": 0.5, "clip_t": 0.5} for step in (10, 20)]
+    candidates = [{"step": 10, "dino": 0.5, "clip_t": 0.5, "balance": 1.93}, {"step": 20, "dino": 0.5, "clip_t": 0.5, "balance": 1.9266}]
     with on_mini(storage, photos) as run:
         do(run, ["prepare", "class-images"])
         teach(run, 1, selected={"rule": "balance", "step": 10, "candidates": candidates})
@@ -260,6 +260,8 @@ def test_what_the_checkpoints_drew_shows_on_another_machine_and_with_other_promp
     text = reported(on_mini(storage, photos, "generate.prompts=['photo of {subject} at night']"))
     assert [text.count(f'alt="photo of unqtkn dog in the snow, step {step}"') for step in (0, 10, 20)] == [1] * 3
     assert '<th colspan="3">photo of unqtkn dog in the snow</th>' in text
+    assert "subject 0.500 prompt 0.500 balance 1.930 subject 0.500 prompt 0.500 balance 1.927" in told(text)
+    assert re.search(r"1 of 2 pictures of each prompt. The one of step 10 is the model, by \W*balance\W. The highest balance is taken", told(text))
     assert text.count('alt="photo of unqtkn dog at night, after') == 2
     for stage in ("encoders", "class-images", "checkpoint-images/0000010", "scores"):
         assert f"<td>{stage}</td>" in text
@@ -332,7 +334,7 @@ def test_ever_so_many_large_pictures_still_make_a_page_that_can_be_sent(
     with on_mini(tmp_path, photos) as run:
         do(run, ["prepare", "class-images"])
         steps = [*range(10, 410, 10)]
-        teach(run, 1, selected={"rule": "balance", "step": 390, "candidates": [{"step": s, "dino": 0.5, "clip_t": 0.5} for s in steps]})
+        teach(run, 1, selected={"rule": "subject", "step": 390, "candidates": [{"step": s, "dino": 0.5, "clip_t": 0.5} for s in steps]})
         do(run, ["report"])
         draw(run, "checkpoint-images/0000000", "base-model", run.config.generate, rows_of(run), {"seed": 0})
         for step in steps:
@@ -355,6 +357,8 @@ def test_ever_so_many_large_pictures_still_make_a_page_that_can_be_sent(
     assert "... and 976 more" in text
     assert "11 of the 40 kept checkpoints" in text
     assert '<th class="taken">step 390</th>' in text
+    assert "The one whose pictures are likest to the subject is taken." in text
+    assert "balance" not in told(text[text.index("As it learnt") : text.index("What took how long")])
     next((tmp_path / "checkpoint-images" / "0000010").glob("*-000.png")).write_text("no picture")
     run.quiet = False
     assert reporting._strip(run, run.facts("fine-tuned-model")["selected"]) is None

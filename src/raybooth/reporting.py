@@ -55,6 +55,14 @@ WORDS = {
     ),
 }
 
+RULES = {
+    "balance": "The highest balance is taken: how like the subject the pictures are, as a share of how like one another the photographs are (of 1, if there "
+    "is but one), plus how well they fit the prompt, as a share of what the base model reaches without the token. Neither share counts for more than 1, "
+    "so that 2 is all there is.",
+    "subject": "The one whose pictures are likest to the subject is taken.",
+}
+"""Why a checkpoint is the model."""
+
 CEILINGS = {"clip_t": "base, without the token"}
 """What a score's ceiling is, where it is not what the photographs score among themselves."""
 
@@ -234,11 +242,13 @@ def _strip(run: Run, selected: dict[str, Any] | None) -> dict[str, Any] | None:
         run.say(f"report: without what the checkpoints drew: pictures of {lost[0]} are missing or damaged.")
         return None
     lines = []
-    for prompt, (name, *_) in by_prompt(run, stages[1]).items():
+    drawn = by_prompt(run, stages[1])
+    for prompt, (name, *_) in drawn.items():
         plain = by_prompt(run, stages[0]).get(scored_prompt(run, prompt), [name])[0]
         lines.append((prompt, [run.workspace.root / stages[0] / plain, *(run.workspace.root / stage / name for stage in stages[1:])]))
     scores, kept = [candidates[step] for step in steps[1:]], len(candidates)
-    return {"steps": steps, "taken": selected["step"], "rule": selected["rule"], "lines": lines, "scores": scores, "kept": kept}
+    told = {"rule": selected["rule"], "why": RULES.get(selected["rule"], ""), "each": max(map(len, drawn.values()))}
+    return {"steps": steps, "taken": selected["step"], **told, "lines": lines, "scores": scores, "kept": kept}
 
 
 def columns(steps: list[int], taken: int) -> list[int]:

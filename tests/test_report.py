@@ -140,11 +140,13 @@ def opened(browser: "Browser", path: Path, width: int = 1280, scheme: Literal["d
 
 
 def test_it_prints_the_bars_of_the_scores_and_the_configuration(extreme: Path, browser: "Browser"):
-    """What browsers leave off paper if they are not told otherwise: backgrounds, and what is folded up."""
-    page = opened(browser, extreme)
+    """What browsers leave off paper if they are not told otherwise: backgrounds, and what is folded up. Paper is white, whatever the screen is."""
+    page = opened(browser, extreme, scheme="dark")
     shown = "document.querySelector('details pre').checkVisibility({ contentVisibilityAuto: true })"
     assert not page.evaluate(shown)
     page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("getComputedStyle(document.querySelector('figure text')).fill") == "rgb(27, 27, 31)"
     page.wait_for_function(shown, timeout=5000)  # laid out in the frames that follow
     assert page.evaluate("[...document.querySelectorAll('.bar i')].every(bar => getComputedStyle(bar).printColorAdjust === 'exact')")
 

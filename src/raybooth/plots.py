@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {"instance": "#d2691e", "prior": "#3a6ea5"}
+COLOURS = {"instance": "#d2691e", "prior": "#4583c4"}
+WIDTH = 7.5  # inches of 72 units: its letters, of 10, are as large as the page's own small ones where the page draws it 560 to 700 pixels wide
+UNITS = ((3600, "h", "hours"), (60, "min", "minutes"), (1, "s", "seconds"))
 
 
 def losses(history: list[dict[str, float]]) -> str:
@@ -17,7 +19,7 @@ def losses(history: list[dict[str, float]]) -> str:
         if not any(r[name] for r in history):
             continue  # without prior preservation
         alone = "." if len(history) == 1 else None  # a line has two ends
-        axes.plot([r["step"] for r in history], [r[name] for r in history], color=colour, alpha=0.45, linewidth=1, marker=alone, label=name)
+        axes.plot([r["step"] for r in history], [r[name] for r in history], color=colour, alpha=0.6, linewidth=1, marker=alone, label=name)
         fixed = [r for r in history if f"validation_{name}" in r]
         if fixed:
             axes.plot([r["step"] for r in fixed], [r[f"validation_{name}"] for r in fixed], "o--", color=colour, markersize=4, label=f"{name}, fixed noise")
@@ -27,25 +29,43 @@ def losses(history: list[dict[str, float]]) -> str:
 
 
 def bars(seconds: dict[str, float]) -> str:
-    """A bar a stage."""
-    figure, axes = _figure(0.6 + 0.3 * len(seconds))
+    """A bar a stage, in what the longest is counted in."""
+    figure, axes = _figure(0.6 + 0.28 * len(seconds))
     names = list(seconds)[::-1]
-    axes.bar_label(axes.barh(names, [seconds[n] for n in names], color=COLOURS["prior"]), fmt="%.0f s", padding=4)
-    axes.set_xlabel("seconds")
-    return _svg(figure, f"Seconds of each stage: {', '.join(f'{name} {n:.0f}' for name, n in seconds.items())}")
+    size, _, unit = _unit(max(seconds.values()))
+    drawn = axes.barh(names, [seconds[n] / size for n in names], color=COLOURS["prior"])
+    axes.bar_label(drawn, labels=[duration(seconds[n]) for n in names], padding=4)
+    axes.set_xlabel(unit)
+    axes.margins(x=0.12)  # for the longest one's label
+    return _svg(figure, f"Time of each stage: {', '.join(f'{name} {duration(n)}' for name, n in seconds.items())}")
+
+
+def duration(seconds: float) -> str:
+    """For people: 45 s, 3.5 min, 1.2 h."""
+    size, name, _ = _unit(seconds)
+    return f"{seconds / size:.{0 if size == 1 else 1}f} {name}"
+
+
+def _unit(seconds: float) -> tuple[int, str, str]:
+    return next((unit for unit in UNITS if seconds >= unit[0]), UNITS[-1])
 
 
 def _figure(height: float) -> "tuple[Figure, Any]":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
     axes = figure.subplots()
+    axes.set_facecolor("none")
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
 def _svg(figure: "Figure", name: str) -> str:
-    """With a name for those who cannot see it."""
+    """With a name for those who cannot see it; letters and lines in the page's own colour, on its own paper, dark, light or printed."""
+    import matplotlib
+
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return f'<svg role="img" aria-label="{html.escape(name)}"' + text.getvalue().partition("<svg")[2]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    drawn = text.getvalue().partition("<svg")[2].replace("#000000", "currentColor")
+    return f'<svg role="img" aria-label="{html.escape(name)}" fill="currentColor"{drawn}'

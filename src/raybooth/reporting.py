@@ -3,10 +3,12 @@
 import base64
 import io
 import json
-import math
 import shlex
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +24,44 @@ from raybooth.sections import Prior
 from raybooth.session import Run, settings_of
 
 FILE = "report.html"
-SIDE, PROMPTS, PER_PROMPT, OF_CLASS, PHOTOGRAPHS, COLUMNS = 192, 100, 4, 8, 24, 12
-FULL_SIZE = 180  # pictures of SIDE pixels that fit into a page that can be sent; more are smaller
+PROMPTS, PER_PROMPT, OF_CLASS, PHOTOGRAPHS, COLUMNS = 100, 4, 8, 24, 12
+BUDGET = 4_200_000  # characters for all pictures together, of the 5 MB of a page that can be sent
+LADDER = [(side, quality) for side in (1024, 768, 512, 384, 288, 216, 160, 120, 88, 64) for quality in (90, 80)]
+"""How pictures are embedded: pixels at most, and JPEG's quality. The largest first, in bytes too."""
 SETTINGS = "settings.json"  # as the page gives it
 WORDS = {
-    "dino": ("Is it the subject?", "DINO: how alike the pictures and the photographs are to an encoder that tells individuals apart."),
-    "clip_i": ("Does it look like the photographs?", "CLIP-I: the same by an encoder of what is to be seen at all, places and style included."),
+    "dino": ("Is it the subject?", "DINO: how alike the pictures and the photographs are to an encoder that tells individuals apart. Higher is better."),
+    "clip_i": (
+        "Does it look like the photographs?",
+        "CLIP-I: the same by an encoder of what is to be seen at all, places and style included. Higher is better.",
+    ),
     "clip_t": (
         "Does it do what the prompt says?",
-        "CLIP-T: how well the pictures fit their prompts, the token left out. The base model does not know the token, and draws better without it.",
+        "CLIP-T: how well the pictures fit their prompts, the token left out. Higher is better. The base model does not know the token, and draws better "
+        "without it: what it scores then is as much as can be expected.",
     ),
     "pres": (
         "Is 'a {class}' still any {class}?",
-        "PRES: how much pictures of the class look like the subject. As much as the base model's is good, more is bad.",
+        "PRES: how much pictures of the class look like the subject. Lower is better: as much as the base model's is good, more is bad.",
     ),
     "div": (
         "Do pictures of one prompt differ?",
-        "DIV: the mean distance of pictures of the same prompt. One subject differs less than the many that the base model draws, "
-        "and in one place less than the photographs, which were taken in several.",
+        "DIV: the mean distance of pictures of the same prompt. Higher is better, and near nought all are the same picture. As high as the base model's "
+        "it need not be: one subject differs less than the many that the base model draws, and in one place less than photographs of several places.",
     ),
-    "class_div": ("Is there still more than one {class}?", "DIV of the class: as much as the base model's is good, less means that it has narrowed."),
+    "class_div": (
+        "Is there still more than one {class}?",
+        "DIV of the class. The nearer the base model's the better: lower means that the class has narrowed.",
+    ),
 }
+
+RULES = {
+    "balance": "The highest balance is taken: how like the subject the pictures are, as a share of how like one another the photographs are (of 1, if there "
+    "is but one), plus how well they fit the prompt, as a share of what the base model reaches without the token. Neither share counts for more than 1, "
+    "so that 2 is all there is.",
+    "subject": "The one whose pictures are likest to the subject is taken.",
+}
+"""Why a checkpoint is the model."""
 
 CEILINGS = {"clip_t": "base, without the token"}
 """What a score's ceiling is, where it is not what the photographs score among themselves."""
@@ -56,6 +75,20 @@ class Line:
     meaning: str
     score: Score
     ceiling: str = "photographs"
+
+    @property
+    def told(self) -> str:
+        """The score, in brackets its interval."""
+        value = number(self.score.value)
+        return f"{value} ({number(self.interval[0])} to {number(self.interval[1])})" if self.interval else value
+
+    @property
+    def since(self) -> str:
+        """What has changed since the base model, in brackets its interval. Without one there is nothing to say, for it may be chance."""
+        if self.score.changed is None or self.score.floor is None:
+            return ""
+        change, low, high = (number(x, "+") for x in (self.score.value - self.score.floor, *self.score.changed))
+        return f"{change} since the base model ({low} to {high})"
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -77,6 +110,11 @@ class Line:
         """On the bar, in percent."""
         low, high = self.span
         return 100 * (value - low) / (high - low)
+
+
+def number(x: float, sign: str = "") -> str:
+    """With a minus that is read aloud: of a hyphen before a number screen readers say nothing."""
+    return f"{x:{sign}z.3f}".replace("-", "\u2212")
 
 
 def report(run: Run) -> Path:
@@ -113,21 +151,24 @@ def facts_of(run: Run) -> dict[str, Any]:
     prompts = _before_after(run)
     classes = [shown[f"class-{when}"][:OF_CLASS] for when in ("before", "after")]
     photographs, strip = shown["instance"][:PHOTOGRAPHS], _strip(run, trained.get("selected"))
-    total = sum(map(len, (photographs, *classes, *(p for _, *both in prompts for p in both), *(p for _, p in (strip["lines"] if strip else ())))))
+    rows = [photographs, *classes, *(p for _, *both, _ in prompts for p in both), *(p for _, p in (strip["lines"] if strip else ()))]
     manifests = {stage: m for stage in _stages(run, trained.get("selected")) if (m := run.held(stage))}
     return {
         "subject": config.subject,
         "kind": config.fill("A {class}"),
         "base": manifests["base-model"]["facts"].get("source", config.base.model),
-        "uri": partial(_uri, side=round(SIDE * min(1.0, math.sqrt(FULL_SIZE / total)))),
+        "uri": embedded(chain.from_iterable(rows)).__getitem__,
         "photographs": photographs,
         "learnt_from": len(shown["instance"]),
         "prompts": prompts,
         "asked": len(output_prompts(run)),
         "classes": classes,
+        "of_class": len(shown["class-after"]),
+        "class_stages": [evaluation.class_before(run), "class-after-images"],
         "class_prompt": config.class_prompt,
         "scores": [Line(config.fill(q), m, scores[k], CEILINGS.get(k, "photographs")) for k, (q, m) in WORDS.items() if k in scores],
         "unscored": evaluation.unscored(run),
+        "number": number,
         "strip": strip,
         "losses": plots.losses(trained["history"]) if trained["history"] else "",
         "taught": Prior.model_construct(**trained.get("configuration", {}).get("prior", {})).teacher,
@@ -154,11 +195,11 @@ def _again(run: Run, trained: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _before_after(run: Run) -> list[tuple[str, list[Path], list[Path]]]:
-    """The prompts, as many as one page can show, with what the base drew of each and what the fine-tuned model did."""
+def _before_after(run: Run) -> list[tuple[str, list[Path], list[Path], int]]:
+    """The prompts, as many as one page can show, with the first that the base drew of each and that the fine-tuned model did, and how many there are."""
     found = list(by_prompt(run, "output-images").items())[:PROMPTS]
     before, after = (run.workspace.root / stage for stage in ("before-images", "output-images"))
-    return [(prompt, [before / n for n in names[:PER_PROMPT]], [after / n for n in names[:PER_PROMPT]]) for prompt, names in found]
+    return [(prompt, [before / n for n in names[:PER_PROMPT]], [after / n for n in names[:PER_PROMPT]], len(names)) for prompt, names in found]
 
 
 def _stages(run: Run, selected: dict[str, Any] | None) -> list[str]:
@@ -200,11 +241,13 @@ def _strip(run: Run, selected: dict[str, Any] | None) -> dict[str, Any] | None:
         run.say(f"report: without what the checkpoints drew: pictures of {lost[0]} are missing or damaged.")
         return None
     lines = []
-    for prompt, (name, *_) in by_prompt(run, stages[1]).items():
+    drawn = by_prompt(run, stages[1])
+    for prompt, (name, *_) in drawn.items():
         plain = by_prompt(run, stages[0]).get(scored_prompt(run, prompt), [name])[0]
         lines.append((prompt, [run.workspace.root / stages[0] / plain, *(run.workspace.root / stage / name for stage in stages[1:])]))
     scores, kept = [candidates[step] for step in steps[1:]], len(candidates)
-    return {"steps": steps, "taken": selected["step"], "rule": selected["rule"], "lines": lines, "scores": scores, "kept": kept}
+    told = {"rule": selected["rule"], "why": RULES.get(selected["rule"], ""), "each": max(map(len, drawn.values()))}
+    return {"steps": steps, "taken": selected["step"], **told, "lines": lines, "scores": scores, "kept": kept}
 
 
 def columns(steps: list[int], taken: int) -> list[int]:
@@ -217,11 +260,23 @@ def columns(steps: list[int], taken: int) -> list[int]:
     return even if taken in even else [taken if step == nearest else step for step in even]
 
 
-def _uri(path: Path, side: int) -> str:
-    """The picture in the page itself, of `side` pixels at most."""
+def embedded(paths: Iterable[Path]) -> dict[Path, str]:
+    """Pictures for the page itself: as large and as good as all of them together may be, and none larger than it is."""
+    shown = Counter(paths)
+    step = bisect_left(LADDER[:-1], True, key=lambda step: _fits(shown, *step))
+    return {path: _uri(path, *LADDER[step]) for path in shown}
+
+
+def _fits(shown: Counter[Path], side: int, quality: int) -> bool:
+    """Whether all pictures are within the budget. Those that come after it is spent are not looked at."""
+    return not any(total > BUDGET for total in accumulate(times * len(_uri(path, side, quality)) for path, times in shown.items()))
+
+
+def _uri(path: Path, side: int, quality: int) -> str:
+    """The picture, of `side` pixels at most."""
     with Image.open(path) as image:
         small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = io.BytesIO()
-    small.save(data, "JPEG", quality=88)
+    small.save(data, "JPEG", quality=quality)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -23,7 +23,7 @@ Recipes = Mapping[str, Sequence[str]]
 Results = dict[str, dict[str, dict[str, Score]]]
 """recipe -> subject -> name of a score -> score."""
 
-SHARED = ("base-model", "encoders", "class-images", "class-before-images", "before-images")
+SHARED = ("base-model", "encoders", "class-images", "class-before-images", "before-images", "plain-images")
 
 
 def root_of(storage: str) -> Path:

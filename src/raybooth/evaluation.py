@@ -46,7 +46,7 @@ def evaluate(run: Run) -> None:
         "pictures": {kind: list(map(run.outputs(stage).__getitem__, names)) for kind, (stage, names) in pictures(run).items()},
         "prompts": _texts(run),
         "subject": _shows_subject(run),
-        "scores": [*NAMES, "intervals over pictures", "changes", "plain words"],  # earlier ones were of pairs: what was scored by them is scored again
+        "scores": [*NAMES, "intervals over pictures", "changes", "plain words"],  # what was scored otherwise is scored again
     }
     stage = run.workspace.stage("scores", inputs)
     if not stage.done():
@@ -117,14 +117,14 @@ def measured(run: Run) -> dict[str, dict[str, Array]]:
 
 def _apart(run: Run, found: dict[str, dict[str, Array]]) -> dict[str, list[Distances]]:
     """How far the pictures of one prompt are from one another, by kind: by LPIPS where `evaluate.lpips` is given, else by the ViT's patches."""
-    shown, each = pictures(run), run.config.generate.images_per_prompt
+    shown, each = {kind: of for kind, of in pictures(run).items() if kind != "plain"}, run.config.generate.images_per_prompt
     parts = {}
     for kind, (_, names) in shown.items():
-        size = each if kind in ("before", "plain", "output") else len(names)
+        size = each if kind in ("before", "output") else len(names)
         parts[kind] = [slice(i, i + size) for i in range(0, len(names), size)]
     if run.config.evaluate.lpips:
         return lpips_distances(run, {kind: [(stage, names[part]) for part in parts[kind]] for kind, (stage, names) in shown.items()})
-    return {kind: [distances(found[kind]["patches"][part]) for part in parts[kind]] for kind in KINDS}
+    return {kind: [distances(found[kind]["patches"][part]) for part in parts[kind]] for kind in shown}
 
 
 def _scores(run: Run, found: dict[str, dict[str, Array]], apart: dict[str, list[Distances]]) -> dict[str, Score]:
@@ -160,7 +160,8 @@ def read(run: Run) -> dict[str, Score]:
         RayboothError: if it was not.
     """
     run.workspace.manifest("scores")
-    return {k: Score(**v) for k, v in json.loads((run.workspace.root / "scores" / SCORES).read_text()).items()}
+    held = json.loads((run.workspace.root / "scores" / SCORES).read_text())
+    return {k: Score(**v | {"changed": v["changed"] and tuple(v["changed"])}) for k, v in held.items()}
 
 
 def unscored(run: Run) -> list[str]:

@@ -21,7 +21,7 @@ from raybooth.cli import main
 from raybooth.config import load
 from raybooth.drawing import output_rows
 from raybooth.errors import RayboothError
-from raybooth.families import Loaded, family_of
+from raybooth.families import Loaded, family_of, foreign
 from raybooth.families.foreign import merge, read
 from raybooth.families.lora import WEIGHTS, add_adapters, has_adapters, load_adapters, save_adapters
 from raybooth.families.lowrank import hollow
@@ -104,6 +104,14 @@ def test_kohyas_layout_with_ranks_and_alphas_of_each_layer(bases: Callable[[str]
     wanted = theirs(pipe, bases("sd1"))
     assert apart(ours(tmp_path / "run"), wanted) <= CLOSE
     assert apart(wanted, theirs(opened(bases("sd1")), bases("sd1"))) > 5 * CLOSE
+
+
+@pytest.mark.parametrize("kept", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_small_alpha_is_put_to_values_of_few_bits_in_float32(kept: torch.dtype):
+    """In the file's own precision they would lose some of them, or all of arithmetic."""
+    up = torch.linspace(3e-3, 2, 16).reshape(2, 8).to(kept)
+    read = foreign._scaled({"x.lora_down.weight": torch.ones(8, 4).to(kept), "x.lora_up.weight": up, "x.alpha": torch.tensor(0.25)})
+    torch.testing.assert_close(read["x.lora_up.weight"].double(), up.double() * 0.25 / 8, rtol=1e-7, atol=0)
 
 
 def test_diffusers_old_layout(bases: Callable[[str], Path], tmp_path: Path):

@@ -19,6 +19,7 @@ from raybooth.families.lora import WEIGHTS
 from raybooth.mini.world import render, subject_scenes
 from raybooth.photos import png
 from raybooth.serving import errors, runs, uploads
+from raybooth.serving.progress import LOG
 from raybooth.serving.queue import Queue
 from raybooth.serving.queue import command as real_command
 from raybooth.serving.runs import Surroundings, Workshop, runs_router
@@ -236,6 +237,24 @@ def test_a_run_is_stopped_and_goes_on(client: TestClient, tmp_path: Path, class_
     assert client.post("/api/runs/rex/resume").status_code == 202
     until(client, lambda r: r["state"] == "done")
     assert client.post("/api/runs/rex/resume").status_code == 409
+
+
+def test_a_run_that_goes_on_is_not_begun_once_more(tmp_path: Path):
+    """Two tabs say so at once. Begun twice, it would go on behind the back of who stops it."""
+    (tmp_path / "hold").touch()
+    queue = Queue(command, grace=1)
+    app = FastAPI()
+    errors.install(app)
+    app.include_router(runs_router(Workshop(tmp_path, MINI, SETTINGS, queue)))
+    with TestClient(app) as client:
+        upload(client)
+        until(client, lambda r: r["step"] == 10)
+        said = (tmp_path / "rex" / LOG).read_bytes()
+        assert queue.put(tmp_path / "rex")
+        assert not queue._waiting
+        assert (tmp_path / "rex" / LOG).read_bytes().startswith(said)
+        client.delete("/api/runs/rex")
+        assert until(client, lambda r: r["state"] != "running")["state"] == "stopped"
 
 
 def test_a_failure_is_told_in_its_sentence(client: TestClient):

@@ -204,6 +204,7 @@ def test_servers_have_names_of_their_own():
         (["{storage}", "--replicas", "4-1"], "--replicas 4-1"),
         (["{storage}", "--port", "{taken}"], "cannot be listened at"),
         (["{storage}", "--port", "70000"], "--port 70000 is not a port"),
+        (["{storage}", "--host", "a..b", "--insecure"], "check --host"),
         (["~nobody1/x", "--base", "mini"], "home folder that is not known"),
         (["{storage}", "--base", "mini", "--set", "finetune.stepz=1"], "did you mean finetune.steps?"),
     ],

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import pickle
 import shutil
 import tempfile
 import threading
@@ -26,11 +27,12 @@ import raybooth
 from raybooth.checkpoint import Checkpoints
 from raybooth.config import load
 from raybooth.drawing import draw, output_rows
-from raybooth.errors import RayboothError
+from raybooth.errors import NotFiniteError, RayboothError
 from raybooth.families import family_of
 from raybooth.families.foreign import plain_rank
 from raybooth.families.lora import WEIGHTS, load_adapters
 from raybooth.jobs import for_inference, model_of, sampler
+from raybooth.manifest import describe
 from raybooth.photos import png
 from raybooth.sample import Sampler
 from raybooth.serving import engine
@@ -202,6 +204,33 @@ def test_adapters_that_do_not_fit_fail_alone(runs: Path, misfit: Path):
             assert one[0].batch == 2
 
     asyncio.run(scenario())
+
+
+def test_what_draws_no_picture_fails_alone(runs: Path, tmp_path: Path, toy: Path):
+    """Adapters with finite but enormous values: everybody else in the batch gets the picture that they get alone."""
+    make_run(tmp_path / "wild", toy, 3)
+    weights = load_file(tmp_path / "wild" / "fine-tuned-model" / WEIGHTS)
+    save_file({k: t * 1e30 for k, t in weights.items()}, tmp_path / "wild" / "fine-tuned-model" / WEIGHTS)
+    manifest = tmp_path / "wild" / "fine-tuned-model" / "manifest.json"
+    said = json.loads(manifest.read_text())
+    said["outputs"][WEIGHTS] = describe(manifest.with_name(WEIGHTS))
+    manifest.write_text(json.dumps(said))
+    shutil.copytree(runs / "subject-0", tmp_path / "good")
+    subjects = Subjects([str(tmp_path)], tmp_path / "good" / "base-model").found()
+    desk = Desk(Engine(subjects[BASE], 16))
+
+    async def drawn(name: str) -> list[Drawn]:
+        row = Row(subjects[name], PROMPT, 5)
+        return [picture async for picture in desk.draw(Job((row,), replace(subjects[BASE].sampling, steps=2), partials=1))]
+
+    async def scenario() -> None:
+        alone = [await drawn(name) for name in ("good", BASE)]
+        wild, *together = await asyncio.gather(*map(drawn, ("wild", "good", BASE)), return_exceptions=True)
+        assert isinstance(wild, NotFiniteError)
+        assert [one[-1].png for one in together] == [one[-1].png for one in alone]  # type: ignore[index, union-attr]
+
+    asyncio.run(scenario())
+    assert pickle.loads(pickle.dumps(NotFiniteError([2]))).rows == [2]  # it comes from a replica
 
 
 def test_slots_are_as_many_as_there_is_memory_for(runs: Path, monkeypatch: pytest.MonkeyPatch):

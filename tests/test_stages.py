@@ -152,6 +152,12 @@ def test_another_base_than_the_storages_is_not_taken_for_it(stored: Path, tmp_pa
     assert {p: p.read_bytes() for p in before} == before
 
 
+def test_the_same_base_in_another_place_is_the_storages(stored: Path, toy: Path, tmp_path: Path, photos: Path, fits_here: None):
+    """As on another machine, which goes on with a storage that was copied."""
+    do(run(stored, Path(shutil.copytree(toy, tmp_path / "elsewhere")), photos), ["finetune"])
+    assert (stored / "fine-tuned-model" / "model_index.json").exists()
+
+
 def test_a_folder_whose_name_is_no_text_is_said(tmp_path: Path, toy: Path, photos: Path, monkeypatch: pytest.MonkeyPatch):
     here = os.fsencode(tmp_path) + b"/l\xe4nd"
     os.mkdir(here)

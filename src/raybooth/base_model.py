@@ -43,12 +43,23 @@ def refuse_other_base(run: Run) -> None:
         RayboothError: if they are not the same.
     """
     base, held = run.config.base, run.held("base-model")
-    source = held["facts"].get("source") if held else None
-    if source not in (None, base.model, _place(base)):
-        raise RayboothError(
-            f"The storage {run.config.storage} holds a run on {source}, and not on {_named(base)}: leave the base out, or give another --storage. "
-            f"To begin anew on {_named(base)} in this one, run 'raybooth prepare' with it first."
-        )
+    named = held["facts"].get("source") if held else None
+    if held is None or named in (None, base.model, _place(base)) or _is_a_copy(local_source(base.model), held):
+        return
+    raise RayboothError(
+        f"The storage {run.config.storage} holds a run on {named}, and not on {_named(base)}: leave the base out, or give another --storage. "
+        f"To begin anew on {_named(base)} in this one, run 'raybooth prepare' with it first."
+    )
+
+
+def _is_a_copy(source: Path | None, held: dict[str, Any]) -> bool:
+    """Whether a folder holds what the storage's model, of another place, is made of: as on another machine. Lists of shards are written anew in a storage."""
+    from raybooth.families.folder import plain_name
+
+    if source is None or not source.is_dir():
+        return False
+    files = {plain_name(name): source / name for name in needed_of_folder(source) if not name.endswith(".index.json")}
+    return all(name in held["outputs"] and file_digest(path) == held["outputs"][name]["sha256"] for name, path in files.items())
 
 
 def _prepare(run: Run, source: Path | None) -> None:

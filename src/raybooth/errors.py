@@ -8,6 +8,17 @@ class RayboothError(Exception):
     """
 
 
+class NotFiniteError(RayboothError):
+    """Rows of a batch whose pictures are no pictures; the others are not to blame, and are not drawn either."""
+
+    def __init__(self, rows: list[int]):
+        super().__init__("What the model draws is not finite (NaN): its weights are damaged, or the guidance is too high for it.")
+        self.rows = rows
+
+    def __reduce__(self) -> tuple[type, tuple[list[int]]]:
+        return NotFiniteError, (self.rows,)
+
+
 MUST_BE_SHARED = "on a cluster it must be a mount that all machines have, or a URI such as s3://bucket/run."
 """What a storage that the workers do not share lacks."""
 LOGS = "what Ray's logs say on the machine that it ran on (/tmp/ray/session_latest/logs)"

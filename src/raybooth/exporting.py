@@ -223,10 +223,12 @@ def _stage(model: Model, to: str, output: str | None) -> Stage:
     inputs = {"export": to, "model": run.model_digest("fine-tuned-model"), "base": run.model_digest("base-model"), "rank": model.rank, "name": model.name}
     if output is None:
         return run.workspace.stage(f"exports/{to}", inputs)
+    if not output.strip():
+        raise RayboothError("--output is empty: give a folder, or leave it out for one in the storage.")
     place = Path(os.path.realpath(path_of(output, "--output")))  # resolve() fails at links that lead to themselves
     if place.is_symlink():
         raise RayboothError(f"--output {output} is a symbolic link that leads to itself: give another folder.")
-    if "://" in output or place.is_file():
+    if "://" in output or (place.exists() and not place.is_dir()):
         raise RayboothError(f"--output {output} is not a folder: give the path of one, it need not exist.")
     Workspace(str(place if place.exists() else place.parent)).check_writable()
     stage = Workspace(str(place.parent)).stage(place.name, inputs)

@@ -61,7 +61,7 @@ def square(photo: Photo, side: int) -> Image.Image:
     Raises:
         RayboothError: if it cannot be read, or is too small or too large.
     """
-    return _centre(_to_srgb(_opened(photo)), side)
+    return _centre(_opened(photo), side)
 
 
 def _centre(image: Image.Image, side: int) -> Image.Image:
@@ -73,7 +73,7 @@ def views(photo: Photo, side: int, crops: int, flip: bool, key: str) -> list[Ima
 
     What is random depends on `key` and the photograph's content alone.
     """
-    image, random = _to_srgb(_opened(photo)), Random(f"{key} {photo.sha256}")
+    image, random = _opened(photo), Random(f"{key} {photo.sha256}")
     squares = [_centre(image, side)]
     for _ in range(crops):
         edge = min(image.size) * random.uniform(0.7, 1)
@@ -99,7 +99,7 @@ def _decoded(photo: Photo, data: bytes) -> Image.Image:
         image.load()
         if image.format in ("JPEG", "MPO"):
             _check_jpeg(data)
-        return _upright(image)
+        return _to_srgb(_upright(image))
     except RayboothError:
         raise
     except Image.DecompressionBombError:
@@ -173,7 +173,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and floating-point greyscale to 8 bits over the range of its kind. Floats of 0 to 1 may have lights a little above."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+    values = np.nan_to_num(np.array(image, dtype=np.float32), copy=False, posinf=0, neginf=0)
     top = values.max(initial=0)
     full = 1.0 if image.mode == "F" and top <= 2 else 255.0 if top <= 255 and image.mode != "I;16" else 65535.0 if top <= 65535 else top
     grey = Image.fromarray(np.clip(values / full * 255 + 0.5, 0, 255).astype(np.uint8))

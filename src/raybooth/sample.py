@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raybooth.errors import RayboothError
+from raybooth.errors import NotFiniteError
 from raybooth.families import Family, Loaded
 from raybooth.families.parts import decode
 from raybooth.noise import normal
@@ -79,8 +79,9 @@ class Sampler:
             if watch:
                 watch(done, self.loaded.objective.clean(x, out, t.expand(len(x))))
             z = scheduler.step(out, t, z, return_dict=False)[0]
-        if not z.isfinite().all():  # it would be black pictures
-            raise RayboothError("What the model draws is not finite (NaN): its weights are damaged, or the guidance is too high for it.")
+        finite = z.flatten(1).isfinite().all(1).tolist()
+        if not all(finite):  # it would be black pictures
+            raise NotFiniteError([i for i, it_is in enumerate(finite) if not it_is])
         return self.decoded(z)
 
     def _conditioning(self, rows: Sequence[tuple[str, str]], sampling: Sampling) -> dict[str, Tensor]:

@@ -191,7 +191,7 @@ def _scaled(tensors: "State") -> "State":
         layer = key.removesuffix(".alpha")
         for down, up in UPS if key.endswith(".alpha") else ():
             if layer + down in rest and layer + up in rest:
-                rest[layer + up] = rest[layer + up] * (alpha.item() / rest[layer + down].shape[0])
+                rest[layer + up] = rest[layer + up].float() * (alpha.item() / rest[layer + down].shape[0])
     return rest
 
 

@@ -108,7 +108,7 @@ def _described_model(s: Subject) -> Model:
     return Model(
         id=s.id, created=s.created, class_=s.class_name, token=s.token, prompt=s.prompt, kind=s.kind,
         size=f"{s.sampling.resolution}x{s.sampling.resolution}",
-        photographs=[f"/v1/models/{s.id}/photographs/{i}" for i in range(len(s.photographs))],
+        photographs=[f"/v1/models/{s.id}/photographs/{i}?made={s.created}" for i in range(len(s.photographs))],
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from raybooth.errors import RayboothError
+from raybooth.errors import NotFiniteError, RayboothError
 from raybooth.photos import png
 from raybooth.sections import Sampling
 from raybooth.serving.engine import Engine, Look, Row
@@ -152,9 +152,16 @@ class Desk:
             if due:
                 self._hand_out([ready[i] for i in due], look(due), len(ready), done, tell)
 
-        if ready:
-            pictures = self.engine.draw([p.row for p in ready], ready[0].job.sampling, watch)
-            self._hand_out(ready, pictures, len(ready), None, tell)
+        try:
+            if ready:
+                pictures = self.engine.draw([p.row for p in ready], ready[0].job.sampling, watch)
+                self._hand_out(ready, pictures, len(ready), None, tell)
+        except NotFiniteError as error:  # nor is one whose pictures are none
+            good = [place for i, place in enumerate(ready) if i not in error.rows]
+            for place in set(ready) - set(good):
+                tell(place, error)
+            if good:
+                self._hand_out(good, self.engine.draw([p.row for p in good], good[0].job.sampling), len(good), None, tell)
 
     def _hand_out(self, places: list[_Place], pictures: Any, together: int, done: int | None, tell: Callable[[_Place, Drawn], None]) -> None:
         images = [Image.fromarray(p) for p in pictures]

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastapi import Request
 
-from raybooth.errors import RayboothError
+from raybooth.errors import NotFiniteError, RayboothError
 from raybooth.serving.desk import Drawn, Job
 from raybooth.serving.engine import Row
 from raybooth.serving.errors import ApiError
@@ -115,6 +115,8 @@ class Office:
             raise problem from None
         except UnavailableError as error:
             raise ApiError(503, f"{error}", "unavailable", retry_after=self.retry_after) from error
+        except NotFiniteError as error:  # to try again would be of no use
+            raise ApiError(422, f"{error}", "not_finite", param="model") from error
         except RayboothError as error:
             raise ApiError(503, f"{error}", "model_unavailable", param="model", retry_after=self.retry_after) from error
         except (ApiError, ClientGoneError):

@@ -49,7 +49,7 @@ class Queue:
         with self._lock:
             if self.full:
                 return False
-            if storage not in self._waiting:
+            if storage not in self._waiting and storage not in self._live:
                 (storage / LOG).write_bytes(b"")
                 self._waiting.append(storage)
             self._begin()
@@ -63,8 +63,8 @@ class Queue:
     def stop(self, storage: Path) -> None:
         """Ctrl-C, and SIGKILL for what does not listen to it; returns at once."""
         with self._lock:
-            if storage in self._waiting:
-                return self._waiting.remove(storage)
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(storage)
             process = self._live.get(storage)
             if process:
                 self._stopping.add(storage)

@@ -96,7 +96,6 @@ def serve(options: Options) -> None:
             names = ", ".join(subjects.found())
             port = listening.getsockname()[1]
             host = f"[{options.host}]" if ":" in options.host else options.host
-            listening.listen()  # before the address is said: whoever asks at once waits until the application runs
             _say(f"serve: {names}\nserve: http://{host}:{port} is the page, /v1 the API (described at /docs); {fewest} to {most} replicas; Ctrl-C stops it")
             _run(app, listening)
 
@@ -201,8 +200,11 @@ def _bound(host: str, port: int) -> socket.socket:
         made = socket.socket(family, kind, proto)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(where)
-    except OSError as error:
-        raise RayboothError(f"--host {host} --port {port} cannot be listened at ({error}): choose another --port, or 0 for any that is free.") from None
+        made.listen()  # at once: two may bind to a port while neither listens. Whoever asks waits until the application runs
+    except (OSError, UnicodeError) as error:
+        raise RayboothError(
+            f"--host {host} --port {port} cannot be listened at ({error}): check --host, or choose another --port, or 0 for any that is free."
+        ) from None
     return made
 
 

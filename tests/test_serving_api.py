@@ -16,7 +16,7 @@ from api_client import ASKED, GENERATIONS, app_with_runs, client, live, picture,
 from fastapi import APIRouter
 from PIL import Image
 
-from raybooth.errors import RayboothError
+from raybooth.errors import NotFiniteError, RayboothError
 from raybooth.serving.api import create_app
 from raybooth.serving.desk import Desk, Drawn, Job
 from raybooth.serving.engine import Engine
@@ -236,6 +236,10 @@ def test_what_breaks_is_a_clean_error(subjects: Subjects, caplog: pytest.LogCapt
                 answer = await http.post(GENERATIONS, json=ASKED)
                 assert (answer.status_code, answer.json()["error"]["code"]) == (503, code)
                 assert "secret" not in answer.text
+        async with client(create_app(subjects, failing(NotFiniteError([0])))) as http:
+            answer = await http.post(GENERATIONS, json=ASKED)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_finite")
+            assert "retry-after" not in answer.headers, "it would draw nothing the next time either"
         async with client(create_app(subjects, failing(ValueError(), after=1))) as http:
             answer = await http.post(GENERATIONS, json={**ASKED, "n": 2, "stream": True})
             events = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data: ")]

@@ -116,7 +116,7 @@ class Office:
         except UnavailableError as error:
             raise ApiError(503, f"{error}", "unavailable", retry_after=self.retry_after) from error
         except NotFiniteError as error:  # to try again would be of no use
-            raise ApiError(422, f"{error}", "not_finite", param="model") from error
+            raise ApiError(400, f"{error}", "not_finite", param="model") from error
         except RayboothError as error:
             raise ApiError(503, f"{error}", "model_unavailable", param="model", retry_after=self.retry_after) from error
         except (ApiError, ClientGoneError):

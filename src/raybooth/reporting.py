@@ -241,9 +241,9 @@ def _strip(run: Run, selected: dict[str, Any] | None) -> dict[str, Any] | None:
         run.say(f"report: without what the checkpoints drew: pictures of {lost[0]} are missing or damaged.")
         return None
     lines = []
-    drawn = by_prompt(run, stages[1])
+    by_base, drawn = by_prompt(run, stages[0]), by_prompt(run, stages[1])
     for prompt, (name, *_) in drawn.items():
-        plain = by_prompt(run, stages[0]).get(scored_prompt(run, prompt), [name])[0]
+        plain = by_base.get(scored_prompt(run, prompt), [name])[0]  # the very prompt, of a run of before
         lines.append((prompt, [run.workspace.root / stages[0] / plain, *(run.workspace.root / stage / name for stage in stages[1:])]))
     scores, kept = [candidates[step] for step in steps[1:]], len(candidates)
     told = {"rule": selected["rule"], "why": RULES.get(selected["rule"], ""), "each": max(map(len, drawn.values()))}

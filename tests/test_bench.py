@@ -93,6 +93,18 @@ def test_a_row_is_the_mean_over_subjects():
     assert "| ours | -0.100 (95%) | - | -0.100 (90%) |" in bench.table({"ours": {"a": scores(-0.1, 0.0, -0.05)}}), "below anchors that have no parts"
 
 
+def test_what_rows_differ_by_is_told_subject_by_subject():
+    """Subjects are unlike one another, much more than two recipes on the same subject are."""
+
+    def row(*values: float) -> dict[str, dict[str, Score]]:
+        return {str(i): {"dino": Score(v, 0, 1, 0.0, 1.0)} for i, v in enumerate(values)}
+
+    text = bench.table({"ours": row(0.2, 0.5, 0.8), "theirs": row(0.1, 0.4, 0.7), "half-way": {"2": row(0, 0, 0.9)["2"]}})
+    assert "| its 95% over subjects | 0.200 to 0.800 | - |" in text
+    assert "| less ours, 95% over subjects | -0.100 to -0.100 | - |" in text
+    assert text.splitlines()[-1].startswith("| half-way | 0.900")
+
+
 def test_a_perfect_model_reaches_what_the_photographs_score_among_themselves():
     from raybooth.minibench import PERFECT, perfect
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stand_in
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from stored import make_model, make_run
@@ -21,6 +22,7 @@ from raybooth.errors import RayboothError
 from raybooth.families import mini_folder
 from raybooth.manifest import read_manifest
 from raybooth.serving import runs, uploads
+from raybooth.serving.progress import Progress, progress
 from raybooth.serving.queue import Queue
 from raybooth.serving.server import Options, _runs, _section
 from raybooth.serving.subjects import Subjects, of_base
@@ -55,6 +57,29 @@ def test_a_restart_forgets_nothing(tmp_path: Path):
         (tmp_path / "hold").unlink()
         client.post("/api/runs/never/resume")
         until(client, lambda r: r["state"] == "done", "never")
+
+
+def test_a_run_that_is_over_is_read_again_only_when_it_has_changed(client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    upload(client)
+    until(client, lambda r: r["state"] == "done")
+    read: list[str] = []
+
+    def counted(storage: Path, *state: Any) -> Progress:
+        read.append(storage.name)
+        return progress(storage, *state)
+
+    monkeypatch.setattr(runs, "progress", counted)
+
+    def pictures() -> list[str]:
+        (run,) = client.get("/api/runs").json()["runs"]
+        return run["pictures"]
+
+    assert pictures() == pictures()
+    assert len(read) <= 1
+    before, read[:] = pictures(), []
+    stand_in.run(tmp_path / "rex")  # as a command beside the server would, into other files of the same names
+    assert not {url for url in pictures() if "/output-images/" in url} & set(before)
+    assert read == ["rex"]
 
 
 def test_a_run_whose_server_was_killed_is_seen_and_stopped(tmp_path: Path):

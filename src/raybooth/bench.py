@@ -7,13 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raybooth import config as configuration
 from raybooth import evaluation
 from raybooth.config import Config
 from raybooth.dreambench import PUBLISHED, Subject
 from raybooth.errors import RayboothError
 from raybooth.manifest import write_atomically
-from raybooth.score import Score, share
+from raybooth.score import Score, scored, share
 from raybooth.session import Run
 from raybooth.stages import STAGES
 from raybooth.verbs import do
@@ -23,6 +25,9 @@ Recipes = Mapping[str, Sequence[str]]
 Results = dict[str, dict[str, dict[str, Score]]]
 """recipe -> subject -> name of a score -> score."""
 
+NAMES = ("dino", "clip_i", "clip_t", "pres", "div", "class_div")
+FEWEST = 3
+"""Subjects, below which an interval over them says nothing."""
 SHARED = ("base-model", "encoders", "class-images", "class-before-images", "before-images", "plain-images")
 
 
@@ -99,18 +104,37 @@ def _plain(results: Results) -> dict[str, Any]:
 
 
 def table(results: Results, published: bool = False) -> str:
-    """Markdown: means over the subjects, beside them the photographs' own or the base model's."""
+    """Markdown: means over the subjects, beside them the photographs' own or the base model's.
+
+    Under the first row its bootstrap 95% intervals, under the others those of what they differ by from the first, subject by subject.
+    """
     lines = [
         "| | DINO (of the photographs' own) | CLIP-I (same) | CLIP-T (of the base's) | PRES (base's) | DIV (of the base's) | DIV of the class (same) |",
         "|---|---|---|---|---|---|---|",
     ]
+    first = next(iter(results), "")
     for recipe, by in results.items():
-        cells = [_cell([s[name] for s in by.values() if name in s], name) for name in ("dino", "clip_i", "clip_t", "pres", "div", "class_div")]
+        cells = [_cell([s[name] for s in by.values() if name in s], name) for name in NAMES]
         lines.append(f"| {recipe} | {' | '.join(cells)} |")
+        if len(by) >= FEWEST:
+            spread = [_interval(by, name) if recipe == first else _interval(by, name, results[first]) for name in NAMES]
+            lines.append(f"| {'its' if recipe == first else f'less {first},'} 95% over subjects | {' | '.join(spread)} |")
     for name, scores in PUBLISHED.items() if published else ():
         cells = ["-" if x is None else f"{x:.3f}" for x in (*scores, None, None, None)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _interval(by: Mapping[str, Mapping[str, Score]], name: str, other: Mapping[str, Mapping[str, Score]] | None = None) -> str:
+    """Of the mean over the subjects, or of its difference from another recipe's for the same subjects."""
+    if other is None:
+        values = [s[name].value for s in by.values() if name in s]
+    else:
+        values = [s[name].value - other[k][name].value for k, s in by.items() if name in s and name in other.get(k, {})]
+    if len(values) < FEWEST:
+        return "-"
+    found, sign = scored(np.array(values, dtype=np.float32)), "" if other is None else "+"
+    return f"{found.low:{sign}.3f} to {found.high:{sign}.3f}"
 
 
 def _cell(scores: list[Score], name: str) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -77,19 +78,22 @@ def progress(storage: Path, state: State | None = None) -> Progress:
         steps=config.finetune.steps,
         losses=readings[:: len(readings) // MOST_READINGS + 1],
         seconds=_seconds(storage, state),
-        pictures=[f"/api/runs/{storage.name}/pictures/{name}" for name in _pictures(storage)],
+        pictures=[f"/api/runs/{storage.name}/pictures/{name}?made={made}" for name, (made, _) in _pictures(storage).items()],
     )
 
 
 def picture(storage: Path, name: str) -> bytes | None:
     """The picture of one of Progress's addresses, whole; None of anything else, and of one that is gone."""
-    folder, _, file = name.rpartition("/")
     for _ in range(2):  # between the look and the reading it may have moved in
-        if name not in _pictures(storage):
-            break
         with contextlib.suppress(FileNotFoundError, KeyError):
-            return _files(storage / folder, ".png")[file].read_bytes()
+            return _pictures(storage)[name][1].read_bytes()
     return None
+
+
+def marks(storage: Path) -> dict[str, int]:
+    """Times of what lies in a storage, by name: as long as they stay, a run that is over has come as far as it had."""
+    with os.scandir(storage) as entries:
+        return {entry.name: entry.stat(follow_symlinks=False).st_mtime_ns for entry in entries}
 
 
 def held(storage: Path) -> bool:
@@ -104,13 +108,15 @@ def held(storage: Path) -> bool:
     return False
 
 
-def _pictures(storage: Path) -> list[str]:
-    """Relative to the storage: `checkpoint-images/0000100/photo-of-...png`."""
-    names = []
+def _pictures(storage: Path) -> dict[str, tuple[int, Path]]:
+    """`checkpoint-images/0000100/photo-of-...png` -> when it was made (for a name may be used again) and where it lies."""
+    found = {}
     for pattern, most in SHOWN.items():
         for folder in sorted(storage.glob(pattern)):
-            names += [f"{folder.relative_to(storage)}/{name}" for name in sorted(_files(folder, ".png"))[:most]]
-    return names
+            for name, path in sorted(_files(folder, ".png").items())[:most]:
+                with contextlib.suppress(FileNotFoundError):  # it has just moved in
+                    found[f"{folder.relative_to(storage)}/{name}"] = path.stat().st_mtime_ns // 1_000_000, path
+    return found
 
 
 def _files(folder: Path, suffix: str) -> dict[str, Path]:

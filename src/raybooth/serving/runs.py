@@ -16,7 +16,7 @@ from raybooth.errors import RayboothError
 from raybooth.photos import Photo
 from raybooth.serving import uploads
 from raybooth.serving.errors import ApiError, ErrorAnswer
-from raybooth.serving.progress import LOG, Progress, picture, progress
+from raybooth.serving.progress import LOG, Progress, held, marks, picture, progress
 from raybooth.serving.queue import Queue
 from raybooth.serving.subjects import ID
 
@@ -55,6 +55,7 @@ class Workshop:
 
     def __init__(self, root: Path, served: Surroundings, overrides: Iterable[str] = (), queue: Queue | None = None):
         self.root, self.served, self.overrides, self.queue = root.expanduser().absolute(), served, list(overrides), queue or Queue()
+        self._over: dict[Path, tuple[dict[str, int], Progress]] = {}
 
     def known(self, run: str) -> Path:
         """The storage of a run that was started here."""
@@ -65,8 +66,16 @@ class Workshop:
         return storage
 
     def told(self, storage: Path) -> Progress:
+        """Of a run that is over as it was read: the page asks every second for all that ever were."""
         with _explained(), _there(storage):
-            return progress(storage, self.queue.state(storage))
+            state = self.queue.state(storage)
+            if state or held(storage):
+                return progress(storage, state)
+            now, (before, known) = marks(storage), self._over.get(storage, ({}, None))
+            if known is None or now != before:
+                known = progress(storage)
+                self._over[storage] = now, known
+            return known
 
     def every(self) -> Iterator[Progress]:
         for storage in sorted((log.parent for log in self.root.glob(f"*/{LOG}")), key=_news, reverse=True):

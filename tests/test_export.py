@@ -96,11 +96,11 @@ def test_a_clips_layers_are_called_as_older_readers_look_for_them(runs: Callable
 
 
 def test_the_header_of_adapters_says_what_is_not_pefts_default_and_no_more(runs: Callable[..., Path]):
-    """diffusers hands all of it to PEFT, and an older one refuses what it does not know."""
+    """diffusers hands all of it to PEFT, and an older one refuses what it does not know. diffusers 0.36 fails without `rank_pattern`."""
     for how, more in ((LORA, set[str]()), (DORA, {"use_dora"})):
         with safe_open(runs("sd1", how) / "fine-tuned-model" / WEIGHTS, "pt") as held:
             header = json.loads(held.metadata()["lora_adapter_metadata"])
-        assert {k.removeprefix("unet.") for k in header if k.startswith("unet.")} == {"r", "lora_alpha", "target_modules"} | more
+        assert {k.removeprefix("unet.") for k in header if k.startswith("unet.")} == {"r", "lora_alpha", "target_modules", "rank_pattern"} | more
         assert header["unet.r"] == how.rank
 
 

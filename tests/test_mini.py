@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from raybooth import config
 from raybooth.base_model import prepare_base
@@ -75,6 +76,9 @@ def test_the_text_encoder_is_clips_text_tower():
     text = CLIPTextModel.from_pretrained(FOLDER / "text_encoder", dtype=torch.float32)
     theirs = {k.removeprefix("text_model."): v for k, v in clip.text_model.state_dict().items()}
     assert all((theirs[k.removeprefix("text_model.")] - v).abs().max() < 2e-3 for k, v in text.state_dict().items())
+    held = load_file(FOLDER / "text_encoder" / "model.safetensors")
+    assert {k.removeprefix("text_model.") for k in held} == theirs.keys()
+    assert all(k.startswith("text_model.") for k in held), "a transformers before 5.6 would take random weights"
 
 
 @pytest.fixture(scope="module")

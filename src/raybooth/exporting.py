@@ -109,11 +109,10 @@ class Model:
 
 
 def _diffusers(model: Model, target: Path) -> list[str]:
-    from raybooth.families.parts import name_as_ever, save
+    from raybooth.families.parts import save
 
     if model.adapted:
         save(model.base, model.modules(*model.family.trainable(text_encoder=True)), target)
-        name_as_ever(target)
     else:
         for name in model.run.outputs("fine-tuned-model"):
             (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -160,13 +160,14 @@ def save_adapters(family: Family, modules: Mapping[str, nn.Module], target: Path
 def described(how: Any) -> dict[str, Any]:
     """A file's header of its adapters: the same for equal ones, whose targets PEFT has as a set, and without the folder that the base was in.
 
-    Only what is not PEFT's default: diffusers makes PEFT's configuration of it, and an older PEFT refuses what it does not know.
+    Only what is not PEFT's default: diffusers makes PEFT's configuration of it, and an older PEFT refuses what it does not know. But an older diffusers
+    (0.36) fails without `rank_pattern`.
     """
     from peft import LoraConfig
 
     usual, values = LoraConfig().to_dict(), how.to_dict()
     own = {k: v for k, v in values.items() if v != usual.get(k) and k != "base_model_name_or_path"}
-    return own | {"r": how.r, "lora_alpha": how.lora_alpha, "target_modules": sorted(values["target_modules"])}
+    return own | {"r": how.r, "lora_alpha": how.lora_alpha, "target_modules": sorted(values["target_modules"]), "rank_pattern": values["rank_pattern"]}
 
 
 def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:

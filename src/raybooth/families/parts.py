@@ -179,17 +179,21 @@ def save(base: Path, trained: "Mapping[str, nn.Module]", target: Path) -> None:
     index |= {k: [None, None] for k in ("safety_checker", "feature_extractor", "image_encoder") if k in index}
     index.pop("_name_or_path", None)
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    name_as_ever(target)
 
 
 def name_as_ever(folder: Path) -> None:
-    """transformers 5 names a CLIP's text tower that it built itself, or put adapters on, without `text_model.`: what reads folders elsewhere looks for that."""
+    """transformers 5.6 names a CLIP's text tower without `text_model.`, but for one that it read so. Earlier ones, and what reads folders elsewhere, look
+    for that, and the former take random weights where they do not find it.
+    """
     from safetensors.torch import load_file, save_file
 
     for part in folder.glob("text_encoder*"):
         if config(folder, f"{part.name}/config").get("architectures") == ["CLIPTextModel"]:
             for file in part.glob("*.safetensors"):
                 tensors = load_file(file)
-                save_file({name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in tensors.items()}, file, {"format": "pt"})
+                if not all(name.startswith("text_model.") for name in tensors):
+                    save_file({f"text_model.{name.removeprefix('text_model.')}": t for name, t in tensors.items()}, file, {"format": "pt"})
 
 
 def _forget_origin(path: Path) -> None:

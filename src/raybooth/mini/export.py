@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, ViTModel
 
 from raybooth.mini import networks
@@ -51,7 +52,8 @@ def export(work: Path, folder: Path) -> None:
     clip = CLIPModel.from_pretrained(work / PHASES["clip"][-1])
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     text = CLIPTextModel(clip.config.text_config)
-    text.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.text_model.state_dict().items()}, strict=True)
+    learnt = {k.removeprefix("text_model."): v for k, v in clip.text_model.state_dict().items()}
+    text.load_state_dict(learnt, strict=True)
     vae, unet = AutoencoderKL.from_pretrained(work / PHASES["vae"][-1]), UNet2DConditionModel.from_pretrained(work / PHASES["unet"][-1])
     # The text encoder stays whole: transformers loads what it finds, diffusers makes the rest float32, and both must agree.
     pipe = StableDiffusionPipeline(
@@ -59,6 +61,8 @@ def export(work: Path, folder: Path) -> None:
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder)
+    # Under the names that it always had: a transformers before 5.6 takes random weights where it does not find them.
+    save_file({f"text_model.{k}": v for k, v in learnt.items()}, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
     clip.half().save_pretrained(folder / "clip")
     ViTModel.from_pretrained(work / PHASES["vit"][-1], add_pooling_layer=False).half().save_pretrained(folder / "vit")
     tokenizer.save_pretrained(folder / "clip")

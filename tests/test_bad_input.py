@@ -326,6 +326,7 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a class by its name in Python", toml("subject.class_name = 'dog'\n"), ["FOLDER/my.toml"], "did you mean subject.class?"),
     ("class pictures that show the subject", None, ["--set=prior.prompt=photo of {subject}"], "names the subject: it must show the class alone"),
     ("class pictures of the very prompt", None, ["--set=prior.prompt=Photo of unqtkn {class}"], "names the subject: it must show the class alone"),
+    ("a class of letters that are tokens each", None, ["--class=" + "小狗" * 8], "tokens that this model reads of a prompt"),
     ("a token longer than the model reads", None, [f"--token={'lo ng ' * 16}"], "tokens that this model reads of a prompt"),
     ("an empty prompt", None, ["--set=generate.prompts=[' ']"], "empty prompt"),
     ("a resolution that the model cannot have", None, ["--set=base.resolution=33"], "base.resolution = 33"),

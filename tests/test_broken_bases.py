@@ -50,6 +50,8 @@ BROKEN: list[tuple[str, Spoil, str]] = [
     ("latents without a scale", change("vae/config.json", scaling_factor=None), "lack something or hold nonsense"),
     ("a flow", change("scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"), "noise as FlowMatchEulerDiscreteScheduler has it"),
     ("EDM", change("scheduler/scheduler_config.json", _class_name="EDMDPMSolverMultistepScheduler"), "noise as EDM"),
+    ("weights of four bits", change("unet/config.json", quantization_config={"quant_method": "bitsandbytes"}), "quantised weights in unet/"),
+    ("a UNet for few steps", change("unet/config.json", time_cond_proj_dim=256), "distilled to few steps"),
     ("latents of another mean", change("vae/config.json", latents_mean=[0.1]), "latents of another scale"),
     ("brackets without end", lambda m: (m / "unet/config.json").write_text("[" * 100_000), "unet/config.json is damaged"),
 ]

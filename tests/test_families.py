@@ -1,5 +1,6 @@
 """Every family at toy size: fit, save, open in plain diffusers, draw; and its parts against diffusers' own."""
 
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +25,10 @@ from raybooth.families.folder import needed_files, plain_name, settle_shards
 from raybooth.families.lora import WEIGHTS, adapters_off, add_adapters, load_adapters, save_adapters
 from raybooth.families.parts import encode_image, load, save
 from raybooth.jobs import encoder, prompt_name
-from raybooth.noise import normal
+from raybooth.noise import Flow, normal
 from raybooth.photos import png
 from raybooth.sample import Sampler
-from raybooth.sections import Lora, Prior, Sampling
+from raybooth.sections import Generate, Lora, Prior, Sampling
 from raybooth.train import Settings, fit
 from raybooth.tuning import training_set
 
@@ -88,6 +89,28 @@ def test_it_draws_what_its_pipeline_draws(model: Path):
     family, loaded = whole(model)
     apart = np.abs(draw(family, loaded)[0] / 255.0 - by_diffusers(model, family)).max()
     assert apart <= 1.1 / 255
+
+
+def test_guidance_is_by_default_the_pipelines_own(model: Path):
+    family = family_of(model)
+    call = inspect.signature(getattr(diffusers, family.pipeline).__call__)
+    assert family.guidance == call.parameters["guidance_scale"].default
+    assert family.sampling(Generate(), 32).guidance == family.guidance
+    assert family.sampling(Generate(guidance=0), 32).guidance == 0
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("said", [{}, {"base_shift": 0.2, "max_shift": 3.0}], ids=["as usual", "as it says"])
+def test_sigmas_that_are_shifted_with_the_size_are_the_pipelines(name: str, said: dict[str, float], tmp_path: Path):
+    """The configuration need not say by how much."""
+    folder = MAKERS[name](tmp_path / "model")
+    path = folder / "scheduler" / "scheduler_config.json"
+    held = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")}
+    path.write_text(json.dumps(held | {"use_dynamic_shifting": True} | said))
+    family, loaded = whole(folder)
+    apart = np.abs(draw(family, loaded)[0] / 255.0 - by_diffusers(folder, family)).max()
+    assert apart <= 1.1 / 255
+    assert loaded.objective == Flow(1.0), "trained on noise that is not shifted, as no size is"
 
 
 @pytest.mark.parametrize("text_encoder", [True, False], ids=["with the text encoders", "denoiser alone"])

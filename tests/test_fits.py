@@ -27,6 +27,7 @@ def flow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         ("generate.scheduler=ddim", "generate.scheduler = 'ddim' is not possible with"),
         ("prior.scheduler=pndm", "choose euler or dpmsolver++"),
         ("finetune.min_snr_gamma=5", "is a flow: leave it out"),
+        ("finetune.precision=fp16", "overflows in it: take bf16"),
     ],
 )
 def test_what_a_flow_cannot_do_is_refused_before_any_work(
@@ -38,6 +39,23 @@ def test_what_a_flow_cannot_do_is_refused_before_any_work(
         said = capsys.readouterr().err
         assert told in said
         assert "Traceback" not in said
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["generate.scheduler=ddim", "generate.steps=600"], "600 steps of ddim would begin amid the noise"),
+        (["prior.scheduler=pndm", "prior.steps=150"], "150 steps of pndm would begin amid the noise"),
+    ],
+)
+def test_steps_that_a_sampler_cannot_take_are_refused_before_any_work(
+    settings: list[str], told: str, toy: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["--class=dog", f"--base={toy}", f"--storage={tmp_path}", *(f"--set={s}" for s in settings)]
+    for verb, more in (("prepare", [f"--photos={photos}"]), ("plan", [])):
+        assert main([verb, *more, *arguments]) == 2
+        assert told in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

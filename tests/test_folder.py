@@ -9,6 +9,7 @@ from toys import MAKERS
 
 from raybooth.base_model import needed_of_folder
 from raybooth.cli import main
+from raybooth.families.folder import needed_files, plain_name
 
 
 def test_a_part_may_be_a_link(toy: Path, tmp_path: Path):
@@ -24,6 +25,32 @@ def test_a_tokenizer_may_have_its_words_in_two_files(toy: Path, tmp_path: Path):
     (folder / "tokenizer" / "vocab.json").write_text("{}")
     (folder / "tokenizer" / "merges.txt").write_text("")
     assert {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(needed_of_folder(folder))
+
+
+NET, CLIP = "diffusion_pytorch_model", "model"
+
+
+@pytest.mark.parametrize(
+    ("held", "taken"),
+    [
+        ([f"{NET}.fp16.safetensors", f"{NET}.safetensors"], [f"{NET}.safetensors"]),
+        ([f"{NET}.fp16.safetensors", f"{NET}.fp32.safetensors"], [f"{NET}.fp32.safetensors"]),
+        ([f"{NET}.fp8.safetensors", f"{NET}.fp16.safetensors"], [f"{NET}.fp16.safetensors"]),
+        ([f"{NET}.ema.safetensors", f"{NET}.non_ema.safetensors"], [f"{NET}.ema.safetensors"]),
+        ([f"{NET}.fp16.safetensors", "pytorch_lora_weights.safetensors"], [f"{NET}.fp16.safetensors"]),
+        ([f"{NET}.non_ema-00001-of-00001.safetensors", f"{NET}.safetensors.index.non_ema.json", f"{NET}.safetensors"], [f"{NET}.safetensors"]),
+        ([f"{CLIP}-00001-of-00001.fp16.safetensors", f"{CLIP}.safetensors.index.fp16.json", "flax_model.msgpack"],
+         [f"{CLIP}-00001-of-00001.fp16.safetensors", f"{CLIP}.safetensors.index.fp16.json"]),
+    ],
+)  # fmt: skip
+def test_of_several_kinds_of_weights_one_is_taken(held: list[str], taken: list[str]):
+    """The fullest. Its files then have the names that are looked for where no variant is asked for."""
+    names = [f"unet/{name}" for name in (*held, "config.json")]
+    found = [n for n in needed_files(names, ["unet"], [], "m") if ".safetensors" in n]
+    assert found == [f"unet/{name}" for name in taken]
+    plain = {plain_name(n) for n in found}
+    assert len(plain) == len(found)
+    assert not any(mark in n for n in plain for mark in ("fp16", "fp32", "ema"))
 
 
 @pytest.mark.parametrize(("name", "part"), [("sd3", "text_encoder_3"), ("sdxl", "text_encoder")])

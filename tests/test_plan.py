@@ -252,13 +252,28 @@ def counted_and_real(folder: Path, *how: str) -> tuple[int, int]:
 def test_the_flops_of_drawing_are_those_of_real_pictures(name: str, guidance: float):
     folder = toys.made(name)
     sampling = [f"generate.guidance={guidance}", "generate.steps=3", "generate.scheduler=euler", "generate.images_per_prompt=2", "generate.prompts=a dog"]
-    made = config.load(None, [*sampling, "prior.images=0"], subject={"class": "dog"}, base={"model": str(folder), "resolution": 32})
+    made = config.load(None, [*sampling, "prior.images=0", "cluster.sample_batch=2"], subject={"class": "dog"}, base={"model": str(folder), "resolution": 32})
     family, loaded = whole(folder)
     draw = Sampler(family, loaded, Sampling(3, guidance, "euler", 32), 2).draw
     list(draw(["a dog"] * 2, [0, 1]))  # it keeps encoded prompts, which are not counted
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         list(draw(["a dog"] * 2, [0, 1]))
     assert plan(folder, made).drawing_flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_the_flops_of_drawing_count_batches_that_are_filled_up_and_prompts_that_are_one():
+    folder = toys.made("sd1")
+    family, loaded = whole(folder)
+    prompts = 'generate.prompts=["a dog", "a {class}", "a cat"]'
+    settings = ["generate.steps=3", "generate.scheduler=pndm", "generate.images_per_prompt=1", prompts, "prior.images=0", "cluster.sample_batch=4"]
+    made = config.load(None, settings, subject={"class": "dog"}, base={"model": str(folder), "resolution": 32})
+    sampler = Sampler(family, loaded, family.sampling(made.generate, 32), 4)
+    list(sampler.draw(["a dog", "a cat"], [0, 0]))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        list(sampler.draw(["a dog", "a cat"], [0, 0]))
+    planned = plan(folder, made)
+    assert planned.pictures == 2
+    assert planned.drawing_flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 TAUGHT = [*LORA, "prior.method=base-prediction"]

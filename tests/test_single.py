@@ -1,6 +1,8 @@
 """A checkpoint in one file, in the key layout of the original Stable Diffusion code, as a base model."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +95,47 @@ def test_without_its_configuration_it_says_what_is_missing(tmp_path: Path, toy_f
         prepared(tmp_path / "run", toy_file[1])
 
 
+def test_half_precision_stays_half(tmp_path: Path, toy_file: tuple[Path, Path]):
+    toy, file = toy_file
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}, file)
+    folder = prepared(tmp_path / "run", file, configuration=str(toy))
+    for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        assert {t.dtype for t in load_file(folder / f"{part}.safetensors").values() if t.is_floating_point()} == {torch.float16}
+
+
+def test_another_configuration_in_the_same_place_counts(tmp_path: Path, toy_file: tuple[Path, Path]):
+    """And one that has gone since does not: the model is in the storage."""
+    toy, file = toy_file
+    prepared(tmp_path / "run", file, configuration=str(toy))
+    path = toy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    for _ in range(2):
+        folder = prepared(tmp_path / "run", file, configuration=str(toy))
+        assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+        shutil.rmtree(toy, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "without", "told"),
+    [
+        ([], "cond_stage_model.", "has no text encoder in it, so it is a part of a model"),
+        (["edm_vpred.sigma_max"], None, "noise as EDM has it"),
+        (["lora_unet_x.lora_down.weight"], None, "is a LoRA and no model"),
+    ],
+)
+def test_files_that_are_no_whole_model_are_refused(tmp_path: Path, toy_file: tuple[Path, Path], more: list[str], without: str | None, told: str):
+    toy, file = toy_file
+    held = {k: v for k, v in load_file(file).items() if not (without and k.startswith(without))}
+    save_file(held | {name: torch.zeros(1) for name in more}, file)
+    with pytest.raises(RayboothError, match=told):
+        prepared(tmp_path / "run", file, configuration=str(toy))
+
+
 def test_a_file_of_a_kind_that_comes_with_two_predictions_asks_which(tmp_path: Path):
     """diffusers takes every Stable Diffusion 2.x for one that predicts a velocity."""
     file = tmp_path / "model.safetensors"
-    save_file({"model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(1, 1024)}, file)
+    key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({key: torch.zeros(1, 1024), "cond_stage_model.model.logit_scale": torch.zeros(1)}, file)
     with pytest.raises(RayboothError, match=r"does not say whether it predicts noise .* or a velocity .*: set base\.configuration"):
         prepared(tmp_path / "run", file)
 

@@ -10,12 +10,16 @@ from raybooth.config import Config
 from raybooth.disk import explained_if_full, explained_if_unreadable, path_of
 from raybooth.errors import RayboothError
 from raybooth.manifest import digest, file_digest, files_under, read_manifest, scratch
-from raybooth.sections import Base
+from raybooth.sections import Base, Sampling
 from raybooth.session import Run, folder_here, kept_config
 from raybooth.stage import Stage
 
 if TYPE_CHECKING:
-    from raybooth.families import Facts
+    from raybooth.families import Facts, Family
+
+
+_STEPS_OF_ANY = 100
+"""So many any sampler but pndm can take with any model, and torch need not be waited for to know."""
 
 
 def prepare_base(run: Run) -> None:
@@ -64,21 +68,23 @@ def _is_a_copy(source: Path | None, held: dict[str, Any]) -> bool:
 
 def _prepare(run: Run, source: Path | None) -> None:
     from raybooth.families.folder import check_weights, plain_name, settle_shards
-    from raybooth.families.single import check_kind, refuse_lora
+    from raybooth.families.single import check_kind, check_whole
 
     base = run.config.base
     if source and any(Path(os.path.realpath(source)).is_relative_to(os.path.realpath(own)) for own in (run.base_folder, run.model_folder)):
         raise RayboothError(f"base.model = '{base.model}' is what the storage {run.config.storage} itself has made, and would replace: give another --storage.")
     if source and base.revision and base.model != "mini":
         run.say(f"base-model: base.revision = '{base.revision}' is one of the hub's, and is not looked at: {base.model} lies on this machine")
-    if _has_gone(base, run.held("base-model")):
+    if gone := _gone(base, run.held("base-model")):
         check_fits(run.config, run.base_folder)
-        return run.say(f"base-model: {base.model} has gone; the copy of it is kept")
+        return run.say(f"base-model: {gone} has gone; the copy of the model is kept")
+    if base.configuration and (source is None or not source.is_file()):
+        run.say(f"base-model: base.configuration = '{base.configuration}' is not looked at: {base.model} is no single file, and has its own")
     names: list[str] = []
     if source is not None and source.is_file():
         check_kind(source)
         check_weights(source.parent, [source.name])
-        refuse_lora(source)
+        check_whole(source)
     elif source is not None:
         names = needed_of_folder(source)
         check_fits(run.config, source)
@@ -111,14 +117,28 @@ def _inputs(base: Base, source: Path | None) -> dict[str, Any]:
     if base.model == "mini":  # by content: installed anew it is the same
         return {"files": {name: file_digest(source / name) for name in needed_of_folder(source)}}
     if source.is_file():
-        return {"files": stats(source.parent, [source.name]), "configuration": base.configuration}
+        return {"files": stats(source.parent, [source.name]), "configuration": _configuration_files(base)}
     return {"files": stats(source, needed_of_folder(source))}
 
 
-def _has_gone(base: Base, held: dict[str, Any] | None) -> bool:
-    """Whether all that is left of a local model is the copy in the storage, whose manifest is `held`."""
+def _configuration_files(base: Base) -> dict[str, str]:
+    """Digests of what a single checkpoint is opened by, if that is said."""
+    from raybooth.families.folder import INDEX, names_in
+
+    if not base.configuration:
+        return {}
+    folder = path_of(base.configuration, "base.configuration")
+    names = [INDEX, *(name for name in names_in(folder) if name.endswith((".json", ".txt", ".model")))] if folder.is_dir() else []
+    return {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
+
+
+def _gone(base: Base, held: dict[str, Any] | None) -> str | None:
+    """What is no more of a local model that the storage, whose manifest of it is `held`, has a copy of."""
     place = _place(base)
-    return held is not None and held["facts"].get("source") == place and os.path.isabs(place) and not os.path.exists(place)
+    if held is None or held["facts"].get("source") != place or not os.path.isabs(place):
+        return None
+    sources = {base.model: place} | ({base.configuration: path_of(base.configuration, "base.configuration")} if base.configuration else {})
+    return next((name for name, path in sources.items() if not os.path.exists(path)), None)
 
 
 def _place(base: Base) -> str:
@@ -129,7 +149,7 @@ def _place(base: Base) -> str:
 def other_base(base: Base, held: dict[str, Any] | None) -> str | None:
     """What the model of a storage was made from, by its manifest, if that is not what `base` names."""
     source = local_source(base.model)
-    if held is None or _has_gone(base, held) or held["digest"] == digest(_inputs(base, source)):
+    if held is None or _gone(base, held) or held["digest"] == digest(_inputs(base, source)):
         return None
     name, revision = held["facts"]["source"], held["inputs"].get("revision")
     name = f"{name}@{revision}" if revision else name
@@ -153,10 +173,11 @@ def check_fits(config: Config, folder: Path) -> None:
     check_described(folder, family.weights, family.settings)
     facts, side = family.facts(folder), config.base.resolution
     family.conditioning(folder)
-    drawn = {"generate.scheduler": config.generate.scheduler} | ({"prior.scheduler": config.prior.scheduler} if config.prior.drawn else {})
-    for key, name in drawn.items():
-        if name not in family.samplers:
-            raise RayboothError(f"{key} = '{name}' is not possible with {family.name}: choose {' or '.join(family.samplers)}.")
+    _check_sampler(family, folder, "generate", family.sampling(config.generate, side or facts.resolution))
+    if config.prior.drawn:
+        _check_sampler(family, folder, "prior", family.sampling(config.prior, side or facts.resolution))
+    if config.finetune.precision == "fp16" and family.half == "bfloat16":
+        raise RayboothError(f"finetune.precision = 'fp16' is not possible with {family.name}, which overflows in it: take bf16.")
     if config.finetune.min_snr_gamma and not family.min_snr:
         raise RayboothError(f"finetune.min_snr_gamma is for models of epsilon or velocity, and {family.name} is a flow: leave it out.")
     if config.finetune.method == "lora" and config.lora.targets:
@@ -165,6 +186,15 @@ def check_fits(config: Config, folder: Path) -> None:
         check_targets(family, folder, config.lora, config.finetune.text_encoder)
     if side:
         _check_side(side, family.name, facts)
+
+
+def _check_sampler(family: "Family", folder: Path, section: str, how: Sampling) -> None:
+    if how.scheduler not in family.samplers:
+        raise RayboothError(f"{section}.scheduler = '{how.scheduler}' is not possible with {family.name}: choose {' or '.join(family.samplers)}.")
+    if how.steps > _STEPS_OF_ANY or how.scheduler == "pndm":
+        import torch
+
+        family.scheduler(folder, how.scheduler, how.steps, family.facts(folder).latent_shape(how.resolution), torch.device("cpu"))
 
 
 def _check_side(side: int, family: str, facts: "Facts") -> None:
@@ -202,6 +232,8 @@ def model_configuration(config: Config) -> Path:
     source = local_source(config.base.model)
     if source is not None and not source.is_file():
         return source
+    if source is not None and config.base.configuration:
+        return path_of(config.base.configuration, "base.configuration")
     prepared = folder_here(config.storage) / "base-model"
     if not (prepared / "model_index.json").exists():
         raise RayboothError(
@@ -227,7 +259,8 @@ def local_source(model: str, setting: str = "base.model") -> Path | None:
 
         return mini_folder()
     path = path_of(model, setting)
-    looks_local = os.path.exists(path) or path.is_absolute() or model.startswith((".", "~")) or model.partition("@")[0].count("/") != 1
+    named = os.path.exists(path) or path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".safetensors"
+    looks_local = named or model.partition("@")[0].count("/") != 1
     return path if looks_local else None
 
 

@@ -223,7 +223,7 @@ def _for_less_memory(config: "Config") -> str:
         "raise finetune.accumulate": how.batch * (2 if config.prior.preserves else 1) > workers * how.accumulate,
         "set finetune.method = lora with finetune.lr = 1e-4": how.method != "lora",
         "set finetune.gradient_checkpointing": not how.gradient_checkpointing,
-        "set finetune.optimizer = adamw8bit": how.method != "lora" and how.optimizer == "adamw",
+        "set finetune.optimizer = adamw8bit": how.method != "lora" and how.optimizer == "adamw" and not (how.channels_last or how.precision == "bf16-weights"),
         "take a lower base.resolution": True,
     }
     return ", or ".join(step for step, is_open in steps.items() if is_open)

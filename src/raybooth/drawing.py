@@ -82,11 +82,14 @@ def drawing(run: Run, name: str, model_stage: str, how: Prior | Generate, inputs
     """Stage folder `name` for pictures by the model of `model_stage`."""
     from raybooth.jobs import model_of
 
-    return run.workspace.stage(name, {"model": model_of(run.workspace, model_stage), **vars(_sampling(run, how)), **inputs})
+    return run.workspace.stage(name, {"model": model_of(run.workspace, model_stage), **vars(sampling(run, how)), **inputs})
 
 
-def _sampling(run: Run, how: Prior | Generate) -> Sampling:
-    return Sampling(how.steps, how.guidance, how.scheduler, resolution(run))
+def sampling(run: Run, how: Prior | Generate) -> Sampling:
+    from raybooth.families import family_of
+
+    side = resolution(run)
+    return family_of(run.base_folder).sampling(how, side)
 
 
 def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: list[dict[str, Any]], inputs: dict[str, Any]) -> None:
@@ -103,7 +106,7 @@ def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: lis
     work = [r for r in rows if r["name"] in missing]
     if work:
         batch = run.config.cluster.sample_batch
-        make = partial(jobs.sampler, run.workspace.uri, model_stage, _sampling(run, how), batch, stage.inputs["model"])
+        make = partial(jobs.sampler, run.workspace.uri, model_stage, sampling(run, how), batch, stage.inputs["model"])
         map_into(stage, run, make, work, batch=batch, title=name, unit="picture", model_stage=jobs.pipeline_stage(run.workspace, model_stage))
     stage.write(SHEET, png(contact_sheet(_titled(stage, rows))))
     stage.finish({"pictures": names, "rows": {r["name"]: {"prompt": r["prompt"], "seed": r["seed"]} for r in rows}})

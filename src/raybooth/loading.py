@@ -12,7 +12,6 @@ from raybooth.disk import path_of
 from raybooth.errors import RayboothError
 from raybooth.photos import contact_sheet, png
 from raybooth.prompts import unknown_words
-from raybooth.sections import Sampling
 from raybooth.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class Model:
         family, loaded = opened(storage, "fine-tuned-model")
         how = self.config.generate
         resolution = self.config.base.resolution or family.facts(stage_folder(storage, "base-model")).resolution
-        self._sampler = Sampler(family, loaded, Sampling(how.steps, how.guidance, how.scheduler, resolution), self.config.cluster.sample_batch)
+        self._sampler = Sampler(family, loaded, family.sampling(how, resolution), self.config.cluster.sample_batch)
 
     def draw(self, prompt: str, n: int = 4, seed: int = 0, steps: int | None = None, guidance: float | None = None) -> Pictures:
         """`n` pictures of a prompt, in which {subject}, {token} and {class} are filled in; `info` of each holds prompt, seed and model.

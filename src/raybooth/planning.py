@@ -107,7 +107,7 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
     moving = sum(p.numel() for part in trained for p in used.modules[part].parameters() if p.requires_grad)
     latent = 2 * 4 * math.prod(loaded.facts.latent_shape(side))
     memory["latents"] = config.prior.drawn * latent  # on the device, all of them; photographs are few
-    drawn, pictures = config.prior.drawn, len(config.generate.prompts) * config.generate.images_per_prompt
+    drawn, pictures = config.prior.drawn, _results(config)
     base = {part: _weights(folder, part, loaded.modules[part]) for part in family.weights}
     result = 4 * moving if finetune.method == "lora" else sum(saved[part] if part in trained else size for part, size in base.items())
     picture = side * side * 3  # a PNG of a photograph is about as large as its pixels
@@ -120,11 +120,19 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
 
 def _drawing_flops(family: Family, loaded: Loaded, config: Config, side: int) -> int:
     """Of the class pictures and of the result's, without the encoding of their prompts."""
-    flops, results = 0, len(config.generate.prompts) * config.generate.images_per_prompt
-    for n, how in ((config.prior.drawn, config.prior), (results, config.generate)):
-        step, decoding = picture_flops(family, loaded, side, how.guidance > 1) if n else (0, 0)
-        flops += n * (how.steps * step + decoding)
+    flops, batch, shape = 0, config.cluster.sample_batch, loaded.facts.latent_shape(side)
+    for n, section in ((config.prior.drawn, config.prior), (_results(config), config.generate)):
+        if n:
+            how = family.sampling(section, side)
+            step, decoding = picture_flops(family, loaded, side, how.guidance > 1)
+            passes = len(family.scheduler(loaded.folder, how.scheduler, how.steps, shape, torch.device("cpu")).timesteps)  # pndm has one more than its steps
+            flops += math.ceil(n / batch) * batch * (passes * step + decoding)  # the last batch is filled up
     return flops
+
+
+def _results(config: Config) -> int:
+    """Pictures of the result: prompts that are filled to the same are one."""
+    return len({config.fill(prompt) for prompt in config.generate.prompts}) * config.generate.images_per_prompt
 
 
 def _weights(folder: Path, part: str, module: nn.Module) -> int:
@@ -223,7 +231,8 @@ def _drawing(family: Family, folder: Path, config: Config, side: int, device: st
         loaded = unloaded(family, folder, (family.denoiser, "vae", *family.encoders), drawing_dtype(family, device, bfloat16=True))
         loaded.modules["vae"].float()
     batch, shape = config.cluster.sample_batch, loaded.facts.latent_shape(side)
-    rows = batch * (2 if max(config.prior.guidance, config.generate.guidance) > 1 and not loaded.facts.embeds_guidance else 1)
+    guided = any(family.sampling(how, side).guidance > 1 for how in (config.prior, config.generate))
+    rows = batch * (2 if guided and not loaded.facts.embeds_guidance else 1)
     dtype = next(loaded.modules[family.denoiser].parameters()).dtype
     with FakeTensorMode(), torch.no_grad():
         for module in loaded.modules.values():

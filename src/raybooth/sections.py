@@ -12,6 +12,7 @@ Count = Annotated[int, Field(ge=1, le=100_000_000)]
 Item = TypeVar("Item")
 Several = Annotated[list[Item], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 """A list, of which one item can stand without brackets."""
+Guidance = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None
 SchedulerName = Literal["dpmsolver++", "ddim", "pndm", "euler"]
 
 
@@ -97,7 +98,7 @@ class Prior(Section):
     )
     distill: bool = Field(False, description="class rows learn the base's predictions, not the noise itself: keeps the class better by a sixth more work")
     steps: int = Field(25, ge=1, le=999, description="denoising steps a picture")
-    guidance: float = Field(7.5, ge=0, le=100, allow_inf_nan=False, description="classifier-free guidance scale; 1 or less turns it off")
+    guidance: Guidance = Field(None, description="classifier-free guidance scale; 1 or less turns it off; default: the model family's own")
     scheduler: SchedulerName = Field("dpmsolver++", description="sampler; the 2023 notebook's is pndm at 50 steps")
 
     @property
@@ -185,7 +186,7 @@ class Generate(Section):
     )  # fmt: skip
     images_per_prompt: Count = Field(4, le=100_000, description="pictures a prompt")
     steps: int = Field(25, ge=1, le=999, description="denoising steps a picture")
-    guidance: float = Field(7.5, ge=0, le=100, allow_inf_nan=False, description="classifier-free guidance scale")
+    guidance: Guidance = Field(None, description="classifier-free guidance scale; default: the model family's own, 7.5 for Stable Diffusion 1.x and 2.x")
     scheduler: SchedulerName = Field("dpmsolver++", description="sampler")
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from raybooth.drawing import draw, model_bytes, output_prompts, output_rows, photographs
+from raybooth.drawing import draw, model_bytes, output_prompts, output_rows, photographs, sampling
 from raybooth.encoder_files import prepare_encoders
 from raybooth.features import features, scored_prompt, shows_subject
 from raybooth.score import among, share, to_prompt, to_subject
@@ -94,5 +94,6 @@ def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, A
         list(map_rows(make, [{"name": "model"}], batch=1, have=run.ray, retries=run.config.cluster.retries, model_bytes=model_bytes(run, "base-model")))
         run.workspace.pull("fine-tuned-model")
     prompts = list(dict.fromkeys(row["prompt"] for row in rows_of(run)))
-    drawn = {"prompts": prompts, **run.config.generate.model_dump(include={"steps", "guidance", "scheduler"})}
+    how = sampling(run, run.config.generate)
+    drawn = {"prompts": prompts, "steps": how.steps, "guidance": how.guidance, "scheduler": how.scheduler}
     return {"rule": rule, "step": best.step, "drawn": drawn, "candidates": [asdict(c) | {"balance": c.balance} for c in found]}

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from raybooth.sections import Generate, Prior, Sampling
+
 if TYPE_CHECKING:  # drivers ask a family for its files and sizes, and need not wait for torch
     import torch
     from torch import Tensor, nn
@@ -81,6 +83,7 @@ class Family:
         predict: (loaded, z_t, t, conditioning) -> the denoiser's output.
         scheduler: (folder, sampler's name, steps, latent shape, device) -> one of diffusers' schedulers with its timesteps set.
         samplers: names of those that it can be drawn with; `min_snr`: whether min-SNR weighs its timesteps.
+        guidance: the scale that its pictures are drawn with where none is set: that of diffusers' pipeline.
         half: the half precision that it is drawn in where there is a GPU for it. FLUX and SD 3 overflow in float16, and are not trained in it either.
         lora_targets: the layers of the denoiser that get adapters; `encoder_lora_targets`: of its text encoders.
     """
@@ -100,9 +103,14 @@ class Family:
     scheduler: "Callable[[Path, str, int, tuple[int, int, int], torch.device], Any]"
     samplers: tuple[str, ...]
     min_snr: bool
+    guidance: float
     half: Literal["float16", "bfloat16"]
     lora_targets: tuple[str, ...]
     encoder_lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+    def sampling(self, how: Prior | Generate, resolution: int) -> Sampling:
+        """As the section of a configuration has it."""
+        return Sampling(how.steps, self.guidance if how.guidance is None else how.guidance, how.scheduler, resolution)
 
     def trainable(self, text_encoder: bool) -> tuple[str, ...]:
         """Names of the parts that are fine-tuned."""

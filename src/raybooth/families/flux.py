@@ -1,6 +1,5 @@
 """FLUX.1: a transformer on rectified flow over 2 x 2 patches of latents, CLIP and T5, and guidance as an input."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,16 +70,9 @@ def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mappi
 
 
 def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], device: "torch.device") -> Any:
-    """The larger the picture, the further its sigmas are shifted towards noise."""
     import numpy as np
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-    config = parts.config(folder, "scheduler/scheduler_config")
-    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    dynamic = config.get("use_dynamic_shifting", False)
-    mu = calculate_shift(shape[1] * shape[2] // 4, *(config[k] for k in names)) if dynamic else None
-    shift = math.exp(mu) if mu is not None else config.get("shift", 1.0)
-    return flow_scheduler(folder, name, steps, device, shift, mu=mu, sigmas=np.linspace(1.0, 1 / steps, steps))
+    return flow_scheduler(folder, name, steps, device, shape[1] * shape[2] // 4, max_shift=1.15, sigmas=np.linspace(1.0, 1 / steps, steps))
 
 
 FAMILY = Family(
@@ -99,6 +91,7 @@ FAMILY = Family(
     scheduler=scheduler,
     samplers=SD3.samplers,
     min_snr=False,
+    guidance=3.5,
     half="bfloat16",
     lora_targets=SD3.lora_targets,
 )

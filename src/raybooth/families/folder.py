@@ -18,7 +18,11 @@ _INCOMPLETE = "it is not complete, copy or download it again."
 _WITHOUT = "it is not complete, or was saved without that part, which raybooth needs: give the whole model."
 _SHARDS = ".safetensors.index."  # of a list of shards: model.safetensors.index.json, or .fp16.json
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-_VARIANT = re.compile(r"\.(fp16|bf16|non_ema|ema)\.|\.(fp16|bf16)-")
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<old>\w+))?(?:-\d{5}-of-\d{5})?(?:\.(?P<new>\w+))?\.safetensors(?:\.index(?:\.(?P<list>\w+))?\.json)?"
+)
+"""What diffusers and transformers call weights, and lists of their shards; with the places where a variant, as fp16, may be named."""
+_PREFERRED = ("", "fp32", "fp16", "bf16", "ema", "non_ema")  # variants, no variant first
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -104,11 +108,13 @@ def _check_described(part: str, own: list[str], source: str) -> None:
 
 
 def _weights_of(part: str, own: list[str], source: str) -> list[str]:
-    tensors = [n for n in own if n.endswith(".safetensors") or _SHARDS in n]
-    full = [n for n in tensors if not _VARIANT.search(n)]
-    if full or tensors:
+    found: dict[str, list[str]] = {}
+    for name in own:
+        if (variant := _variant(name)) is not None:
+            found.setdefault(variant, []).append(name)
+    if found:
         # A variant's file name is what from_pretrained(variant=...) looks for; it is renamed when it is copied.
-        chosen = full or [n for n in tensors if ".fp16" in n] or tensors
+        chosen = found[next(v for v in (*_PREFERRED, *found) if v in found)]
         if not any(_SHARDS in n for n in chosen) and all(_SHARD.search(n) for n in chosen):
             raise RayboothError(f"The model {source} has weights in shards in {part}/ and no list of them (*.safetensors.index.json): {_AGAIN}")
         return chosen
@@ -117,7 +123,7 @@ def _weights_of(part: str, own: list[str], source: str) -> list[str]:
             f"The model {source} has only pickled weights in {part}/, which can run any code when they are opened: "
             "choose a revision with .safetensors files, or convert it at https://huggingface.co/spaces/safetensors/convert."
         )
-    raise RayboothError(f"The model {source} has no weights in {part}/ (no .safetensors file): copy or download it again.")
+    raise RayboothError(f"The model {source} has no weights in {part}/ (diffusion_pytorch_model.safetensors or model.safetensors): copy or download it again.")
 
 
 def check_described(folder: Path, weights: Iterable[str], settings: Iterable[str]) -> None:
@@ -135,8 +141,8 @@ def check_described(folder: Path, weights: Iterable[str], settings: Iterable[str
                 raise RayboothError(f"The model {folder} has no {part}/: {_WITHOUT}")
             case _:
                 raise RayboothError(f"{folder / INDEX} does not say of which class {part}/ is: {_INCOMPLETE}")
-        if not _is_tokenizer(part):
-            read_object(folder / configuration_of(part))
+        if not _is_tokenizer(part) and read_object(folder / configuration_of(part)).get("quantization_config"):
+            raise RayboothError(f"The model {folder} has quantised weights in {part}/, which are not trained further here: give it in full or half precision.")
 
 
 def check_files(folder: Path, names: Iterable[str], source: str) -> None:
@@ -165,7 +171,15 @@ def _listed(path: Path, held: dict[str, Any]) -> list[str]:
 
 def plain_name(name: str) -> str:
     """The name without its variant: unet/diffusion_pytorch_model.fp16.safetensors -> ....safetensors."""
-    return _VARIANT.sub(lambda m: "-" if m.group(0).endswith("-") else ".", name)
+    folder, slash, file = name.rpartition("/")
+    variant = _variant(file)
+    return f"{folder}{slash}{file.replace(f'.{variant}', '', 1)}" if variant else name
+
+
+def _variant(name: str) -> str | None:
+    """Of a file of weights or a list of them, "" if it is none; None of another file."""
+    found = _WEIGHTS.fullmatch(name.rpartition("/")[2])
+    return found and (found["old"] or found["new"] or found["list"] or "")
 
 
 def settle_shards(folder: Path, names: Iterable[str]) -> None:

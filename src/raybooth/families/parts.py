@@ -58,16 +58,20 @@ def load(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.dtype
         with _explained(folder / part), quietly():
             modules[part] = _weighted(_kind(index, part), folder / part, torch.float32 if part == "vae" else dtype or torch.float32)
     for name in (n for n in index if n.startswith("tokenizer") and index[n][0]):
-        with _explained(folder / name):
-            tokenizers[name] = tokenizer(folder, name, index)
+        tokenizers[name] = tokenizer(folder, name, index)
     with _explained(folder / "scheduler"):
         objective = family.objective(folder)
     return Loaded(folder, family.facts(folder), objective, modules, tokenizers)
 
 
 def tokenizer(folder: Path, name: str, index: dict[str, Any]) -> Any:
-    """It reads no more tokens than its text encoder, if that counts them, has places for: its own files need not say how many."""
-    read = _kind(index, name).from_pretrained(folder / name)
+    """It reads no more tokens than its text encoder, if that counts them, has places for: its own files need not say how many.
+
+    Raises:
+        RayboothError: if it cannot be opened.
+    """
+    with _explained(folder / name):
+        read = _kind(index, name).from_pretrained(folder / name)
     encoder = folder / name.replace("tokenizer", "text_encoder") / "config.json"
     if places := read_object(encoder).get("max_position_embeddings") if encoder.exists() else None:
         read.model_max_length = min(read.model_max_length, places)

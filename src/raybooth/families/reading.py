@@ -7,8 +7,6 @@ from raybooth.families import parts
 from raybooth.families.base import Family
 from raybooth.families.folder import read_index
 
-_BYTES = 1.5  # of a token at least, but in gibberish: of words it has four or five
-
 
 def unread(family: Family, folder: Path, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
     """Of each prompt that is longer than the model reads, how many tokens it reads and what it does not see.
@@ -16,7 +14,7 @@ def unread(family: Family, folder: Path, prompts: Iterable[str]) -> dict[str, tu
     By the tokenizer of the encoder that reads furthest, which is opened only where a prompt may be too long.
     """
     length = family.facts(folder).text_length or family.conditioning(folder)["text"][0]
-    long = [prompt for prompt in prompts if len(prompt.encode()) > _BYTES * length]
+    long = [prompt for prompt in prompts if len(prompt.encode()) > length - 2]  # a byte may be a token, and two places are marks'
     if not long:
         return {}
     name = [part for part in family.settings if part.startswith("tokenizer")][-1]

@@ -29,6 +29,8 @@ def facts(folder: Path) -> Facts:
     if process.startswith(_OTHER_NOISE) or vae.get("latents_mean"):
         what = f"noise as {process} has it" if process.startswith(_OTHER_NOISE) else "latents of another scale (latents_mean in vae/config.json)"
         raise RayboothError(f"The model {folder} is of {what}, which is not known: choose one that makes noise as Stable Diffusion does.")
+    if unet.get("time_cond_proj_dim"):
+        raise RayboothError(f"The UNet of {folder} was distilled to few steps (LCM), which are drawn in another way: choose the model that it was made from.")
     found = parts.facts(folder, "unet")
     if unet["in_channels"] != found.latent_channels:
         raise RayboothError(
@@ -101,6 +103,7 @@ FAMILY = Family(
     scheduler=samplers.scheduler,
     samplers=tuple(samplers.SAMPLERS),
     min_snr=True,
+    guidance=7.5,
     half="float16",
     lora_targets=UNET_TARGETS,
 )

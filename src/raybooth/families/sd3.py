@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5: a transformer on rectified flow, three text encoders (Esser et al. 2024)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ POSITIONS = 96  # patches along a side, where the configuration does not say
 @parts.configured
 def facts(folder: Path) -> Facts:
     """Its table of positions bounds the size of a picture."""
+    _shift(parts.config(folder, "scheduler/scheduler_config"))
     found, positions = parts.facts(folder, "transformer"), parts.config(folder, "transformer/config").get("pos_embed_max_size", POSITIONS)
     return replace(found, largest=positions * found.multiple, text_length=T5_LENGTH)
 
@@ -29,7 +31,12 @@ def facts(folder: Path) -> Facts:
 def objective(folder: Path) -> "Flow":
     from raybooth.noise import Flow
 
-    return Flow(parts.config(folder, "scheduler/scheduler_config").get("shift", 1.0))
+    config = parts.config(folder, "scheduler/scheduler_config")
+    return Flow(1.0 if config.get("use_dynamic_shifting") else _shift(config))
+
+
+def _shift(config: Mapping[str, Any]) -> float:
+    return float(config.get("shift", 1.0))
 
 
 @parts.configured
@@ -58,23 +65,33 @@ def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mappi
 
 
 def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], device: "torch.device") -> Any:
-    """Along the flow: Euler, as these models were published, or DPM-Solver++ on the same sigmas."""
-    return flow_scheduler(folder, name, steps, device, shift=parts.config(folder, "scheduler/scheduler_config").get("shift", 1.0))
+    """Along the flow: Euler, as these models were published, or DPM-Solver++."""
+    patch = parts.config(folder, "transformer/config").get("patch_size", 2)
+    return flow_scheduler(folder, name, steps, device, (shape[1] // patch) * (shape[2] // patch), max_shift=1.16)
 
 
-def flow_scheduler(folder: Path, name: str, steps: int, device: "torch.device", shift: float, **how: Any) -> Any:
-    """`shift` moves the sigmas towards noise; `how` goes to Euler's set_timesteps.
+def flow_scheduler(folder: Path, name: str, steps: int, device: "torch.device", patches: int, max_shift: float, **how: Any) -> Any:
+    """Sigmas are shifted towards noise, where the configuration has it so (dynamic shifting) the further the larger the picture is.
+
+    Args:
+        patches: of a picture, and `max_shift`: where the configuration does not say. As diffusers' pipelines have it.
+        how: goes to Euler's set_timesteps.
 
     Raises:
         RayboothError: if the sampler is not one for flows.
     """
     from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+    config, mu = parts.config(folder, "scheduler/scheduler_config"), None
+    if config.get("use_dynamic_shifting"):
+        usual = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
+        mu = calculate_shift(patches, *(config.get(key, value) for key, value in usual.items()))
     if name == "euler":
         made = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-        made.set_timesteps(steps, device=device, **how)
+        made.set_timesteps(steps, device=device, mu=mu, **how)
     elif name == "dpmsolver++":
-        made = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        made = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=_shift(config) if mu is None else math.exp(mu))
         made.set_timesteps(steps, device=device)
         made.set_begin_index(0)  # looked up by whole timesteps, of which hundreds of steps have two alike, it would be the second
     else:
@@ -98,6 +115,7 @@ FAMILY = Family(
     scheduler=scheduler,
     samplers=("euler", "dpmsolver++"),
     min_snr=False,
+    guidance=7.0,
     half="bfloat16",
     lora_targets=(
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",

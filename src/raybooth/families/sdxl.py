@@ -56,6 +56,7 @@ FAMILY = Family(
     scheduler=samplers.scheduler,
     samplers=tuple(samplers.SAMPLERS),
     min_snr=True,
+    guidance=5.0,
     half="float16",
     lora_targets=sd.UNET_TARGETS,
 )

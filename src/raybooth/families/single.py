@@ -7,10 +7,11 @@ from typing import Any
 
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
-from raybooth.families import parts
+from raybooth.families import family_of, parts
 from raybooth.families.folder import read_index, read_object
 
 SUFFIX = ".safetensors"
+_ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.")  # of Stable Diffusion 1.x and 2.x, XL, and what came later
 
 
 def check_kind(file: Path) -> None:
@@ -18,6 +19,8 @@ def check_kind(file: Path) -> None:
     Raises:
         RayboothError: if it is a checkpoint of another kind, which diffusers would open by pickle.
     """
+    if file.suffix == ".gguf":
+        raise RayboothError(f"The checkpoint {file} has quantised weights, which are not trained further here: take the model's {SUFFIX} version.")
     if file.suffix != SUFFIX:
         raise RayboothError(
             f"The checkpoint {file} is not a {SUFFIX} file, and others (.ckpt, .pt, .bin) can run any code when they are opened: "
@@ -25,13 +28,21 @@ def check_kind(file: Path) -> None:
         )
 
 
-def refuse_lora(file: Path) -> None:
+def check_whole(file: Path) -> None:
     """
     Raises:
-        RayboothError: if it is one.
+        RayboothError: if it is a LoRA, a part of a model, or a model of noise that is not known: from_single_file would take it for Stable Diffusion's.
     """
-    if any("lora" in name for name in _shapes(file)):
+    names = _shapes(file)
+    if any("lora" in name for name in names):
         raise RayboothError(f"{file} is a LoRA and no model: give the model that it was made for, and draw with both after 'raybooth import {file}'.")
+    if not any(name.startswith(_ENCODERS) for name in names):
+        raise RayboothError(
+            f"{file} has no text encoder in it, so it is a part of a model, or what is added to one: give the whole model, as a diffusers folder or a "
+            "repository of the hub, with --base."
+        )
+    if any(name.startswith("edm_") for name in names):
+        raise RayboothError(f"The model {file} is of noise as EDM has it, which is not known: choose one that makes noise as Stable Diffusion does.")
 
 
 def unpack(file: Path, configuration: str | None, target: Path) -> None:
@@ -54,8 +65,11 @@ def unpack(file: Path, configuration: str | None, target: Path) -> None:
         raise RayboothError(
             f"base.configuration = '{folder}' is of a {name}, which diffusers does not read from single files: give the folder of another model."
         )
+    family_of(folder)  # or it is refused
+    kinds = {tensor.dtype for tensor in _shapes(file).values() if tensor.is_floating_point()}
+    dtype = kinds.pop() if len(kinds) == 1 else None  # a file in half precision stays as small
     try:
-        pipe = kind.from_single_file(str(file), config=str(folder), local_files_only=True)
+        pipe = kind.from_single_file(str(file), config=str(folder), local_files_only=True, torch_dtype=dtype)
     except (SingleFileComponentError, KeyError, ValueError, RuntimeError, AttributeError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise RayboothError(
@@ -100,12 +114,14 @@ def _known_configuration(file: Path) -> Path:
 
 
 def _shapes(file: Path) -> dict[str, Any]:
-    """Tensors without data, by name: enough to tell architectures apart."""
+    """Tensors without data, by name: enough to tell architectures apart. Those in half precision are so."""
     import torch
     from safetensors import SafetensorError, safe_open
 
+    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
     try:
         with safe_open(file, "pt") as held:
-            return {name: torch.empty(held.get_slice(name).get_shape(), device="meta") for name in held.keys()}  # noqa: SIM118
+            slices = {name: held.get_slice(name) for name in held.keys()}  # noqa: SIM118
+            return {name: torch.empty(s.get_shape(), dtype=dtypes.get(s.get_dtype(), torch.int64), device="meta") for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise RayboothError(f"The checkpoint {file} is damaged or cut off ({error}): download it again.") from None

@@ -121,8 +121,8 @@ def of_run(root: Path, name: str) -> Subject | None:
 
 
 def _sampling(config: Config, base_folder: Path) -> Sampling:
-    resolution = config.base.resolution or family_of(base_folder).facts(base_folder).resolution
-    return Sampling(config.generate.steps, config.generate.guidance, config.generate.scheduler, resolution)
+    family = family_of(base_folder)
+    return family.sampling(config.generate, config.base.resolution or family.facts(base_folder).resolution)
 
 
 def of_file(file: Path, base: Subject) -> Subject:

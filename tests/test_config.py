@@ -60,7 +60,7 @@ def test_what_is_text_stays_as_it_is_written(written: str):
 
 @pytest.mark.parametrize("written", ["2024", "2024-01-01", "true", "inf", "{subject} on the moon", "{class}", "['2024', \"x\"]"])
 def test_lists_of_texts_are_texts_too(written: str):
-    made = config.load(None, ["subject.class=dog", f"subject.photos={written}", f"generate.prompts={written}", f"lora.targets={written}"])
+    made = config.load(None, ["subject.class=dog", f"subject.photos={written}", f"generate.prompts={written}", "finetune.method=lora", f"lora.targets={written}"])
     assert made.subject.photos == made.generate.prompts == made.lora.targets == (["2024", "x"] if written[0] == "[" else [written])
 
 
@@ -204,6 +204,8 @@ def test_a_class_has_the_article_that_it_takes(noun: str, named: str):
     ("settings", "told"),
     [
         (["finetune.optimizer=prodigy", "finetune.lr=1", "finetune.text_encoder_lr=1e-4"], "one learning rate for all"),
+        (["finetune.optimizer=adafactor", "finetune.method=lora", "lora.dora=true"], "does not go with lora.dora"),
+        (["lora.rank=64"], "lora.rank is for finetune.method = 'lora', and this run trains the weights themselves"),
         (["finetune.optimizer=adafactor", "finetune.precision=bf16-weights"], "goes with finetune.optimizer = 'adamw'"),
         (["finetune.optimizer=adamw8bit", "finetune.channels_last=true"], "lays weights out anew"),
         (["cluster.gpus_per_worker=0.5", "cluster.workers=2"], "each needs whole GPUs"),

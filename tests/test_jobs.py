@@ -1,8 +1,10 @@
 """What goes wrong in the workers that draw, encode and score, in a sentence."""
 
+import contextlib
 import gc
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from stored import make_run
 
 from raybooth.cluster.fit import LESS_MEMORY, _loss, place_given_back, run_group
 from raybooth.cluster.rows import _held, _made, map_rows
-from raybooth.cluster.session import Resources
+from raybooth.cluster.session import Resources, check_workers
 from raybooth.config import Config
 from raybooth.drawing import map_into
 from raybooth.errors import RayboothError
@@ -149,7 +151,41 @@ def heard(word):
 loop = lambda group, say: group.world
 print(fit.run_group(lambda: loop, workers=(1, 1), gpus_per_worker=0, retries=0, have=have, heard=heard))
 """)
-    assert [line[:32] for line in said] == ["Ray has no place for the workers", "1"]
+    (told, ended) = said
+    assert re.fullmatch(r"Ray has no place for 1 worker \(1 CPU each\) yet: the cluster has (\d+) CPUs \(0 free\); they start when there is one", told)
+    assert ended == "1"
+
+
+def test_an_elastic_group_takes_what_others_leave():
+    """Ray's own counts what there is, and waits for ever for the rest."""
+    said = said_with_a_ray_of_its_own("""
+import ray
+
+@ray.remote(num_cpus=have.cpus - 1)
+class Other:
+    def here(self):
+        return True
+
+other = Other.remote()
+ray.get(other.here.remote())
+loop = lambda group, say: group.world
+print(fit.run_group(lambda: loop, workers=(1, have.cpus), gpus_per_worker=0, retries=0, have=have, heard=print))
+""")
+    assert said == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("workers", "each", "machines", "fits"),
+    [
+        (2, 1.0, ((4, 1), (4, 1)), True), (1, 2.0, ((4, 1), (4, 1)), False), (2, 1.0, ((1, 2),), False), (1, 2.0, ((1, 2),), True),
+        (4, 0.5, ((4, 2),), True), (3, 0.5, ((2, 2),), False),
+    ],
+)  # fmt: skip
+def test_workers_that_no_machine_has_room_for_are_refused(workers: int, each: float, machines: tuple[tuple[int, int], ...], fits: bool):
+    """Ray would wait for such a place for ever."""
+    have = Resources(sum(c for c, _ in machines), sum(g for _, g in machines), len(machines), machines=machines)
+    with contextlib.nullcontext() if fits else pytest.raises(RayboothError, match=r"on one machine for each, .* ask for fewer"):
+        assert check_workers(workers, each, have) == each
 
 
 def test_ray_stays_until_ray_data_has_ended():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from raybooth.errors import RayboothError
-from raybooth.optim import Average, StochasticAdamW, learning_rate_factor, make_optimizer, round_stochastically, state_like
+from raybooth.optim import Average, StochasticAdamW, groups_of, learning_rate_factor, make_optimizer, round_stochastically, state_like
 from raybooth.sections import Finetune
 
 
@@ -87,6 +87,28 @@ def test_adafactor_steps_as_far_as_adamw_by_default(adapter: bool):
     usual, own = Finetune(method=method).lr, Finetune(method=method, optimizer="adafactor").lr
     assert 0.3 < moved("adafactor", own) / moved("adamw", usual) < 3
     assert moved("adafactor", usual) < 0.1 * moved("adamw", usual)
+
+
+def test_adafactor_decays_as_adamw_and_moves_an_adapters_first_half_as_far():
+    """Its rate is relative to the size of what it moves, its decay is not; and the half that does not start at zero is as large as weights are."""
+
+    def stepped(name: str, decay: float, still: bool) -> dict[str, float]:
+        torch.manual_seed(0)
+        halves = {"unet.x.lora_A.weight": nn.Parameter(torch.randn(4, 64) * 0.1), "unet.x.lora_B.weight": nn.Parameter(torch.zeros(64, 4))}
+        before = {k: p.detach().clone() for k, p in halves.items()}
+        rate = Finetune(method="lora", optimizer=name).lr  # type: ignore[arg-type]
+        optimizer = make_optimizer(name, groups_of(name, halves, {"unet": rate}), decay, 0)
+        for p in halves.values():
+            p.grad = torch.zeros_like(p) if still else torch.randn_like(p)
+        optimizer.step()
+        if still:
+            return {k: float(1 - p.detach().norm() / before[k].norm()) for k, p in halves.items() if before[k].any()}
+        return {k: float((p.detach() - before[k]).square().mean().sqrt()) for k, p in halves.items()}
+
+    for k, size in stepped("adamw", 0.0, still=False).items():
+        assert 0.2 < stepped("adafactor", 0.0, still=False)[k] / size < 5
+    for k, gone in stepped("adamw", 10.0, still=True).items():
+        assert stepped("adafactor", 10.0, still=True)[k] == pytest.approx(gone, rel=0.02)
 
 
 def test_the_state_of_a_plan_is_what_adafactor_holds():

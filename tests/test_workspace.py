@@ -112,6 +112,36 @@ def test_a_finish_that_was_cut_off_is_completed_by_the_next_start(tmp_path: Path
     assert not (tmp_path / "s" / "y").exists()
 
 
+@pytest.mark.parametrize("inputs", [{"k": "new"}, {"k": "another"}])
+def test_a_finish_that_was_cut_off_between_its_files_is_never_taken_for_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: dict[str, str]):
+    """Neither by who reads what the stage holds, nor by its next start, whatever that is for."""
+    workspace = Workspace(str(tmp_path))
+    for k in ("old", "new"):
+        stage = workspace.stage("model", {"k": k})
+        for name in ("a.bin", "b.bin"):
+            stage.write(name, k.encode())
+        if k == "old":
+            stage.finish()
+    replace, moved = os.replace, list[Any]()
+
+    def stops(source: Any, target: Any) -> None:
+        if Path(target).name == "b.bin" and not moved:
+            moved.append(target)
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stops)
+        with pytest.raises(KeyboardInterrupt):
+            stage.finish()
+    with pytest.raises(RayboothError, match="holds no complete model"):
+        workspace.manifest("model")
+    again = workspace.stage("model", inputs)
+    assert again.done() == (inputs == {"k": "new"})
+    assert workspace.manifest("model")["inputs"] == {"k": "new"}
+    assert [workspace.output("model", name).read_text() for name in ("a.bin", "b.bin")] == ["new", "new"]
+
+
 def test_a_torn_manifest_is_no_manifest(tmp_path: Path):
     space = Workspace(str(tmp_path))
     made(space.stage("s", {"a": 1}), x=b"1")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from raybooth.session import Run
 
 
+STOPPED = 130
+"""Exit status after Ctrl-C."""
 FIRST = ("prepare", "plan", "token", "import")
 """Verbs beside `run` that a run may begin with: they need no storage that holds one."""
 
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("\nraybooth: stopped. What was complete is kept; the same command goes on from there.", file=sys.stderr)
-        return 130
+        return STOPPED
     return 0
 
 

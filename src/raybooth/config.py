@@ -97,6 +97,13 @@ class Config(Section):
             raise ValueError(f"finetune.warmup = {how.warmup} is longer than finetune.steps = {how.steps}: the rate would not come to finetune.lr, lower it")
         if how.optimizer == "prodigy" and how.text_encoder and how.text_encoder_lr not in (None, how.lr):
             raise ValueError("finetune.optimizer = 'prodigy' has one learning rate for all: leave finetune.text_encoder_lr out, or set it to finetune.lr")
+        if how.optimizer == "adafactor" and how.method == "lora" and self.lora.dora:
+            raise ValueError(
+                "finetune.optimizer = 'adafactor' does not go with lora.dora, whose magnitudes are large and would be moved as far: leave one of them out"
+            )
+        if how.method == "full" and self.lora != Lora():
+            odd = next(k for k, v in self.lora if v != getattr(Lora(), k))
+            raise ValueError(f"lora.{odd} is for finetune.method = 'lora', and this run trains the weights themselves: set that, or leave it out")
         if how.compile and how.method == "lora" and self.lora.dropout:
             raise ValueError("finetune.compile does not go with lora.dropout, whose masks are drawn outside of what is compiled: leave one of them out")
         if how.optimizer == "adamw8bit" and how.channels_last and how.method == "full":

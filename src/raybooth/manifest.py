@@ -140,11 +140,14 @@ def model_digest(manifest: dict[str, Any]) -> str:
 
 
 def move_in(partial: Path) -> None:
-    """Put a complete work in progress in place of what its stage held. Idempotent: a stop in the middle is put right by the next start."""
+    """Put a complete work in progress in place of what its stage held. Idempotent: a stop in the middle is put right by the next start, and until then
+    the stage is not complete.
+    """
     folder, target = partial.parent, json.loads((partial / MANIFEST).read_text())
     old = read_manifest(folder)
     for name in set(old["outputs"]) - set(target["outputs"]) if old else ():
         (folder / name).unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     readable = (partial / MANIFEST).stat().st_mode & 0o777  # safetensors makes its files for their owner alone
     for name in files_under(partial):
         if name in target["outputs"]:

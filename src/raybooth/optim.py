@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from raybooth.errors import RayboothError
 from raybooth.extras import missing
 from raybooth.noise import generator
+from raybooth.sections import RELATIVE
 
 Groups = list[dict[str, Any]]
 
@@ -28,8 +29,8 @@ def make_optimizer(name: str, groups: Groups, weight_decay: float, seed: int) ->
         return StochasticAdamW(groups, weight_decay, seed)
     if name == "adamw":
         return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
-    if name == "adafactor":
-        return torch.optim.Adafactor(groups, weight_decay=weight_decay)
+    if name == "adafactor":  # decay is by the rate as it is said, not as it is relative to weights
+        return torch.optim.Adafactor([{**g, "weight_decay": weight_decay / g.get("relative", 1)} for g in groups])
     try:
         if name == "adamw8bit":
             from bitsandbytes.optim import AdamW8bit
@@ -40,6 +41,22 @@ def make_optimizer(name: str, groups: Groups, weight_decay: float, seed: int) ->
         return Prodigy(groups, weight_decay=weight_decay, use_bias_correction=True, safeguard_warmup=True)
     except ImportError:
         raise missing("finetune.optimizer", name) from None
+
+
+def groups_of(optimizer: str, parameters: Mapping[str, nn.Parameter], lr: Mapping[str, float]) -> Groups:
+    """Parameter groups of `parameters`, by name: a group a part, whose names begin with it, with its rate from `lr`.
+
+    Adafactor has the halves of adapters that do not start at zero in groups of their own: what its rate is relative to is not small with them.
+    """
+    groups = []
+    for part, rate in lr.items():
+        own = {k: p for k, p in parameters.items() if k.startswith(f"{part}.")}
+        drawn = {k for k in own if optimizer == "adafactor" and ".lora_A." in k}
+        usual, of_weights = RELATIVE["lora" if drawn else "full"], RELATIVE["full"]
+        groups.append({"params": [p for k, p in own.items() if k not in drawn], "lr": rate, "relative": usual})
+        if drawn:
+            groups.append({"params": [own[k] for k in own if k in drawn], "lr": rate * of_weights / usual, "relative": of_weights})
+    return [group | {"peak": group["lr"]} for group in groups]
 
 
 def state_like(name: str, p: Tensor) -> dict[str, Tensor]:

@@ -126,7 +126,7 @@ class Finetune(Section):
     """The fine-tuning itself."""
 
     method: Literal["full", "lora"] = Field("full", description="train the weights themselves, or low-rank adapters beside them")
-    steps: Count = Field(400, description="optimizer steps")
+    steps: int = Field(400, ge=1, le=9_999_999, description="optimizer steps")
     batch: int = Field(2, ge=1, le=65_536, description="instance rows a step over all workers; as many class rows go with them")
     lr: Positive = Field(5e-6, description="learning rate, the highest that the schedule comes to; default of lora: 1e-4")
     weight_decay: NonNegative = Field(0.01, description="AdamW's decoupled weight decay")

@@ -105,8 +105,8 @@ class Stage:
         return manifest
 
     def _complete_interrupted_finish(self) -> None:
-        if (self.partial / MANIFEST).exists():
-            self.workspace.take_in(self.name, self.partial)
+        for manifest in sorted(self.folder.glob(f".partial-*/{MANIFEST}")):  # of other inputs too, or its files would be in the way as nobody's
+            self.workspace.take_in(self.name, manifest.parent)
 
     def _refuse_to_overwrite(self, new: dict[str, dict[str, Any]], old: dict[str, Any] | None) -> None:
         mirror = self.workspace.mirror  # in which nothing is the user's, but in what it mirrors

@@ -18,7 +18,7 @@ from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded
 from raybooth.loss import prior_preserving, row_errors
 from raybooth.noise import reseeded, sent
-from raybooth.optim import Average, laid_out_like, learning_rate_factor, make_optimizer
+from raybooth.optim import Average, groups_of, laid_out_like, learning_rate_factor, make_optimizer
 from raybooth.teacher import Teacher
 
 VALIDATION = 8  # draws of each kind of row
@@ -177,10 +177,7 @@ class _Loop:
                 part.requires_grad_(True)
         # Held as a dictionary: a generator would be used up by the optimizer and leave nothing to clip.
         self.parameters = {k: p for k, p in self.trained.named_parameters() if p.requires_grad}
-        groups = [
-            {"params": [p for k, p in self.parameters.items() if k.startswith(f"{part}.")], "lr": settings.lr[part], "peak": settings.lr[part]}
-            for part in self.trained
-        ]  # fmt: skip
+        groups = groups_of(settings.optimizer, self.parameters, {part: settings.lr[part] for part in self.trained})
         # What is multiplied is rounded, in bfloat16 by up to half a 128th: the bound is to hold after that too.
         self.bound = settings.max_grad_norm * (1 - max(torch.finfo(p.dtype).eps for p in self.parameters.values()) / 2)
         self.optimizer = make_optimizer(settings.optimizer, groups, settings.weight_decay, settings.seed)

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from raybooth.cluster.allocator import keep_freed_memory
@@ -87,8 +87,10 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
     fewest, most = workers
     each = check_workers(fewest, gpus_per_worker, have)
     threads = max(1, have.cpus // have.nodes // math.ceil(most / have.nodes))
-    with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch, _Board(heard) as board:
+    wanted = f"{fewest} worker{'s' * (fewest > 1)} (1 CPU{f' and {each:g} GPU' if each else ''} each)"
+    with tempfile.TemporaryDirectory(prefix="raybooth-") as scratch, _Board(heard, wanted) as board:
         for attempt in range(retries + 1):
+            board.waits_anew()
             trainer = Trainer(
                 _in_worker,
                 train_loop_config={"make": make, "board": board.name, "threads": threads},
@@ -175,9 +177,17 @@ def _places() -> dict[str, str]:
     return {name: one["state"] for name, one in placement_group_table().items() if name.endswith(job)}
 
 
-def _waits_for_a_place() -> bool:
-    """Whether there is one that Ray cannot place yet: Ray Train waits for it, and says nothing."""
-    return "PENDING" in _places().values()
+def _waits_for_a_place(before: Collection[str]) -> bool:
+    """Whether a group has none but those of `before`: Ray Train waits until Ray has one, or has enough to ask for, and says nothing."""
+    return not any(state == "CREATED" for name, state in _places().items() if name not in before)
+
+
+def _there() -> str:
+    """What the cluster has, in words."""
+    import ray
+
+    have, free = ray.cluster_resources(), ray.available_resources()
+    return " and ".join(f"{have.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in ("CPU", "GPU") if kind == "CPU" or have.get(kind))
 
 
 @contextlib.contextmanager
@@ -211,9 +221,14 @@ class _Board:
     Before the first of them, and that a place is waited for.
     """
 
-    def __init__(self, heard: Say):
-        self.heard, self.over, self.name = heard, threading.Event(), f"raybooth-{uuid.uuid4().hex}"
+    def __init__(self, heard: Say, wanted: str):
+        self.heard, self.wanted, self.over, self.name = heard, wanted, threading.Event(), f"raybooth-{uuid.uuid4().hex}"
         self.thread = threading.Thread(target=self._listen, daemon=True)
+        self.waits_anew()
+
+    def waits_anew(self) -> None:
+        """For a group that is about to be started."""
+        self.told, self.began, self.before = False, time.monotonic(), set(_places())
 
     def __enter__(self) -> "_Board":
         self.thread.start()
@@ -227,14 +242,14 @@ class _Board:
         from ray.exceptions import RayError
         from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list
 
-        last, told, began = False, False, time.monotonic()
+        last = False
         while not last:
             last = self.over.wait(0.3)  # after the end once more: the last words count
             with contextlib.suppress(RayError):  # the head is away
                 for key in sorted(_internal_kv_list("", namespace=self.name)):
-                    told = True
+                    self.told = True
                     self.heard(json.loads(_internal_kv_get(key, namespace=self.name)))
                     _internal_kv_del(key, namespace=self.name)
-                if not told and time.monotonic() - began > PATIENCE and _waits_for_a_place():
-                    told = True
-                    self.heard({"note": "Ray has no place for the workers yet, others use the cluster; they start when there is one"})
+                if not self.told and time.monotonic() - self.began > PATIENCE and _waits_for_a_place(self.before):
+                    self.told = True
+                    self.heard({"note": f"Ray has no place for {self.wanted} yet: the cluster has {_there()}; they start when there is one"})

@@ -37,12 +37,13 @@ LOOPBACK = "127.0.0.1"  # where a Ray of this machine alone listens
 
 @dataclass(frozen=True)
 class Resources:
-    """What Ray has; `here` if it was started on this machine alone."""
+    """What Ray has; `here` if it was started on this machine alone. `machines`: CPUs and GPUs of each."""
 
     cpus: int
     gpus: int
     nodes: int
     here: bool = True
+    machines: tuple[tuple[int, int], ...] = ()
 
 
 def of_this_machine() -> Resources:
@@ -92,7 +93,8 @@ def connected(address: str | None) -> Iterator[Resources]:
         # Ray lists nodes that have gone too, and heads that do no work.
         nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
         head = nodes[0]["NodeManagerAddress"] if len(nodes) == 1 else ""
-        yield Resources(max(1, int(have.get("CPU", 1))), int(have.get("GPU", 0)), max(1, len(nodes)), here=head == LOOPBACK)
+        machines = tuple((int(n["Resources"]["CPU"]), int(n["Resources"].get("GPU", 0))) for n in nodes)
+        yield Resources(max(1, int(have.get("CPU", 1))), int(have.get("GPU", 0)), max(1, len(nodes)), head == LOOPBACK, machines)
     finally:
         if ours:
             _wait_for_ray_data()
@@ -260,6 +262,12 @@ def check_workers(workers: int, gpus_per_worker: float | None, have: Resources) 
         raise RayboothError(
             f"cluster.workers = {workers} with cluster.gpus_per_worker = {each:g} needs {workers * each:g} GPUs and there are {have.gpus}: "
             "ask for fewer workers, or set cluster.gpus_per_worker = 0 to run on CPUs."
+        )
+    places = sum(min(cpus, int(gpus / each)) for cpus, gpus in have.machines) if each else have.cpus
+    if each and have.machines and workers > places:
+        raise RayboothError(
+            f"cluster.workers = {workers} with cluster.gpus_per_worker = {each:g} needs a CPU and {each:g} GPU{'s' * (each > 1)} on one machine for each, and "
+            f"the machines there are have room for {places}: ask for fewer workers, or for fewer GPUs each."
         )
     if not each and workers > have.cpus:
         raise RayboothError(f"cluster.workers = {workers} needs as many CPUs and there are {have.cpus}: ask for fewer workers.")

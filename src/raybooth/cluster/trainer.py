@@ -2,21 +2,27 @@
 
 import asyncio
 import contextlib
+import time
 from typing import Any
 from unittest import mock
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.exceptions import RayActorError
 from ray.runtime_context import RuntimeContext
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 from raybooth.cluster.session import causes
 
 UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 """Callbacks that start a process each: the splitting of datasets, and the watch over placement groups, which end with the driver."""
+
+SETTLED = 5.0
+"""Seconds in which Ray has back what workers had that have ended."""
 
 
 class Trainer(TorchTrainer):
@@ -25,6 +31,8 @@ class Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **how: Any) -> Any:
         how["failure_policy"] = Policy(self.run_config.failure_config)
+        if self.scaling_config.elasticity_enabled:
+            how["scaling_policy"] = Elastic(self.scaling_config)
         if asyncio._get_running_loop() is None:
             return _controlled_here(how)
         try:  # as in a notebook's cell
@@ -55,6 +63,29 @@ class Policy(DefaultFailurePolicy):
         found = list(causes(training_failed_error))
         died = any(isinstance(e, WorkerGroupStartupFailedError) for e in found) and any(isinstance(e, RayActorError) for e in found)
         return FailureDecision.RAISE if died else super().make_decision(training_failed_error)
+
+
+class Elastic(ElasticScalingPolicy):
+    """Grows into what is free: Ray's own goes by what there is, whoever uses it, and waits for a place of that size for ever."""
+
+    def __init__(self, scaling_config: Any):
+        super().__init__(scaling_config)
+        self._running, self._began = 0, time.monotonic()
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        self._running = 0
+        return super().make_decision_for_non_running_worker_group()
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        self._running = worker_group_state.num_workers
+        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        there = super()._count_possible_workers(reserved_resources)
+        fit = self._running + super()._count_possible_workers(available_resources_per_node())
+        if fit < there and not self._running and time.monotonic() - self._began < SETTLED:
+            return 0  # what a group has had that was here a moment ago is coming back
+        return min(there, fit)
 
 
 def _controlled_here(how: dict[str, Any]) -> Any:

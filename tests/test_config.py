@@ -60,7 +60,9 @@ def test_what_is_text_stays_as_it_is_written(written: str):
 
 @pytest.mark.parametrize("written", ["2024", "2024-01-01", "true", "inf", "{subject} on the moon", "{class}", "['2024', \"x\"]"])
 def test_lists_of_texts_are_texts_too(written: str):
-    made = config.load(None, ["subject.class=dog", f"subject.photos={written}", f"generate.prompts={written}", "finetune.method=lora", f"lora.targets={written}"])
+    made = config.load(
+        None, ["subject.class=dog", f"subject.photos={written}", f"generate.prompts={written}", "finetune.method=lora", f"lora.targets={written}"]
+    )
     assert made.subject.photos == made.generate.prompts == made.lora.targets == (["2024", "x"] if written[0] == "[" else [written])
 
 
@@ -254,3 +256,14 @@ def test_in_python_a_run_is_named_by_its_settings_its_file_or_its_storage(tmp_pa
     assert raybooth.generate(moved).config == config.model_copy(update={"storage": str(moved)})
     with pytest.raises(RayboothError, match=r"There is no configuration file .*cat\.toml"):
         raybooth.run(tmp_path / "cat.toml")
+
+
+def test_no_bound_is_hidden_by_a_wider_one():
+    """Pydantic goes by the last of several on one field."""
+    for name, section in Config.model_fields.items():
+        for key, field in getattr(section.annotation, "model_fields", {}).items():
+            marks = [type(mark).__name__ for mark in field.metadata]
+            assert len(marks) == len(set(marks)), f"{name}.{key}"
+    for setting in ("lora.rank=4097", "generate.images_per_prompt=100001", "cluster.sample_batch=257"):
+        with pytest.raises(RayboothError, match=f"{setting.partition('=')[0]} = "):
+            config.load(None, ["subject.class=dog", "finetune.method=lora", setting])

@@ -9,7 +9,7 @@ import pytest
 from PIL import ExifTags, Image, ImageCms, ImageFont, ImageOps, PngImagePlugin
 
 from raybooth.errors import RayboothError
-from raybooth.photos import FONTS, Photo, contact_sheet, png, square, views
+from raybooth.photos import FONTS, Photo, contact_sheet, png, remarks, square, views
 
 RED = (200, 30, 40)
 
@@ -236,3 +236,17 @@ def _has(font: str) -> bool:
 
 def test_a_long_title_is_cut():
     assert contact_sheet([("very " * 1_000_000, [Image.new("RGB", (8, 8))])]).width < 2000
+
+
+def test_what_a_square_does_not_show_is_told(tmp_path: Path):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (400, 100)).save(tmp_path / "wide.png")
+    Image.new("RGB", (120, 90)).save(tmp_path / "usual.jpg")
+    photos = [Photo(p.name, p) for p in sorted(tmp_path.iterdir())]
+    assert remarks(photos, 90) == [
+        "moves.gif has 2 frames, of which the first is taken",
+        "wide.png is 400 x 100 pixels, of which the middle 100 x 100 are taken",
+        "1 of 3 photographs is smaller than 90 pixels, and enlarged",
+    ]
+    assert remarks(photos[1:2], 64) == []

@@ -407,3 +407,11 @@ def test_looking_is_safe_from_many_threads(runs: Path):
         thread.join()
     assert seen == [6] * 8
     assert time.monotonic() - began < 20
+
+
+def test_a_run_that_is_named_and_cannot_be_served_under_its_name_is_refused(tmp_path: Path, toy: Path):
+    """In a folder of several it is passed over: the others can be had."""
+    make_run(tmp_path / "two words", toy, 1)
+    with pytest.raises(RayboothError, match="cannot be served: its name 'two words' is not one of letters"):
+        Subjects([str(tmp_path / "two words")])
+    assert "two words" not in Subjects([str(tmp_path)]).found()

@@ -181,3 +181,10 @@ def test_pictures_that_nobody_makes(stored: Path, toy: Path, photos: Path):
         made.images("foo")
     with pytest.raises(RayboothError, match=r"run 'raybooth generate --storage .*' first"):
         made.images("output")
+
+
+def test_class_pictures_that_nobody_wants_are_said_to_be_none(stored: Path, toy: Path, photos: Path, monkeypatch: pytest.MonkeyPatch):
+    made, said = run(stored, toy, photos, "prior.images=0"), list[str]()
+    monkeypatch.setattr(made, "say", said.append)
+    class_images(made)
+    assert said == ["class-images: none are wanted (prior.images = 0)"]

@@ -323,3 +323,24 @@ def test_a_manifest_of_another_shape_is_none(tmp_path: Path, held: str):
     assert read_manifest(tmp_path / "s") is None
     with pytest.raises(RayboothError):
         Workspace(str(tmp_path)).manifest("s")
+
+
+def test_what_has_changed_since_a_stage_was_made_is_told(tmp_path: Path):
+    workspace = Workspace(str(tmp_path))
+    made(workspace.stage("s", {"seed": 1, "model": "a" * 64, "how": {"lr": 0.1, "steps": 4}}), x=b"x")
+    assert workspace.stage("s", {"seed": 1, "model": "a" * 64, "how": {"lr": 0.1, "steps": 4}}).why == ""
+    other = workspace.stage("s", {"seed": 1, "model": "b" * 64, "how": {"lr": 0.2, "steps": 4}, "new": None})
+    assert other.why == "model changed, how.lr was 0.1 and is 0.2"
+    assert workspace.stage("nothing", {"a": 1}).why == ""
+
+
+def test_where_run_alone_would_not_do_it_is_not_advised(tmp_path: Path):
+    assert Workspace(str(tmp_path)).first("encode") == f"run 'raybooth encode --storage {tmp_path}' first"
+    blank = tmp_path / "two words"
+    config = Config(subject={"class": "dog"}, storage=str(blank))
+    with Run(config, quiet=True) as run:
+        run.save_config()
+    here = f"--storage '{blank}'"
+    assert Workspace(str(blank)).first("encode") == f"run raybooth encode {here} first, or raybooth run {here} for all"
+    made(Workspace(str(blank)).stage("fine-tuned-model", {"imported": "x"}), x=b"x")
+    assert Workspace(str(blank)).first("encode") == f"run raybooth encode {here} first"

@@ -31,7 +31,9 @@ FIRST = ("prepare", "plan", "token", "import")
 def config_of(args: argparse.Namespace) -> "Config":
     """The configuration a verb was given: file, then options, then --set."""
     from raybooth import config
+    from raybooth.sources import refuse_configurations
 
+    refuse_configurations(args.photos or ())  # or what it says would seem not to be said
     storage = _storage(args)
     subject = {"photos": args.photos, "token": args.token, "class": args.class_name}
     values = {

@@ -22,13 +22,14 @@ PLACES = ("in the snow", "on the beach", "in the city", "at night", "in the dese
 
 @dataclass(frozen=True)
 class Scores:
-    """What mini's scorers say of a run. Similarities are cosines; `ceiling` is the photographs' among themselves."""
+    """What mini's scorers say of a run. Similarities are cosines; `ceiling` is the photographs' among themselves, of prompts the base's without the token."""
 
     subject_before: float
     subject_after: float
     subject_ceiling: float
     prompt_before: float
     prompt_after: float
+    prompt_ceiling: float | None
     class_distance_before: float
     class_distance_after: float
 
@@ -45,11 +46,16 @@ class Scores:
     def class_kept(self) -> float:
         return self.class_distance_after / self.class_distance_before
 
+    @property
+    def _of_ceiling(self) -> str:
+        known = self.prompt_ceiling
+        return f", and {self.prompt_after / known:.0%} of the {known:.3f} that the base model has without the token" if known else ""
+
     def __str__(self) -> str:
         return (
             f"subject   similarity to the photographs {self.subject_before:.3f} before, {self.subject_after:.3f} after, "
             f"{self.subject_ceiling:.3f} among themselves: {self.subject_gain:.0%} of the way\n"
-            f"prompt    CLIP-T {self.prompt_before:.3f} before, {self.prompt_after:.3f} after: {self.prompt_kept:.0%} kept\n"
+            f"prompt    CLIP-T {self.prompt_before:.3f} before, {self.prompt_after:.3f} after: {self.prompt_kept:.0%} of before{self._of_ceiling}\n"
             f"class     mean distance {self.class_distance_before:.3f} before, {self.class_distance_after:.3f} after: {self.class_kept:.0%} kept"
         )
 
@@ -107,4 +113,4 @@ def score(run: Run) -> Scores | None:
     if not dino or not clip_t or dino.ceiling is None or dino.floor is None or clip_t.floor is None:
         return None
     distance = {when: float(1 - among(found[f"class-{when}"]["clip"]).mean()) for when in ("before", "after")}
-    return Scores(dino.floor, dino.value, dino.ceiling, clip_t.floor, clip_t.value, distance["before"], distance["after"])
+    return Scores(dino.floor, dino.value, dino.ceiling, clip_t.floor, clip_t.value, clip_t.ceiling, distance["before"], distance["after"])

@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="raybooth",
         description="Five photographs in, a personalised Stable Diffusion model and its pictures out. The same command, run again, resumes.",
+        epilog="To begin: raybooth run --photos ./my-dog --class dog (or raybooth demo). 'raybooth VERB --help' says what each takes.",
     )
     top.add_argument("--version", action="version", version=f"raybooth {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -34,7 +35,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _settings(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("config", nargs="?", type=Path, help="TOML file, or a storage's config.json; without one, a single stage goes by its storage's settings")
+    verb.add_argument(
+        "config",
+        nargs="?",
+        type=Path,
+        help="TOML file, or a storage's config.json; without one the storage's own settings hold, but for a run with a new subject or base",
+    )
     verb.add_argument("--photos", nargs="+", action="extend", metavar="SOURCE", help="folders, files, URLs, or hf://owner/dataset")
     verb.add_argument("--class", dest="class_name", metavar="WORD", help="what the subject is an instance of, such as dog")
     verb.add_argument("--token", metavar="WORD", help="the rare word that will name the subject, or auto (default: unqtkn)")

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ _TURNS = {
 FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "Arial.ttf", "arial.ttf")
 """Of most letters first."""
 LONGEST_TITLE = 200  # characters
+WIDEST = 3  # times as long as wide is a photograph that loses little of its subject
 SMALLEST_SIDE = 32  # pixels; below it there is nothing to learn from
 
 
@@ -62,6 +63,26 @@ def square(photo: Photo, side: int) -> Image.Image:
         RayboothError: if it cannot be read, or is too small or too large.
     """
     return _centre(_opened(photo), side)
+
+
+def remarks(photos: Sequence[Photo], side: int) -> list[str]:
+    """What people should know of how their photographs become squares of `side` pixels."""
+    lines, small, n = [], 0, len(photos)
+    for photo in photos:
+        _register_heif()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            image = _recognised(photo.data)
+            shorter, longer = sorted(image.size)
+            small += shorter < side
+            frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # cameras' own, of which the others are for programs
+            lines.append(f"{photo.name} has {frames} frames, of which the first is taken")
+        if longer > WIDEST * shorter:
+            lines.append(f"{photo.name} is {image.width} x {image.height} pixels, of which the middle {shorter} x {shorter} are taken")
+    if small:
+        lines.append(f"{small} of {n} photograph{'s' * (n > 1)} {'is' if small == 1 else 'are'} smaller than {side} pixels, and enlarged")
+    return lines
 
 
 def _centre(image: Image.Image, side: int) -> Image.Image:

@@ -125,7 +125,8 @@ def _drawing_flops(family: Family, loaded: Loaded, config: Config, side: int) ->
         if n:
             how = family.sampling(section, side)
             step, decoding = picture_flops(family, loaded, side, how.guidance > 1)
-            passes = len(family.scheduler(loaded.folder, how.scheduler, how.steps, shape, torch.device("cpu")).timesteps)  # pndm has one more than its steps
+            with torch.device("cpu"):
+                passes = len(family.scheduler(loaded.folder, how.scheduler, how.steps, shape, torch.device("cpu")).timesteps)  # pndm's are one more
             flops += math.ceil(n / batch) * batch * (passes * step + decoding)  # the last batch is filled up
     return flops
 

@@ -24,6 +24,7 @@ def losses(history: list[dict[str, float]]) -> str:
         if fixed:
             axes.plot([r["step"] for r in fixed], [r[f"validation_{name}"] for r in fixed], "o--", color=colour, markersize=4, label=f"{name}, fixed noise")
     axes.set(xlabel="step", ylabel="loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, ncols=2)
     return _svg(figure, "The losses over the steps")
 

@@ -46,8 +46,8 @@ WORDS = {
     ),
     "div": (
         "Do pictures of one prompt differ?",
-        "DIV: the mean distance of pictures of the same prompt. Higher is better, and near nought all are the same picture. As high as the base model's "
-        "it need not be: one subject differs less than the many that the base model draws, and in one place less than photographs of several places.",
+        "DIV: the mean distance of pictures of the same prompt. Near nought, all are the same picture. As high as the base model's or higher, the subject is "
+        "not learnt: one subject differs less than the many that the base model draws, and in one place less than photographs of several places.",
     ),
     "class_div": (
         "Is there still more than one {class}?",

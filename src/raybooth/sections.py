@@ -169,7 +169,7 @@ class Finetune(Section):
 class Lora(Section):
     """Low-rank adapters, for finetune.method = "lora"."""
 
-    rank: Count = Field(16, le=4096, description="width of an adapter")
+    rank: int = Field(16, ge=1, le=4096, description="width of an adapter")
     alpha: Positive | None = Field(None, description="an adapter's output is scaled by alpha / rank; default: rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that is dropped in training")
     dora: bool = Field(False, description="direction and magnitude of the denoiser's adapters apart (DoRA): better at low ranks, slower")
@@ -184,7 +184,7 @@ class Generate(Section):
                  "photo of {subject} at night", "photo of {subject} in the desert"],
         min_length=1, description="prompts; {subject}, {token} and {class} are filled in",
     )  # fmt: skip
-    images_per_prompt: Count = Field(4, le=100_000, description="pictures a prompt")
+    images_per_prompt: int = Field(4, ge=1, le=100_000, description="pictures a prompt")
     steps: int = Field(25, ge=1, le=999, description="denoising steps a picture")
     guidance: Guidance = Field(None, description="classifier-free guidance scale; default: the model family's own, 7.5 for Stable Diffusion 1.x and 2.x")
     scheduler: SchedulerName = Field("dpmsolver++", description="sampler")
@@ -234,7 +234,7 @@ class Cluster(Section):
     gpus_per_worker: float | None = Field(None, ge=0, le=16, description="default: 1 where the cluster has GPUs, else 0")
     samplers: int | None = Field(None, ge=1, le=4096, description="workers that draw; default: one a GPU, or one a CPU for small models")
     retries: int = Field(3, ge=0, le=100, description="restarts after a worker is lost: of the fine-tuning group, or of the same pictures")
-    sample_batch: Count = Field(8, le=256, description="pictures in one forward pass; a smaller one needs less memory")
+    sample_batch: int = Field(8, ge=1, le=256, description="pictures in one forward pass; a smaller one needs less memory")
 
     @property
     def is_demanding(self) -> bool:

@@ -86,7 +86,7 @@ def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, A
     best = max(found, key=lambda c: (RULES[rule](c), c.step))
     for c in found:
         subject = f"{c.dino:.2f}" if c.own is None else f"{c.subject:.0%} of the photographs' own"
-        marks = f"subject {subject}, prompt {c.prompt:.0%} of the base model's"
+        marks = f"subject {subject}, prompt {c.prompt:.0%} of the base model's without the token"
         run.say(f"checkpoint {c.step}: {marks}{'; taken' if c is best else ''}")
     if best.step != max(checkpoints):
         shutil.rmtree(run.workspace.root / target, ignore_errors=True)  # the last step's: a pull would take it for the one that another machine has made

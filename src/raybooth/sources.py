@@ -5,7 +5,7 @@ import os
 import re
 import string
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -58,9 +58,18 @@ def _existing(source: str) -> Path:
         path.lstat()
     except FileNotFoundError:
         raise RayboothError(_absent(source, path)) from None
-    if path.suffix in (".toml", ".json") and path.is_file():
-        raise RayboothError(f"{_readable(str(path))} is a configuration and no photograph: put it before --photos, which takes all that comes after it.")
+    refuse_configurations([source])
     return path
+
+
+def refuse_configurations(sources: Iterable[str]) -> None:
+    """
+    Raises:
+        RayboothError: if one of the sources of photographs is a configuration.
+    """
+    for path in (path_of(source, "subject.photos") for source in sources if source.endswith((".toml", ".json"))):
+        if path.is_file():
+            raise RayboothError(f"{_readable(str(path))} is a configuration and no photograph: put it before --photos, which takes all that comes after it.")
 
 
 def _absent(source: str, path: Path) -> str:

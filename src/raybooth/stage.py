@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,15 @@ class Stage:
         """The manifest, if the complete outputs follow from these inputs."""
         manifest = self.manifest
         return manifest if manifest is not None and manifest["digest"] == self.key else None
+
+    @property
+    def why(self) -> str:
+        """What has changed since its outputs were made, for people; nothing if they hold, or there are none."""
+        old = self.manifest
+        if old is None or old["digest"] == self.key:
+            return ""
+        changed = list(differences(old["inputs"], self.inputs))
+        return ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
 
     def done(self, names: Iterable[str] | None = None) -> bool:
         """Whether every one of `names` (default: all outputs) is there and intact."""
@@ -129,6 +138,17 @@ class Stage:
         if manifest.is_dir() or (manifest.is_file() and is_another(manifest.read_bytes())):
             foreign.append(MANIFEST)
         return foreign
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], below: str = "") -> Iterator[str]:
+    """Where two trees of inputs are not the same, as "finetune.lr was 0.1 and is 0.2"."""
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b, name = old.get(key), new.get(key), f"{below}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from differences(a, b, f"{name}.")
+        elif a != b:
+            short = all(v is None or isinstance(v, bool | int | float) or (isinstance(v, str) and len(v) < 60) for v in (a, b))
+            yield f"{name} was {a} and is {b}" if short else f"{name} changed"
 
 
 def intact(path: Path, described: dict[str, Any]) -> bool:

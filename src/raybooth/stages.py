@@ -13,16 +13,19 @@ from raybooth import selection
 from raybooth.base_model import prepare_base
 from raybooth.checkpoint import Checkpoints
 from raybooth.disk import path_of
-from raybooth.drawing import SHEET, class_inputs, class_rows, draw, drawing, map_into, output_prompts, output_rows, resolution
+from raybooth.drawing import SHEET, class_inputs, class_rows, draw, drawing, map_into, output_prompts, output_rows, resolution, say_why
 from raybooth.encoder_files import prepare_encoders
 from raybooth.errors import MUST_BE_SHARED, RayboothError
 from raybooth.extras import check_installed
 from raybooth.manifest import digest, files_under
 from raybooth.naming import settle_token
-from raybooth.photos import SUFFIXES, Photo, contact_sheet, png, refuse_duplicates, views
+from raybooth.photos import SMALLEST_SIDE, SUFFIXES, Photo, contact_sheet, png, refuse_duplicates, remarks, square, views
+from raybooth.prompts import plural
 from raybooth.session import Run, StepLine, settings_of, versions
 from raybooth.sources import Gathered, fetch, gather, is_remote
 from raybooth.stage import Stage
+
+_AS_HERE = "; what --set says here it must be told too"
 
 
 def prepare(run: Run) -> None:
@@ -37,6 +40,9 @@ def prepare(run: Run) -> None:
             _ = photos.here
         if not photos.held:
             _ = photos.there
+        if run.held("base-model") is None:
+            for photo in (*photos.here.photos, *photos.there.photos):
+                square(photo, SMALLEST_SIDE)
         prepare_base(run)
         settle_token(run)
         _check_lengths(run)
@@ -108,11 +114,13 @@ def prepare_photos(run: Run, photos: _Photos) -> None:
     _say_skipped(run, photos.here)
     held = stage.held
     if held and stage.done():
-        return run.say(f"instance-images: {len(held['facts']['pictures'])} pictures, up to date")
+        return run.say(f"instance-images: {plural(len(held['facts']['pictures']), 'picture')}, up to date")
     _say_skipped(run, photos.there)
     given = photos.here.photos + photos.there.photos
     images = [(photo, views(photo, how["resolution"], subject.crops, subject.flip, str(run.config.seed))) for photo in given]
     refuse_duplicates((photo, squares[0].tobytes()) for photo, squares in images)
+    for line in remarks(given, how["resolution"]):
+        run.say(f"instance-images: {line}")
     _write_instances(run, stage, images, {"skipped": photos.here.skipped + photos.there.skipped, "places": photos.places})
 
 
@@ -151,14 +159,15 @@ def _write_instances(run: Run, stage: Stage, images: list[tuple[Photo, list[Imag
     sources = [{"name": photo.name, "sha256": photo.sha256} for photo, _ in images]
     stage.finish({"pictures": list(pictures), "sources": sources, **facts}, only=[*pictures, SHEET])
     what = f"{len(pictures)} views of " if len(pictures) > len(images) else ""
-    run.say(f"instance-images: {what}{len(images)} photograph{'s' * (len(images) > 1)}; look at {stage.folder / SHEET}")
+    run.say(f"instance-images: {what}{plural(len(images), 'photograph')}; look at {stage.folder / SHEET}")
 
 
 def class_images(run: Run) -> None:
     """Pictures of the class by the base model, for prior preservation."""
     prior = run.config.prior
-    if prior.drawn:
-        draw(run, "class-images", "base-model", prior, class_rows(run, prior.images), class_inputs(run))
+    if not prior.drawn:
+        return run.say(f"class-images: none are wanted (prior.{'images = 0' if prior.method == 'class-images' else f'method = {prior.method}'})")
+    draw(run, "class-images", "base-model", prior, class_rows(run, prior.images), class_inputs(run))
 
 
 def encode(run: Run) -> None:
@@ -171,6 +180,7 @@ def encode(run: Run) -> None:
         return run.say(f"latents: {len(rows)} rows, up to date")
     work = [{"name": n, **_read_row(run, rows[n])} for n in rows if n in missing]
     if work:
+        say_why(run, stage)
         make = partial(jobs.encoder, run.workspace.uri, any("prompt" in row for row in work), stage.inputs["model"])
         map_into(stage, run, make, work, batch=16, title="encode", unit="row", model_stage="base-model")
     stage.finish(only=rows)
@@ -206,13 +216,13 @@ def _class_pictures(run: Run) -> dict[str, str]:
     _refuse_others(run, "class-images", "class-images", made["inputs"], stage.inputs)
     names = [row["name"] for row in class_rows(run, prior.images)]
     if not made["outputs"].keys() >= set(names):
-        raise RayboothError(f"There are not prior.images = {prior.images} class-images yet: {run.workspace.first('class-images')}.")
+        raise RayboothError(f"There are not prior.images = {prior.images} class-images yet: {run.workspace.first('class-images')}{_AS_HERE}.")
     return {name: made["outputs"][name]["sha256"] for name in names}
 
 
 def _refuse_others(run: Run, stage: str, verb: str, made_from: dict[str, Any], wanted: dict[str, Any]) -> None:
     if others := [key for key, value in wanted.items() if made_from.get(key) != value]:
-        raise RayboothError(f"The {stage} are of another {' and '.join(others)} than the present: {run.workspace.first(verb)}.")
+        raise RayboothError(f"The {stage} are of another {' and '.join(others)} than the present: {run.workspace.first(verb)}{_AS_HERE}.")
 
 
 def _latent_name(sha256: str) -> str:
@@ -276,6 +286,7 @@ def finetune(run: Run) -> None:
         return run.say("fine-tuned-model: up to date")
     for name in used:
         run.workspace.output("latents", name)  # what was deleted shows here, and not in a worker
+    say_why(run, stage)
     stage.clear()
     target = f"fine-tuned-model/{stage.partial.name}"
     make = partial(tuning.finetuner, run.workspace.uri, target, key, rows, prompts, config.prior, config.finetune, config.lora, config.seed, selects)

@@ -22,7 +22,7 @@ from typing import Any
 from raybooth.clock import Worked
 from raybooth.disk import explained, lock, path_of
 from raybooth.errors import RayboothError
-from raybooth.manifest import digest, files_under, move_in, read_manifest, sweep, write_atomically
+from raybooth.manifest import digest, files_under, holds_configuration, move_in, read_manifest, sweep, write_atomically
 from raybooth.mirror import Mirror
 from raybooth.remote import Remote
 from raybooth.stage import Stage, intact
@@ -89,14 +89,21 @@ class Workspace:
 
     def command(self, verb: str) -> str:
         """How a verb is called on this storage, for messages. Given no more than that, each goes by the storage's own settings."""
-        return f"'raybooth {verb} --storage {shlex.quote(self.storage)}'"
+        quoted = shlex.quote(self.storage)
+        said = f"raybooth {verb} --storage {quoted}"
+        return said if quoted.startswith("'") else f"'{said}'"
 
     def first(self, verb: str) -> str:
         """What to do, for messages, where what `verb` makes is not there yet, or not as it is needed."""
-        return f"run {self.command(verb)} first, or {self.command('run')} for all"
+        return f"run {self.command(verb)} first{self._or_all()}"
 
     def _anew(self, stage: str) -> str:
-        return f"run {self.command(_VERBS.get(stage, stage))} to make it again, or {self.command('run')} for all"
+        return f"run {self.command(_VERBS.get(stage, stage))} to make it again{self._or_all()}"
+
+    def _or_all(self) -> str:
+        """Where `run` alone would do: in a storage that holds a run, and not a LoRA that was made elsewhere."""
+        imported = "imported" in (read_manifest(self.root / "fine-tuned-model") or {}).get("inputs", {})
+        return f", or {self.command('run')} for all" if holds_configuration(self.root) and not imported else ""
 
     def manifest(self, stage: str) -> dict[str, Any]:
         """Of a stage that must have been run before.

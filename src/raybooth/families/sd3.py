@@ -66,8 +66,7 @@ def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mappi
 
 def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], device: "torch.device") -> Any:
     """Along the flow: Euler, as these models were published, or DPM-Solver++."""
-    patch = parts.config(folder, "transformer/config").get("patch_size", 2)
-    return flow_scheduler(folder, name, steps, device, (shape[1] // patch) * (shape[2] // patch), max_shift=1.16)
+    return flow_scheduler(folder, name, steps, device, shape[1] * shape[2] // 4, max_shift=1.16)
 
 
 def flow_scheduler(folder: Path, name: str, steps: int, device: "torch.device", patches: int, max_shift: float, **how: Any) -> Any:

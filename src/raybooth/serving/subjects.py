@@ -152,6 +152,9 @@ class Subjects:
     def __init__(self, paths: Sequence[str], base: Path | None = None, every: float = 1.0, say: Callable[[str], object] = str):
         self.every, self.say = every, say
         self._paths = dict(map(_local, paths))
+        for path in self._paths:
+            if _candidate(path) and not ID.fullmatch(name := self._id(path)):
+                raise RayboothError(f"{path} cannot be served: its name '{name}' {_NAME}")
         self._base = of_base(base) if base else None
         self._known: dict[Path, tuple[tuple[int, ...], Subject | str | None]] = {}
         self._found: dict[str, Subject] = {}
@@ -195,7 +198,7 @@ class Subjects:
         found = {BASE: self._base} if self._base else {}
         for subject in [*runs, *files]:
             if not ID.fullmatch(subject.id):
-                self._note(f"{subject.weights} is passed over: its name '{subject.id}' is not one of letters, digits, dots, dashes and underscores.")
+                self._note(f"{subject.weights} is passed over: its name '{subject.id}' {_NAME}")
             elif found.setdefault(subject.id, subject) is not subject:
                 self._note(f"{subject.weights} is passed over: there is another model named '{subject.id}'.")
         return found
@@ -239,6 +242,9 @@ class Subjects:
         if text not in self._said:
             self._said.add(text)
             self.say(text)
+
+
+_NAME = "is not one of letters, digits, dots, dashes and underscores, at most 64: rename it, or give a link to it."
 
 
 def _local(path: str) -> tuple[Path, str]:

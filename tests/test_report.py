@@ -252,7 +252,10 @@ def test_what_the_checkpoints_drew_shows_on_another_machine_and_with_other_promp
     storage: str, photos: Path, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
-    candidates = [{"step": 10, "dino": 0.5, "clip_t": 0.5, "balance": 1.93}, {"step": 20, "dino": 0.5, "clip_t": 0.5, "balance": 1.9266}]
+    candidates = [
+        {"step": 10, "dino": 0.5, "clip_t": 0.5, "balance": 1.93},
+        {"step": 20, "dino": 0.5, "clip_t": 0.5, "own": 0.625, "base": 0.5, "balance": 1.8},
+    ]
     with on_mini(storage, photos) as run:
         do(run, ["prepare", "class-images"])
         teach(run, 1, selected={"rule": "balance", "step": 10, "candidates": candidates})
@@ -262,7 +265,7 @@ def test_what_the_checkpoints_drew_shows_on_another_machine_and_with_other_promp
     text = reported(on_mini(storage, photos, "generate.prompts=['photo of {subject} at night']"))
     assert [text.count(f'alt="photo of unqtkn dog in the snow, step {step}"') for step in (0, 10, 20)] == [1] * 3
     assert '<th colspan="3">photo of unqtkn dog in the snow</th>' in text
-    assert "subject 0.500 prompt 0.500 balance 1.930 subject 0.500 prompt 0.500 balance 1.927" in told(text)
+    assert "subject 0.500 prompt 0.500 balance 1.930 subject 0.500 (80%) prompt 0.500 (100%) balance 1.800" in told(text)
     assert re.search(r"1 of 2 pictures of each prompt. The one of step 10 is the model, by \W*balance\W. The highest balance is taken", told(text))
     assert text.count('alt="photo of unqtkn dog at night, after') == 2
     for stage in ("encoders", "class-images", "checkpoint-images/0000010", "scores"):

@@ -46,8 +46,8 @@ WORDS = {
     ),
     "div": (
         "Do pictures of one prompt differ?",
-        "DIV: the mean distance of pictures of the same prompt. Near nought, all are the same picture. As high as the base model's or higher, the subject is "
-        "not learnt: one subject differs less than the many that the base model draws, and in one place less than photographs of several places.",
+        "DIV: the mean distance of pictures of the same prompt. Higher is better, below the base model's: near nought all are the same picture, and as high as "
+        "that or higher the subject is not learnt. It differs less than the many that the base model draws, and in one place less than in several.",
     ),
     "class_div": (
         "Is there still more than one {class}?",
@@ -245,9 +245,18 @@ def _strip(run: Run, selected: dict[str, Any] | None) -> dict[str, Any] | None:
     for prompt, (name, *_) in drawn.items():
         plain = by_base.get(scored_prompt(run, prompt), [name])[0]  # the very prompt, of a run of before
         lines.append((prompt, [run.workspace.root / stages[0] / plain, *(run.workspace.root / stage / name for stage in stages[1:])]))
-    scores, kept = [candidates[step] for step in steps[1:]], len(candidates)
+    scores, kept = [candidates[step] | _shares(candidates[step]) for step in steps[1:]], len(candidates)
     told = {"rule": selected["rule"], "why": RULES.get(selected["rule"], ""), "each": max(map(len, drawn.values()))}
     return {"steps": steps, "taken": selected["step"], **told, "lines": lines, "scores": scores, "kept": kept}
+
+
+def _shares(candidate: dict[str, Any]) -> dict[str, str]:
+    """What its balance is the sum of; nothing of one that an earlier version scored."""
+    names = ("step", "dino", "clip_t", "own", "base")
+    if not candidate.keys() >= set(names):
+        return {}
+    scored = selection.Candidate(**{name: candidate[name] for name in names})
+    return {"subject_share": f" ({scored.subject:.0%})", "prompt_share": f" ({scored.prompt:.0%})"}
 
 
 def columns(steps: list[int], taken: int) -> list[int]:

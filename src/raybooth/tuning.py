@@ -51,7 +51,8 @@ def finetuner(
             loaded = load(family, folder, trained, held_in(family, how, group.device.type)).to(group.device)
             make_ready(family, loaded, how, lora, seed)
         known = family.has_frozen_encoders(finetune.text_encoder)
-        data = training_set(stage_folder(storage, "latents"), rows, prompts, prior, known).to(group.device)
+        with out_of_memory_explained():
+            data = training_set(stage_folder(storage, "latents"), rows, prompts, prior, known).to(group.device)
         workspace = Workspace(storage)
         if group.rank == 0:
             workspace.check_writable()

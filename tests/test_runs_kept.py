@@ -148,7 +148,7 @@ def test_a_run_knows_where_its_base_comes_from(tmp_path: Path, toy: Path, monkey
         assert read_manifest(run.base_folder) == copied
         shutil.rmtree(source)
         prepare_base(run)
-        assert "the copy of it is kept" in capsys.readouterr().err
+        assert "the copy of the model is kept" in capsys.readouterr().err
     assert _section(of_base(make_run(tmp_path / "whole", toy, None) / "fine-tuned-model")) == {"model": str(tmp_path / "whole" / "fine-tuned-model")}
     other = config.model_copy(update={"base": config.base.model_copy(update={"model": str(tmp_path / "other")})})
     with Run(other) as run, pytest.raises(RayboothError):
@@ -185,11 +185,12 @@ def test_a_run_that_goes_while_it_is_asked_for_is_not_there(client: TestClient, 
     until(client, lambda r: r["state"] == "done")
     known = runs.progress
 
-    def late(storage: Path, state: Any) -> Any:
+    def late(storage: Path, *state: Any) -> Any:
         shutil.rmtree(storage, ignore_errors=True)
         (storage / "photographs").mkdir(parents=True)
         (storage / "config.json").write_text('{"subject": {"class": "dog"}}')
-        return known(storage, state)
+        return known(storage, *state)
 
     monkeypatch.setattr(runs, "progress", late)
+    (tmp_path / "rex" / "news").touch()  # or it would be as it was read before
     assert client.get("/api/runs/rex").status_code == 404

@@ -13,6 +13,7 @@ from raybooth.drawing import draw, output_rows
 from raybooth.features import features, scored_prompt
 from raybooth.manifest import write_atomically
 from raybooth.score import to_prompt, to_subject
+from raybooth.sections import Sampling
 from raybooth.selection import RULES, Candidate
 from raybooth.session import Run
 from raybooth.stages import STAGES
@@ -97,7 +98,7 @@ def test_what_is_taken_is_what_the_checkpoint_holds_and_draws(overfit: Run, tmp_
     state = load_file(root / folder / "state.safetensors")
     for part, file in (("unet", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors")):
         weights = load_file(root / "fine-tuned-model" / part / file)
-        assert all(np.array_equal(v, state[f"weights.{part}.{k}"]) for k, v in weights.items())
+        assert all(np.array_equal(v, state[f"weights.{part}.{k.removeprefix('text_model.')}"]) for k, v in weights.items())
     row = selection.rows_of(overfit)[0]
     with overfit:
         draw(overfit, "again-images", "fine-tuned-model", overfit.config.generate, [row], {"seed": 0})
@@ -139,6 +140,7 @@ def test_a_better_checkpoint_that_another_machine_exports_is_what_arrives(tmp_pa
     monkeypatch.setattr(Run, "ray", None)
     monkeypatch.setattr(selection, "candidates", lambda *_: [Candidate(1, 0.9, 0.5, 0.9, 0.5), Candidate(2, 0.1, 0.5, 0.9, 0.5)])
     monkeypatch.setattr(selection, "model_bytes", lambda *_: 0)
+    monkeypatch.setattr(selection, "sampling", lambda *_: Sampling(1, 1.0, "euler", 64))
     run = Run(config.load(None, ["evaluate.select=balance"], subject={"class": "dog"}, base={"model": "mini"}, storage=uri), quiet=True)
 
     def export(*_: object, **__: object) -> list[tuple[str, bytes]]:

@@ -93,8 +93,7 @@ def _prepare(run: Run, source: Path | None) -> None:
     if stage.done():
         check_fits(run.config, stage.folder)
         return run.say("base-model: up to date")
-    if why := stage.why:
-        run.say(f"base-model: made anew, for {why}")
+    run.say_why(stage)
     facts: dict[str, Any] = {"source": _place(base)}
     if source is None:
         facts = _fetch(run, stage)

@@ -88,7 +88,7 @@ def drawing(run: Run, name: str, model_stage: str, how: Prior | Generate, inputs
 def sampling(run: Run, how: Prior | Generate) -> Sampling:
     from raybooth.families import family_of
 
-    side = resolution(run)
+    side = resolution(run)  # first: it asks for the base model in a sentence
     return family_of(run.base_folder).sampling(how, side)
 
 
@@ -105,19 +105,13 @@ def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: lis
         return run.say(f"{name}: {len(names)} pictures, up to date")
     work = [r for r in rows if r["name"] in missing]
     if work:
-        say_why(run, stage)
+        run.say_why(stage)
         batch = run.config.cluster.sample_batch
         make = partial(jobs.sampler, run.workspace.uri, model_stage, sampling(run, how), batch, stage.inputs["model"])
         map_into(stage, run, make, work, batch=batch, title=name, unit="picture", model_stage=jobs.pipeline_stage(run.workspace, model_stage))
     stage.write(SHEET, png(contact_sheet(_titled(stage, rows))))
     stage.finish({"pictures": names, "rows": {r["name"]: {"prompt": r["prompt"], "seed": r["seed"]} for r in rows}})
     run.say(f"{name}: {len(names)} picture{'s' * (len(names) > 1)}; look at {stage.folder / SHEET}")
-
-
-def say_why(run: Run, stage: Stage) -> None:
-    """Of what was made before, and is made anew: hours may go by."""
-    if why := stage.why:
-        run.say(f"{stage.name}: made anew, for {why}")
 
 
 def map_into(stage: Stage, run: Run, make: Make, rows: list[dict[str, Any]], *, batch: int, title: str, unit: str, model_stage: str) -> None:

@@ -15,10 +15,6 @@ def asks_for_subject(prompt: str) -> bool:
     return _WORD.search(prompt) is not None
 
 
-def plural(n: int, noun: str) -> str:
-    return f"{n} {noun}{'s' * (n != 1)}"
-
-
 def article(noun: str) -> str:
     """'a' or 'an', by how the noun begins."""
     return "an" if _AN.match(noun) else "a"

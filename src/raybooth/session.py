@@ -15,6 +15,7 @@ from raybooth.config import Config
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
 from raybooth.manifest import KEPT, holds_configuration, model_digest, read_manifest, write_atomically
+from raybooth.stage import Stage
 from raybooth.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -85,6 +86,11 @@ class Run:
     def say(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
+
+    def say_why(self, stage: Stage) -> None:
+        """Of what was made before, and is made anew: hours may go by."""
+        if why := stage.why:
+            self.say(f"{stage.name}: made anew, for {why}")
 
     def progress(self, things: Iterable[T], total: int, title: str, unit: str) -> Iterator[T]:
         """`things` with a line that shows how many, at which rate, and the time left."""

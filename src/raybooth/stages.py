@@ -13,14 +13,13 @@ from raybooth import selection
 from raybooth.base_model import prepare_base
 from raybooth.checkpoint import Checkpoints
 from raybooth.disk import path_of
-from raybooth.drawing import SHEET, class_inputs, class_rows, draw, drawing, map_into, output_prompts, output_rows, resolution, say_why
+from raybooth.drawing import SHEET, class_inputs, class_rows, draw, drawing, map_into, output_prompts, output_rows, resolution
 from raybooth.encoder_files import prepare_encoders
 from raybooth.errors import MUST_BE_SHARED, RayboothError
 from raybooth.extras import check_installed
 from raybooth.manifest import digest, files_under
 from raybooth.naming import settle_token
 from raybooth.photos import SMALLEST_SIDE, SUFFIXES, Photo, contact_sheet, png, refuse_duplicates, remarks, square, views
-from raybooth.prompts import plural
 from raybooth.session import Run, StepLine, settings_of, versions
 from raybooth.sources import Gathered, fetch, gather, is_remote
 from raybooth.stage import Stage
@@ -114,7 +113,8 @@ def prepare_photos(run: Run, photos: _Photos) -> None:
     _say_skipped(run, photos.here)
     held = stage.held
     if held and stage.done():
-        return run.say(f"instance-images: {plural(len(held['facts']['pictures']), 'picture')}, up to date")
+        n = len(held["facts"]["pictures"])
+        return run.say(f"instance-images: {n} picture{'s' * (n > 1)}, up to date")
     _say_skipped(run, photos.there)
     given = photos.here.photos + photos.there.photos
     images = [(photo, views(photo, how["resolution"], subject.crops, subject.flip, str(run.config.seed))) for photo in given]
@@ -159,7 +159,7 @@ def _write_instances(run: Run, stage: Stage, images: list[tuple[Photo, list[Imag
     sources = [{"name": photo.name, "sha256": photo.sha256} for photo, _ in images]
     stage.finish({"pictures": list(pictures), "sources": sources, **facts}, only=[*pictures, SHEET])
     what = f"{len(pictures)} views of " if len(pictures) > len(images) else ""
-    run.say(f"instance-images: {what}{plural(len(images), 'photograph')}; look at {stage.folder / SHEET}")
+    run.say(f"instance-images: {what}{len(images)} photograph{'s' * (len(images) > 1)}; look at {stage.folder / SHEET}")
 
 
 def class_images(run: Run) -> None:
@@ -180,7 +180,7 @@ def encode(run: Run) -> None:
         return run.say(f"latents: {len(rows)} rows, up to date")
     work = [{"name": n, **_read_row(run, rows[n])} for n in rows if n in missing]
     if work:
-        say_why(run, stage)
+        run.say_why(stage)
         make = partial(jobs.encoder, run.workspace.uri, any("prompt" in row for row in work), stage.inputs["model"])
         map_into(stage, run, make, work, batch=16, title="encode", unit="row", model_stage="base-model")
     stage.finish(only=rows)
@@ -286,7 +286,7 @@ def finetune(run: Run) -> None:
         return run.say("fine-tuned-model: up to date")
     for name in used:
         run.workspace.output("latents", name)  # what was deleted shows here, and not in a worker
-    say_why(run, stage)
+    run.say_why(stage)
     stage.clear()
     target = f"fine-tuned-model/{stage.partial.name}"
     make = partial(tuning.finetuner, run.workspace.uri, target, key, rows, prompts, config.prior, config.finetune, config.lora, config.seed, selects)

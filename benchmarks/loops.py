@@ -27,7 +27,7 @@ from raybooth.families import Loaded, family_of
 from raybooth.families.parts import load
 from raybooth.log import peak_memory
 from raybooth.mini import FOLDER
-from raybooth.sections import Sampling
+from raybooth.sections import Finetune, Sampling
 
 
 def layout(folder: Path) -> None:
@@ -66,9 +66,7 @@ def ours(folder: Path, steps: int, autocast: torch.dtype | None = None, teacher:
         mean=torch.randn(rows, *shape), std=torch.rand(rows, *shape) / 10, prompt=of_class.int().tolist(), weight=torch.ones(rows),
         prompts=["photo of unqtkn dog", "photo of a dog"], instances=5, teacher=teacher,
     )  # fmt: skip
-    lr = dict.fromkeys(family.trainable(True), 1e-4)
-    settings = Settings(steps=steps, batch=2, lr=lr, weight_decay=1e-2, max_grad_norm=1.0, text_encoder=True, log_every=10, seed=0, autocast=autocast)
-    return fit(family, loaded, data, settings)
+    return fit(family, loaded, data, Settings(Finetune(steps=steps, batch=2, lr=1e-4, log_every=10), 0, autocast))
 
 
 def bare(folder: Path, steps: int, channels_last: bool = False, autocast: torch.dtype | None = None) -> Iterator[Any]:

@@ -28,7 +28,7 @@ from raybooth.jobs import encoder, prompt_name
 from raybooth.noise import Flow, normal
 from raybooth.photos import png
 from raybooth.sample import Sampler
-from raybooth.sections import Generate, Lora, Prior, Sampling
+from raybooth.sections import Finetune, Generate, Lora, Prior, Sampling
 from raybooth.train import Settings, fit
 from raybooth.tuning import training_set
 
@@ -46,9 +46,9 @@ def whole(folder: Path) -> tuple[Family, Loaded]:
     return family, load(family, folder, (family.denoiser, "vae", *family.encoders))
 
 
-def settings(family: Family, text_encoder: bool, **more: Any) -> Settings:
-    lr = dict.fromkeys(family.trainable(text_encoder), 0.001)
-    return Settings(**{**dict(steps=3, batch=2, lr=lr, weight_decay=0.0, max_grad_norm=1.0, text_encoder=text_encoder, log_every=1, seed=0), **more})
+def settings(text_encoder: bool, autocast: torch.dtype | None = None, **more: Any) -> Settings:
+    how = dict(steps=3, batch=2, lr=0.001, weight_decay=0.0, max_grad_norm=1.0, text_encoder=text_encoder, log_every=1)
+    return Settings(Finetune(**how | more), 0, autocast)  # type: ignore[arg-type]
 
 
 def rows(family: Family, loaded: Loaded, text_encoder: bool, teacher: bool = False, with_class: bool = True) -> TrainingSet:
@@ -117,7 +117,7 @@ def test_sigmas_that_are_shifted_with_the_size_are_the_pipelines(name: str, said
 def test_fit_save_open_in_plain_diffusers_and_draw(model: Path, tmp_path: Path, text_encoder: bool):
     family, loaded = whole(model)
     before = {k: v.clone() for k, v in loaded.modules[family.denoiser].state_dict().items()}
-    steps = list(fit(family, loaded, rows(family, loaded, text_encoder), settings(family, text_encoder)))
+    steps = list(fit(family, loaded, rows(family, loaded, text_encoder), settings(text_encoder)))
     assert all(s.metrics and np.isfinite(s.metrics.loss) for s in steps)
     assert any(not torch.equal(before[k], v) for k, v in loaded.modules[family.denoiser].state_dict().items())
     save(model, {part: loaded.modules[part] for part in family.trainable(text_encoder)}, tmp_path)
@@ -133,7 +133,7 @@ def test_adapters_change_nothing_at_first_and_open_in_plain_diffusers_when_train
     trained = family.trainable(True)
     add_adapters(family, loaded, trained, how, seed=0)
     assert all((a == b).all() for a, b in zip(plain, draw(family, loaded), strict=True))
-    list(fit(family, loaded, rows(family, loaded, True), settings(family, True, lr=dict.fromkeys(trained, 0.05))))
+    list(fit(family, loaded, rows(family, loaded, True), settings(True, lr=0.05)))
     with adapters_off([loaded.modules[part] for part in trained]):
         assert all((a == b).all() for a, b in zip(plain, draw(family, loaded), strict=True))  # the base has not moved
     learnt = draw(family, loaded)
@@ -151,7 +151,7 @@ def test_the_base_models_own_prediction_teaches_the_class(model: Path):
     """Before the adapters have moved, the trained model is its own teacher and class rows cost nothing."""
     family, loaded = whole(model)
     add_adapters(family, loaded, family.trainable(False), Lora(rank=4), seed=0)
-    steps = list(fit(family, loaded, rows(family, loaded, False, teacher=True), settings(family, False, lr={family.denoiser: 0.05})))
+    steps = list(fit(family, loaded, rows(family, loaded, False, teacher=True), settings(False, lr=0.05)))
     priors = [s.metrics.prior for s in steps if s.metrics]
     assert priors[0] == pytest.approx(0, abs=1e-10)
     assert priors[-1] > 1e-8
@@ -220,9 +220,9 @@ def test_an_encoder_that_is_never_trained_runs_once_a_prompt(tmp_path: Path, mon
     family, names = family_of(folder), list(made)[:3]
     data = training_set(latents, {"instance": names[:2], "class": names[2:]}, dict(zip(("instance", "class"), PROMPTS, strict=True)), Prior(), True)
     light, heavy = load(family, folder, family.trainable(True)), load(family, folder, (family.denoiser, *family.encoders))
-    once = [s.metrics.loss for s in fit(family, light, data, settings(family, True)) if s.metrics]
+    once = [s.metrics.loss for s in fit(family, light, data, settings(True)) if s.metrics]
     assert encoded == [1, 1]
-    always = [s.metrics.loss for s in fit(family, heavy, replace(data, conditioning=None), settings(family, True)) if s.metrics]
+    always = [s.metrics.loss for s in fit(family, heavy, replace(data, conditioning=None), settings(True)) if s.metrics]
     assert encoded == [1, 1, 2, 2, 2]
     assert once == pytest.approx(always, rel=1e-6)
 

@@ -81,7 +81,7 @@ def test_out_of_memory_names_what_needs_less(storage: str, what: str, monkeypatc
 def test_a_sentence_from_a_worker_arrives_as_itself(storage: str, ray: None, capfd: pytest.CaptureFixture[str]):
     make = partial(encoder, f"{storage}/fine-tuned-model", prompts=False, model="")
     with pytest.raises(RayboothError) as said:
-        list(map_rows(make, [{"name": "a"}], batch=1, have=Resources(1, 0, 1), retries=0))
+        list(map_rows(make, [{"name": "a"}], batch=1, have=Resources(1, 0, 1), retries=0, say=print))
     assert str(said.value).startswith("There is no model folder")
     assert "\n" not in str(said.value)
     assert "ERROR" not in capfd.readouterr().err
@@ -91,7 +91,7 @@ def test_pictures_that_kill_their_worker_are_not_tried_for_ever(ray: None, tmp_p
     """Ray Data itself would begin again and again, and say nothing."""
     dies = f"import os, signal\nwith open({str(tmp_path / 'deaths')!r}, 'a') as file: file.write('x')\nos.kill(os.getpid(), signal.SIGKILL)"
     with pytest.raises(RayboothError, match="The same pictures lost a worker 2 times, perhaps for lack of memory"):
-        list(map_rows(partial(exec, dies), [{"name": "a"}], batch=1, have=Resources(1, 0, 1), retries=1))  # type: ignore[arg-type]
+        list(map_rows(partial(exec, dies), [{"name": "a"}], batch=1, have=Resources(1, 0, 1), retries=1, say=print))  # type: ignore[arg-type]
     assert (tmp_path / "deaths").read_text() == "xx"
 
 
@@ -128,8 +128,8 @@ def test_a_killed_worker_of_a_fine_tuning_names_what_needs_less_memory(ray: None
 
 
 def said_with_a_ray_of_its_own(body: str) -> list[str]:
-    """What `body` prints, whose CPUs nothing else holds. It has `fit`, and `have` of the Ray."""
-    start = "import raybooth.cluster.fit as fit\nfrom raybooth.cluster.session import connected\n\nwith connected(None) as have:\n"
+    """What `body` prints, whose CPUs nothing else holds. It has `fit`, `session`, and `have` of the Ray."""
+    start = "import raybooth.cluster.fit as fit\nfrom raybooth.cluster import session\n\nwith session.connected(None) as have:\n"
     done = subprocess.run([sys.executable, "-c", start + textwrap.indent(body, "    ")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
@@ -140,7 +140,7 @@ def test_a_group_that_has_no_place_yet_says_so_and_starts_when_it_has():
     said = said_with_a_ray_of_its_own("""
 from ray.util.placement_group import placement_group, remove_placement_group
 
-fit.PATIENCE = 0.5
+session.PATIENCE = 0.5
 taken = placement_group([{"CPU": have.cpus}])
 assert taken.wait(60)
 
@@ -154,6 +154,32 @@ print(fit.run_group(lambda: loop, workers=(1, 1), gpus_per_worker=0, retries=0, 
     (told, ended) = said
     assert re.fullmatch(r"Ray has no place for 1 worker \(1 CPU each\) yet: the cluster has (\d+) CPUs \(0 free\); they start when there is one", told)
     assert ended == "1"
+
+
+def test_rows_that_have_no_place_yet_say_so_and_begin_when_they_have():
+    """Once, and not of rows whose worker takes its time."""
+    said = said_with_a_ray_of_its_own("""
+from functools import partial
+from raybooth.cluster.rows import map_rows
+from ray.util.placement_group import placement_group, remove_placement_group
+
+slow = partial(eval, "lambda rows: __import__('time').sleep(2.5) or [r['name'].encode() for r in rows]")
+list(map_rows(slow, [{"name": "a process"}], batch=1, have=have, retries=0, say=print))
+session.PATIENCE = 1
+print(list(map_rows(slow, [{"name": "a"}], batch=1, have=have, retries=0, say=print)))
+taken = placement_group([{"CPU": have.cpus}])
+assert taken.wait(60)
+
+def say(text):
+    print(text)
+    remove_placement_group(taken)
+
+print(list(map_rows(slow, [{"name": "b"}], batch=1, have=have, retries=0, say=say)))
+""")
+    (first, told, then) = said
+    assert first == "[('a', b'a')]"
+    assert re.match(r"Ray has no place for workers .* yet: the cluster has (\d+) CPUs \(0 free\); they start when there is one$", told)
+    assert then == "[('b', b'b')]"
 
 
 def test_an_elastic_group_takes_what_others_leave():

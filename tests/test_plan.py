@@ -48,7 +48,7 @@ def measured_peak(folder: Path, made: config.Config) -> int:
     loaded = load(family, folder, family.trainable(how.text_encoder), held_in(family, how, "cpu"))
     make_ready(family, loaded, how, made.lora, 0)
     set_up = settings(
-        family, how.text_encoder, batch=how.batch, accumulate=how.accumulate, optimizer=how.optimizer, ema=how.ema,
+        how.text_encoder, batch=how.batch, accumulate=how.accumulate, optimizer=how.optimizer, ema=how.ema,
         autocast=autocast_dtype(family, how.precision, "cpu"),
     )  # fmt: skip
     workers = made.cluster.worker_range[0]
@@ -231,12 +231,12 @@ def counted_and_real(folder: Path, *how: str) -> tuple[int, int]:
     """The FLOPs of a step, as they are counted without data and as the workers' steps have them."""
     made = config.load(None, list(how), subject={"class": "dog"}, base={"model": str(folder), "resolution": 32})
     family, workers = family_of(folder), made.cluster.worker_range[0]
-    set_up = settings(family, made.finetune.text_encoder, steps=2, batch=made.finetune.batch, accumulate=made.finetune.accumulate)
+    set_up = settings(made.finetune.text_encoder, steps=2, batch=made.finetune.batch, accumulate=made.finetune.accumulate)
     real = 0
     for rank in range(workers):
         _, loaded = whole(folder)
-        data = rows(family, loaded, set_up.text_encoder, made.prior.teacher, with_class=made.prior.method != "none")
-        loaded.modules = {part: loaded.modules[part] for part in family.trainable(set_up.text_encoder)}
+        data = rows(family, loaded, made.finetune.text_encoder, made.prior.teacher, with_class=made.prior.method != "none")
+        loaded.modules = {part: loaded.modules[part] for part in family.trainable(made.finetune.text_encoder)}
         make_ready(family, loaded, made.finetune, made.lora, 0)
         steps = fit(family, loaded, data, set_up, Parallel(rank, workers))
         next(steps)  # in which a teacher encodes its prompt for the rest of the run

@@ -26,7 +26,6 @@ from raybooth.method import autocast_dtype, drawing_dtype, held_in, make_ready
 from raybooth.sections import Finetune, Lora
 from raybooth.train import Parallel, State, Step, fit
 from raybooth.tuning import in_common
-from raybooth.tuning import settings as settings_of
 
 Wrap = Callable[[torch.nn.Module], torch.nn.Module]
 LORA = Finetune(method="lora", precision="bf16", text_encoder=True)
@@ -45,8 +44,7 @@ def taught(
     start: State | None = None, **more: Any,
 ) -> Iterator[Step]:  # fmt: skip
     data = rows(*whole(folder), how.text_encoder, teacher)
-    lr = dict.fromkeys(family.trainable(how.text_encoder), 0.01)
-    changed = settings(family, how.text_encoder, lr=lr, autocast=autocast_dtype(family, how.precision, "cpu"), **more)
+    changed = settings(how.text_encoder, lr=0.01, autocast=autocast_dtype(family, how.precision, "cpu"), **more)
     return fit(family, loaded, data, changed, Parallel(wrap=wrap), start)
 
 
@@ -69,7 +67,7 @@ def test_the_base_is_held_in_what_the_forward_pass_is_cast_to_if_it_is_not_train
 @pytest.mark.parametrize(("can", "dtype"), [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({"avx512_bf16": False}, None)])
 def test_a_cpu_computes_in_bfloat16_where_it_is_faster(can: dict[str, bool], dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
-    assert settings_of(FAMILIES[0], Finetune(), torch.device("cpu"), 0).autocast == dtype
+    assert autocast_dtype(FAMILIES[0], "auto", "cpu") == dtype
     assert held_in(FAMILIES[0], Finetune(method="lora"), "cpu") == (dtype or torch.float32)
     assert autocast_dtype(FAMILIES[0], "fp32", "cpu") is None
 
@@ -81,7 +79,6 @@ def test_a_flow_is_trained_in_float32_by_a_gpu_that_has_no_bfloat16(family: Fami
     half = None if family.half == "bfloat16" else torch.float16
     assert autocast_dtype(family, "auto", "cuda") == half
     assert held_in(family, Finetune(method="lora"), "cuda") == (half or torch.float32)
-    assert settings_of(family, Finetune(), torch.device("cuda"), 0).autocast == half
     assert autocast_dtype(family, "fp16", "cuda") == torch.float16
 
 

@@ -22,13 +22,14 @@ from raybooth.sections import Finetune, Lora
 from raybooth.train import Parallel, Settings, State, fit
 from raybooth.tuning import out_of_memory_explained
 
-SETTINGS = Settings(steps=4, batch=2, lr={"unet": 1e-3, "text_encoder": 1e-3}, weight_decay=0.01, max_grad_norm=0.05, text_encoder=True, log_every=1, seed=5)
-
 ALONE, PLAIN = Parallel(), Finetune()
 
 
-def changed(**values) -> Settings:
-    return Settings(**{**vars(SETTINGS), **values})
+def changed(autocast: torch.dtype | None = None, seed: int = 5, **values: Any) -> Settings:
+    return Settings(Finetune(**dict(steps=4, batch=2, lr=1e-3, weight_decay=0.01, max_grad_norm=0.05, log_every=1) | values), seed, autocast)
+
+
+SETTINGS = changed()
 
 
 def data(instances: int = 3, classes: int = 4, weight: float = 0.6) -> TrainingSet:
@@ -79,22 +80,22 @@ def plain_loop(toy: Path, settings: Settings, rows: TrainingSet):
     """The same, written down straight: chunks, torch's own optimizer and clipping, a second model as the teacher."""
     loaded, base = (load(family_of(toy), toy, ("unet", "text_encoder")) for _ in range(2))
     parameters = [p.requires_grad_() for m in loaded.modules.values() for p in m.train().parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr["unet"], weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.finetune.lr, weight_decay=settings.finetune.weight_decay)
     losses, norms = [], []
-    for step in range(settings.steps):
-        index = rows_of_step(rows, step, settings.batch, settings.seed)
+    for step in range(settings.finetune.steps):
+        index = rows_of_step(rows, step, settings.finetune.batch, settings.seed)
         with torch.autocast("cpu", settings.autocast, enabled=settings.autocast is not None):
-            given: Any = (rows, index, list(range(len(index))), step, settings.seed, settings.noise_offset)
+            given: Any = (rows, index, list(range(len(index))), step, settings.seed, settings.finetune.noise_offset)
             out, noise = predicted(toy, loaded, *given)
             with torch.no_grad():
                 of_class = predicted(toy, base, *given)[0].float() if rows.teacher else noise
-        out, b = out.float(), settings.batch
+        out, b = out.float(), settings.finetune.batch
         loss = F.mse_loss(out[:b], noise[:b])
         if len(index) > b:
             loss = loss + float(rows.weight[-1]) * F.mse_loss(out[b:], of_class[b:])
         optimizer.zero_grad()
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, settings.finetune.max_grad_norm).item())
         optimizer.step()
         losses.append(loss.item())
     return {f"{part}.{k}": v for part, m in loaded.modules.items() for k, v in m.state_dict().items()}, losses, norms
@@ -131,7 +132,7 @@ def test_autocast_is_of_the_forward_pass_alone(toy: Path, monkeypatch: pytest.Mo
     _, losses, _ = plain_loop(toy, settings, data())
     monkeypatch.setattr(torch.Tensor, "backward", watched)
     _, steps = trained(toy, settings)
-    assert during == [False] * settings.steps
+    assert during == [False] * settings.finetune.steps
     assert [s.metrics.loss for s in steps] == pytest.approx(losses, rel=2e-3)
 
 
@@ -228,11 +229,10 @@ def test_no_step_waits_for_numbers(make: Callable[[Path], Path], text_encoder: b
         shapes = family.conditioning(folder)
         rows = replace(rows, conditioning={k: torch.zeros(2, *shape) for k, shape in shapes.items()})
     loaded = load(family, folder, family.trainable(text_encoder)).to("meta")
-    lr = dict.fromkeys(family.trainable(text_encoder), 1e-3)
     monkeypatch.setattr("raybooth.train.make_optimizer", lambda kind, groups, decay, seed: torch.optim.AdamW(groups, weight_decay=decay, foreach=False))
     for name in ("get_total_norm", "clip_grads_with_norm_"):
         monkeypatch.setattr(torch.nn.utils, name, one_by_one(getattr(torch.nn.utils, name)))
-    settings = changed(lr=lr, text_encoder=text_encoder, log_every=3, min_snr_gamma=5.0 if family.min_snr else 0.0)
+    settings = changed(text_encoder=text_encoder, log_every=3, min_snr_gamma=5.0 if family.min_snr else 0.0)
     steps = fit(family, loaded, rows.to(torch.device("meta")), settings)
     assert [next(steps).metrics, next(steps).metrics] == [None, None]
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
@@ -298,7 +298,7 @@ def test_out_of_memory_names_what_needs_less_in_order(text: str):
 
 def test_parts_have_their_own_learning_rates(toy: Path):
     before = load(family_of(toy), toy, ("unet", "text_encoder"))
-    after, _ = trained(toy, changed(steps=1, weight_decay=0.0, lr={"unet": 1e-3, "text_encoder": 1e-5}))
+    after, _ = trained(toy, changed(steps=1, weight_decay=0.0, lr=1e-3, text_encoder_lr=1e-5))
     moved = {
         part: max(float((after[f"{part}.{k}"] - v).abs().max()) for k, v in m.state_dict().items() if v.is_floating_point())
         for part, m in before.modules.items()
@@ -317,7 +317,7 @@ def test_bf16_weights_move_by_stochastic_rounding_and_stand_still_without(toy: P
         with pytest.MonkeyPatch.context() as patch:
             if kind:
                 patch.setattr("raybooth.train.make_optimizer", lambda _, groups, weight_decay, __, kind=kind: kind(groups, weight_decay=weight_decay))
-            settings = changed(steps=6, lr={"unet": 5e-6, "text_encoder": 5e-6}, autocast=torch.bfloat16)
+            settings = changed(steps=6, lr=5e-6, autocast=torch.bfloat16)
             list(fit(family, loaded, data(), settings))
         pairs = list(zip(before, loaded.modules["unet"].parameters(), strict=True))
         moved[name] = sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)

@@ -42,13 +42,20 @@ class TrainingSet:
 def rows_of_step(data: TrainingSet, step: int, batch: int, seed: int) -> list[int]:
     """`batch` instance rows, then as many class rows (none without prior preservation), for all workers together."""
     classes = len(data.weight) - data.instances
-    rows = [_dealt(seed, "instance", data.instances, step * batch + i) for i in range(batch)]
+    rows = [_row(seed, "instance", data.instances, step * batch + i) for i in range(batch)]
     if classes:
-        rows += [data.instances + _dealt(seed, "class", classes, step * batch + i) for i in range(batch)]
+        rows += [data.instances + _row(seed, "class", classes, step * batch + i) for i in range(batch)]
     return rows
 
 
-def _dealt(seed: int, what: str, n: int, k: int) -> int:
+def dealt(rows: int, rank: int, workers: int, accumulate: int) -> list[range]:
+    """The places in a step of `rows` rows that worker `rank` has, a range for each of its passes: `accumulate` of them, or as many as it has rows."""
+    mine = range(rank, rows, workers)
+    passes = min(accumulate, len(mine))
+    return [mine[i::passes] for i in range(passes)]
+
+
+def _row(seed: int, what: str, n: int, k: int) -> int:
     """The k-th row of an endless deal in which every epoch is a new permutation of n."""
     epoch, position = divmod(k, n)
     return int(torch.randperm(n, generator=generator(seed, "order", what, epoch))[position])

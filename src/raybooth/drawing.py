@@ -121,7 +121,8 @@ def map_into(stage: Stage, run: Run, make: Make, rows: list[dict[str, Any]], *, 
         model_stage: the stage folder of the model that each worker has.
     """
     cluster = run.config.cluster
-    done = map_rows(make, rows, batch=batch, have=run.ray, retries=cluster.retries, samplers=cluster.samplers, model_bytes=model_bytes(run, model_stage))
+    size = model_bytes(run, model_stage)
+    done = map_rows(make, rows, batch=batch, have=run.ray, retries=cluster.retries, say=run.say, samplers=cluster.samplers, model_bytes=size)
     with contextlib.closing(done):  # Ctrl-C may come while a file is written
         for name, data in run.progress(done, len(rows), title, unit):
             stage.write(name, data)

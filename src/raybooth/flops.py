@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from raybooth.dataset import dealt
 from raybooth.families import Family, Loaded
 from raybooth.families.lora import adapters_off
 from raybooth.families.parts import decode, unloaded
@@ -28,13 +29,9 @@ def without_weights(family: Family, folder: Path, finetune: Finetune, lora: Lora
 
 def passes_of_step(prior: Prior, finetune: Finetune, workers: int) -> list[list[tuple[int, int]]]:
     """Of each of `workers`, its forward passes in a step as the training deals them: how many rows, and how many of these are of the class."""
-    with_class_rows = prior.preserves
-    places, worker = range(finetune.batch * (2 if with_class_rows else 1)), []
-    for rank in range(workers):
-        mine = places[rank::workers]
-        passes = min(finetune.accumulate, len(mine))
-        worker.append([(len(mine[i::passes]), sum(place >= finetune.batch for place in mine[i::passes])) for i in range(passes)])
-    return worker
+    rows = finetune.batch * (2 if prior.preserves else 1)
+    passes = [dealt(rows, rank, workers, finetune.accumulate) for rank in range(workers)]
+    return [[(len(places), sum(place >= finetune.batch for place in places)) for places in worker] for worker in passes]
 
 
 def step_flops(family: Family, loaded: Loaded, prior: Prior, finetune: Finetune, side: int, workers: int) -> int:
@@ -42,10 +39,10 @@ def step_flops(family: Family, loaded: Loaded, prior: Prior, finetune: Finetune,
 
     `loaded` is as without_weights() makes it, `side` a picture's in pixels.
     """
-    dealt = passes_of_step(prior, finetune, workers)
-    prompts = 2 if any(of_class for worker in dealt for _, of_class in worker) else 1
+    group = passes_of_step(prior, finetune, workers)
+    prompts = 2 if any(of_class for worker in group for _, of_class in worker) else 1
     # Every worker encodes the step's prompts, once for all its passes.
-    passes = Counter((*share, 0 if i else prompts) for worker in dealt for i, share in enumerate(worker))
+    passes = Counter((*share, 0 if i else prompts) for worker in group for i, share in enumerate(worker))
     return sum(n * _pass_flops(family, loaded, prior, finetune, side, *share) for share, n in passes.items())
 
 
@@ -72,7 +69,7 @@ def picture_flops(family: Family, loaded: Loaded, side: int, guided: bool) -> tu
 
 
 def loss_without_data(family: Family, loaded: Loaded, trained: tuple[str, ...], rows: int, side: int, prompts: int = 2) -> Tensor:
-    """A scalar that follows from all the trained parts, as the loss of `rows` rows does that encodes so many `prompts`, on the default device."""
+    """A scalar that follows from all the trained parts, as the loss of `rows` rows does that encodes `prompts` prompts, on the default device."""
     shape, conditioning = loaded.facts.latent_shape(side), family.conditioning(loaded.folder)
     dtype = next(loaded.modules[family.denoiser].parameters()).dtype
     text = {k: torch.zeros(rows, *s, dtype=dtype, requires_grad=len(trained) > 1) for k, s in conditioning.items()}

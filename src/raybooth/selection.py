@@ -91,7 +91,8 @@ def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, A
     if best.step != max(checkpoints):
         shutil.rmtree(run.workspace.root / target, ignore_errors=True)  # the last step's: a pull would take it for the one that another machine has made
         make = partial(tuning.exporter, run.workspace.uri, checkpoints[best.step], target)
-        list(map_rows(make, [{"name": "model"}], batch=1, have=run.ray, retries=run.config.cluster.retries, model_bytes=model_bytes(run, "base-model")))
+        cluster, size = run.config.cluster, model_bytes(run, "base-model")
+        list(map_rows(make, [{"name": "model"}], batch=1, have=run.ray, retries=cluster.retries, say=run.say, model_bytes=size))
         run.workspace.pull("fine-tuned-model")
     prompts = list(dict.fromkeys(row["prompt"] for row in rows_of(run)))
     how = sampling(run, run.config.generate)

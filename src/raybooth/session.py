@@ -84,8 +84,11 @@ class Run:
         return have
 
     def say(self, text: str) -> None:
+        """On a line of its own, above a line of progress."""
+        from tqdm import tqdm
+
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            tqdm.write(text, file=sys.stderr)
 
     def say_why(self, stage: Stage) -> None:
         """Of what was made before, and is made anew: hours may go by."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raybooth.clock import CLOCK, Clock
 from raybooth.errors import RayboothError
-from raybooth.manifest import BLOCK, MANIFEST, describe, digest, file_digest, files_under, is_another, read_manifest, write_atomically
+from raybooth.manifest import MANIFEST, describe, digest, files_under, intact, is_another, read_manifest, write_atomically
 
 if TYPE_CHECKING:
     from raybooth.workspace import Workspace
@@ -149,10 +149,3 @@ def differences(old: dict[str, Any], new: dict[str, Any], below: str = "") -> It
         elif a != b:
             short = all(v is None or isinstance(v, bool | int | float) or (isinstance(v, str) and len(v) < 60) for v in (a, b))
             yield f"{name} was {a} and is {b}" if short else f"{name} changed"
-
-
-def intact(path: Path, described: dict[str, Any]) -> bool:
-    if not path.is_file() or path.stat().st_size != described["bytes"]:
-        return False
-    # Hashing gigabytes of weights at every start would cost more than it tells; their size must do.
-    return path.stat().st_size > 4 * BLOCK or file_digest(path) == described["sha256"]

@@ -4,7 +4,7 @@ Whoever drives it (Ray, a test, a notebook) adds reporting, checkpoints and stop
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raybooth.dataset import TrainingSet, noised_rows, rows_of_step
+from raybooth.dataset import TrainingSet, dealt, noised_rows, rows_of_step
 from raybooth.dropout import key_dropout
 from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded
 from raybooth.loss import prior_preserving, row_errors
 from raybooth.noise import reseeded, sent
 from raybooth.optim import Average, groups_of, laid_out_like, learning_rate_factor, make_optimizer
+from raybooth.sections import Finetune
 from raybooth.teacher import Teacher
 
 VALIDATION = 8  # draws of each kind of row
@@ -28,24 +29,11 @@ Words = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """What fit() needs to know of the configuration. `batch` counts instance rows over all workers; `lr` is of a part by name."""
+    """What fit() needs to know beside model and rows. `finetune.batch` counts instance rows over all workers; `autocast` is what "auto" stands for here."""
 
-    steps: int
-    batch: int
-    lr: Mapping[str, float]
-    weight_decay: float
-    max_grad_norm: float
-    text_encoder: bool
-    log_every: int
+    finetune: Finetune
     seed: int
     autocast: torch.dtype | None = None
-    optimizer: str = "adamw"
-    schedule: str = "constant"
-    warmup: int = 0
-    accumulate: int = 1
-    ema: float = 0.0
-    min_snr_gamma: float = 0.0
-    noise_offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,8 +91,8 @@ class RowLoss(nn.Module):
     def __init__(self, family: Family, loaded: Loaded, data: TrainingSet, settings: Settings):
         super().__init__()
         self.family, self.loaded, self.objective, self.data = family, loaded, loaded.objective.to(data.mean.device), data
-        self.text_encoder, self.min_snr_gamma = settings.text_encoder, settings.min_snr_gamma
-        self.trained = nn.ModuleDict({name: loaded.modules[name] for name in family.trainable(settings.text_encoder)})
+        self.text_encoder, self.min_snr_gamma = settings.finetune.text_encoder, settings.finetune.min_snr_gamma
+        self.trained = nn.ModuleDict({name: loaded.modules[name] for name in family.trainable(self.text_encoder)})
         self.teacher = Teacher(family, loaded, self.trained, settings.autocast) if data.teacher and data.instances < len(data.prompt) else None
         if self.teacher:
             self.taught = sorted({*data.prompt[data.instances :]})
@@ -157,10 +145,10 @@ def fit(
     if start:
         loop.restore(start)
     start = None
-    while loop.done < settings.steps:
+    while loop.done < settings.finetune.steps:
         loop.step()
-        last = loop.done == settings.steps
-        metrics = loop.read() if last or loop.done % settings.log_every == 0 else None
+        last = loop.done == settings.finetune.steps
+        metrics = loop.read() if last or loop.done % settings.finetune.log_every == 0 else None
         yield Step(loop.done, metrics, loop.state, loop.validate)
     loop.finish()
 
@@ -169,7 +157,8 @@ class _Loop:
     """What one worker holds while it fine-tunes."""
 
     def __init__(self, module: RowLoss, settings: Settings, parallel: Parallel):
-        self.data, self.objective, self.settings, self.parallel = module.data, module.objective, settings, parallel
+        self.data, self.objective, self.parallel = module.data, module.objective, parallel
+        self.finetune, self.seed, self.autocast = settings.finetune, settings.seed, settings.autocast
         self.device = self.data.mean.device
         self.trained = module.trained.train()
         for part in self.trained.values():
@@ -177,12 +166,15 @@ class _Loop:
                 part.requires_grad_(True)
         # Held as a dictionary: a generator would be used up by the optimizer and leave nothing to clip.
         self.parameters = {k: p for k, p in self.trained.named_parameters() if p.requires_grad}
-        groups = groups_of(settings.optimizer, self.parameters, {part: settings.lr[part] for part in self.trained})
+        finetune = self.finetune
+        of_encoders = finetune.lr if finetune.text_encoder_lr is None else finetune.text_encoder_lr
+        rates = {part: finetune.lr if part == module.family.denoiser else of_encoders for part in self.trained}
+        groups = groups_of(finetune.optimizer, self.parameters, rates)
         # What is multiplied is rounded, in bfloat16 by up to half a 128th: the bound is to hold after that too.
-        self.bound = settings.max_grad_norm * (1 - max(torch.finfo(p.dtype).eps for p in self.parameters.values()) / 2)
-        self.optimizer = make_optimizer(settings.optimizer, groups, settings.weight_decay, settings.seed)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.autocast is torch.float16)
-        self.average = Average(self.parameters, settings.ema) if settings.ema else None
+        self.bound = finetune.max_grad_norm * (1 - max(torch.finfo(p.dtype).eps for p in self.parameters.values()) / 2)
+        self.optimizer = make_optimizer(finetune.optimizer, groups, finetune.weight_decay, self.seed)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast is torch.float16)
+        self.average = Average(self.parameters, finetune.ema) if finetune.ema else None
         self.keys = {part: key_dropout(trained) for part, trained in self.trained.items()}
         self.module, self.model = module, parallel.wrap(module)
         self.done = self.read_at = 0
@@ -190,16 +182,16 @@ class _Loop:
 
     def step(self) -> None:
         """One optimizer step by this worker's share of the rows."""
-        settings, step = self.settings, self.done
-        every = rows_of_step(self.data, step, settings.batch, settings.seed)
+        finetune, seed, step = self.finetune, self.seed, self.done
+        every = rows_of_step(self.data, step, finetune.batch, seed)
         used = sorted({self.data.prompt[row] for row in every})
-        mine = range(self.parallel.rank, len(every), self.parallel.world)
+        passes = dealt(len(every), self.parallel.rank, self.parallel.world, finetune.accumulate)
         for part, keys in self.keys.items():
-            keys[:] = [(settings.seed, "dropout", step, part, prompt) for prompt in used]  # the denoiser's are of rows, which each pass sets
-        with reseeded(self.device, settings.seed, "dropout", step, self.parallel.rank):  # what little a library drops by itself
-            self._passes(every, mine, used)
+            keys[:] = [(seed, "dropout", step, part, prompt) for prompt in used]  # the denoiser's are of rows, which each pass sets
+        with reseeded(self.device, seed, "dropout", step, self.parallel.rank):  # what little a library drops by itself
+            self._passes(every, passes, used)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * learning_rate_factor(settings.schedule, step, settings.steps, settings.warmup)
+            group["lr"] = group["peak"] * learning_rate_factor(finetune.schedule, step, finetune.steps, finetune.warmup)
         self.scaler.unscale_(self.optimizer)
         norm = self._clip(self.bound)
         if self.scaler.is_enabled():  # an overflow is the scaler's business: it skips the step and lowers its scale
@@ -221,35 +213,35 @@ class _Loop:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), bound, norm, foreach=True)
         return norm
 
-    def _passes(self, every: list[int], mine: Sequence[int], used: list[int]) -> None:
-        """`accumulate` passes over this worker's rows. A trained text encoder runs once for all of them: they go by copies of what it says,
-        but for the last, which takes the gradients of the copies back to it.
+    def _passes(self, every: list[int], passes: Sequence[Sequence[int]], used: list[int]) -> None:
+        """Forward and backward over this worker's places in the step, a pass after the other. A trained text encoder runs once for all of them:
+        they go by copies of what it says, but for the last, which takes the gradients of the copies back to it.
         """
-        passes, words, copies = min(self.settings.accumulate, len(mine)), None, None
-        if passes > 1 and self.settings.text_encoder:
-            with autocast(self.device, self.settings.autocast):
+        words, copies = None, None
+        if len(passes) > 1 and self.finetune.text_encoder:
+            with autocast(self.device, self.autocast):
                 words = self.module.encode(used)
             copies = {k: v.detach().requires_grad_(v.requires_grad) for k, v in words.items()}
-        for i in range(passes - 1):
+        for places in passes[:-1]:
             # Gradients are exchanged once a step.
             with self.model.no_sync() if isinstance(self.model, nn.parallel.DistributedDataParallel) else nullcontext():
-                self._backward(every, mine[i::passes], used, copies)
+                self._backward(every, places, used, copies)
         owed = [(v.float() * g.float()).sum() for k, v in (words or {}).items() if copies and (g := copies[k].grad) is not None]
-        self._backward(every, mine[passes - 1 :: passes], used, words, owed)
+        self._backward(every, passes[-1], used, words, owed)
 
     def _backward(self, every: list[int], places: Sequence[int], used: list[int], words: Words | None, owed: Sequence[Tensor] = ()) -> None:
-        settings, data = self.settings, self.data
-        mine, instances = [every[i] for i in places], sum(i < settings.batch for i in places)
+        finetune, data = self.finetune, self.data
+        mine, instances = [every[i] for i in places], sum(i < finetune.batch for i in places)
         rows = sent(torch.tensor(mine), self.device)
-        x0, noise, t = noised_rows(data, self.objective, settings.seed, settings.noise_offset, self.done, places, rows)
-        self.keys[self.module.family.denoiser][:] = [(settings.seed, "dropout", self.done, place) for place in places]
-        with autocast(self.device, settings.autocast):
+        x0, noise, t = noised_rows(data, self.objective, self.seed, finetune.noise_offset, self.done, places, rows)
+        self.keys[self.module.family.denoiser][:] = [(self.seed, "dropout", self.done, place) for place in places]
+        with autocast(self.device, self.autocast):
             errors = self.model(instances, [data.prompt[row] for row in mine], used, x0, noise, t, words)
-            loss = prior_preserving(errors, data.weight[rows], settings.batch)
+            loss = prior_preserving(errors, data.weight[rows], finetune.batch)
         # Wrapped modules average gradients over the workers; the loss is their sum.
         sum(owed, self.scaler.scale(loss * self.parallel.world)).backward()
         with torch.no_grad():
-            self.seen[:3] += torch.stack([loss, *(kind.sum() / settings.batch for kind in (errors[:instances], errors[instances:]))])
+            self.seen[:3] += torch.stack([loss, *(kind.sum() / finetune.batch for kind in (errors[:instances], errors[instances:]))])
 
     def read(self) -> Metrics:
         """The means since the last reading, over all workers; the one place where the step waits for its numbers."""
@@ -279,10 +271,10 @@ class _Loop:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """In passes of a step's own shape, which the device is warm for."""
-        data, settings = self.data, self.settings
+        data, finetune = self.data, self.finetune
         kinds = {"instance": range(data.instances), "prior": range(data.instances, len(data.weight))}
         kinds = {kind: among for kind, among in kinds.items() if among}
-        share, errors = max(1, settings.batch // (settings.accumulate * self.parallel.world)), []
+        share, errors = max(1, finetune.batch // (finetune.accumulate * self.parallel.world)), []
         self.trained.eval()
         try:
             for i in range(0, VALIDATION, share):
@@ -290,8 +282,8 @@ class _Loop:
                 chosen = [among[k % len(among)] for among in kinds.values() for k in places]
                 rows = sent(torch.tensor(chosen), self.device)
                 # No step of the training is the one before the first.
-                drawn = noised_rows(data, self.objective, settings.seed, settings.noise_offset, -1, [*places] * len(kinds), rows)
-                with autocast(self.device, settings.autocast):
+                drawn = noised_rows(data, self.objective, self.seed, finetune.noise_offset, -1, [*places] * len(kinds), rows)
+                with autocast(self.device, self.autocast):
                     prompt = [data.prompt[row] for row in chosen]
                     errors.append(self.module(len(places), prompt, sorted({*prompt}), *drawn).view(len(kinds), -1))
         finally:

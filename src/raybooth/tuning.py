@@ -20,10 +20,7 @@ from raybooth.sections import Finetune, Lora, Prior
 from raybooth.workspace import Workspace
 
 if TYPE_CHECKING:
-    import torch
-
     from raybooth.dataset import TrainingSet
-    from raybooth.train import Settings
 
 
 def finetuner(
@@ -41,7 +38,7 @@ def finetuner(
     from raybooth.checkpoint import Checkpoints
     from raybooth.families.parts import load
     from raybooth.flops import step_flops, without_weights
-    from raybooth.train import Parallel, fit
+    from raybooth.train import Parallel, Settings, fit
 
     def loop(group: Any, say: Callable[[Row], None]) -> dict[str, Any]:
         folder = stage_folder(storage, "base-model")
@@ -72,7 +69,8 @@ def finetuner(
         parallel = Parallel(group.rank, group.world, group.wrap, group.total)
         every, steps = finetune.checkpoint_every, finetune.steps
         due = (readings[-1]["step"] // every + 1) * every if readings else 0  # as if it had never stopped
-        training = fit(family, loaded, data, settings(family, how, group.device, seed), parallel, start)
+        settings = Settings(how, seed, autocast_dtype(family, how.precision, group.device.type))
+        training = fit(family, loaded, data, settings, parallel, start)
         del start  # for fit() to let go of: a checkpoint is as large as what is trained
         with log, explained_if_full(f"The storage {storage}"):
             with out_of_memory_explained():
@@ -135,30 +133,6 @@ def exporter(storage: str, checkpoint: str, target: str) -> Callable[[list[Row]]
         return [b"" for _ in rows]
 
     return work
-
-
-def settings(family: Family, finetune: Finetune, device: "torch.device", seed: int) -> "Settings":
-    from raybooth.train import Settings
-
-    denoiser, *encoders = family.trainable(finetune.text_encoder)
-    return Settings(
-        steps=finetune.steps,
-        batch=finetune.batch,
-        lr={denoiser: finetune.lr} | dict.fromkeys(encoders, finetune.text_encoder_lr or finetune.lr),
-        weight_decay=finetune.weight_decay,
-        max_grad_norm=finetune.max_grad_norm,
-        text_encoder=finetune.text_encoder,
-        log_every=finetune.log_every,
-        seed=seed,
-        autocast=autocast_dtype(family, finetune.precision, device.type),
-        optimizer=finetune.optimizer,
-        schedule=finetune.schedule,
-        warmup=finetune.warmup,
-        accumulate=finetune.accumulate,
-        ema=finetune.ema,
-        min_snr_gamma=finetune.min_snr_gamma,
-        noise_offset=finetune.noise_offset,
-    )
 
 
 out_of_memory_explained = partial(explained_if_out_of_memory, "Fine-tuning", LESS_MEMORY)

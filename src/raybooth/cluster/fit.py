@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+from raybooth.cluster import session
 from raybooth.cluster.allocator import keep_freed_memory
 from raybooth.cluster.session import Resources, causes, check_workers, import_quickly, last_line, own_errors
 from raybooth.errors import LESS_MEMORY, LOGS, RayboothError
@@ -182,14 +183,6 @@ def _waits_for_a_place(before: Collection[str]) -> bool:
     return not any(state == "CREATED" for name, state in _places().items() if name not in before)
 
 
-def _there() -> str:
-    """What the cluster has, in words."""
-    import ray
-
-    have, free = ray.cluster_resources(), ray.available_resources()
-    return " and ".join(f"{have.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in ("CPU", "GPU") if kind == "CPU" or have.get(kind))
-
-
 @contextlib.contextmanager
 def place_given_back() -> Iterator[None]:
     """By a group that fails or is interrupted, and with it its workers end.
@@ -209,10 +202,6 @@ def place_given_back() -> Iterator[None]:
             for name in _places().keys() - before.keys():
                 remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
         raise
-
-
-PATIENCE = 30.0
-"""Seconds until a group that Ray has no place for is told of."""
 
 
 class _Board:
@@ -250,6 +239,6 @@ class _Board:
                     self.told = True
                     self.heard(json.loads(_internal_kv_get(key, namespace=self.name)))
                     _internal_kv_del(key, namespace=self.name)
-                if not self.told and time.monotonic() - self.began > PATIENCE and _waits_for_a_place(self.before):
+                if not self.told and time.monotonic() - self.began > session.PATIENCE and _waits_for_a_place(self.before):
                     self.told = True
-                    self.heard({"note": f"Ray has no place for {self.wanted} yet: the cluster has {_there()}; they start when there is one"})
+                    self.heard({"note": session.no_place(self.wanted)})

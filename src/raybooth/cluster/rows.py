@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any
 
+from raybooth.cluster import session
 from raybooth.cluster.session import Resources, import_quickly
 from raybooth.errors import LOGS, RayboothError
 
@@ -109,12 +110,33 @@ def threads_of(have: Resources, model_bytes: int) -> int:
     return 1 if model_bytes < SMALL else max(1, have.cpus // have.nodes)
 
 
+@contextlib.contextmanager
+def _waiting_told(board: str, wanted: str, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Says what is waited for if no worker has begun within `PATIENCE`, unless what it gives is called before: there are results."""
+    from ray.exceptions import RayError
+    from ray.experimental.internal_kv import _internal_kv_list
+
+    def look() -> None:
+        with contextlib.suppress(RayError):
+            if not _internal_kv_list("", namespace=board):
+                say(session.no_place(wanted))
+
+    timer = threading.Timer(session.PATIENCE, look)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield timer.cancel
+    finally:
+        timer.cancel()
+
+
 def map_rows(
-    make: Make, rows: list[Row], *, batch: int, have: Resources, retries: int, samplers: int | None = None, model_bytes: int = 0
+    make: Make, rows: list[Row], *, batch: int, have: Resources, retries: int, say: Callable[[str], None], samplers: int | None = None, model_bytes: int = 0
 ) -> Generator[tuple[str, bytes]]:  # fmt: skip
     """(name, file's bytes) of every row, as they are done and in no particular order.
 
     Each row has a `name`. `make` runs in the workers, once in each; it must be picklable, as a partial of a function is.
+    `say` gets a sentence if Ray has no place for any of them yet.
     Rows that were a worker's when it died go to another, up to `retries` times.
     Who may leave off before the last one closes it (`contextlib.closing`): Ray Data's thread goes on until then, also without Ray.
 
@@ -131,7 +153,8 @@ def map_rows(
     context.enable_progress_bars = False
     for name in ("ray.data", "ray.data._internal"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    args = (pickle.dumps(make), threads_of(have, model_bytes), f"raybooth-{uuid.uuid4().hex}", retries)
+    board = f"raybooth-{uuid.uuid4().hex}"
+    args = (pickle.dumps(make), threads_of(have, model_bytes), board, retries)
     # Pickled: as columns, rows with different keys would be filled up with nulls.
     source = ray.data.from_items([{"row": pickle.dumps(r)} for r in rows], override_num_blocks=blocks)
     # Fractions of a CPU: workers that held all CPUs would starve Ray Data's own tasks, and the pipeline would hang.
@@ -141,9 +164,12 @@ def map_rows(
     else:
         done = source.map_batches(_Task(*args), batch_size=None, compute=TaskPoolStrategy(size=size), num_cpus=0.5)
     # By its blocks, in this thread: iter_rows() reads ahead in three of its own, which outlive an interrupt and then ask a Ray that has gone.
-    for bundle in done.iter_internal_ref_bundles():
-        for block in bundle.block_refs:
-            for one in BlockAccessor.for_block(ray.get(block)).iter_rows(public_row_format=True):
-                if one["error"]:
-                    raise RayboothError(one["error"])
-                yield one["name"], one["data"]
+    wanted = "workers that draw, score or encode (1 GPU each)" if have.gpus else "workers that draw, score or encode (half a CPU each)"
+    with _waiting_told(board, wanted, say) as begun:
+        for bundle in done.iter_internal_ref_bundles():
+            begun()
+            for block in bundle.block_refs:
+                for one in BlockAccessor.for_block(ray.get(block)).iter_rows(public_row_format=True):
+                    if one["error"]:
+                        raise RayboothError(one["error"])
+                    yield one["name"], one["data"]

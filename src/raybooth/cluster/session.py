@@ -35,6 +35,10 @@ LEAN = {
 LOOPBACK = "127.0.0.1"  # where a Ray of this machine alone listens
 
 
+PATIENCE = 30.0
+"""Seconds until work that Ray has no place for is told of: Ray waits, and says nothing."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """What Ray has; `here` if it was started on this machine alone. `machines`: CPUs and GPUs of each."""
@@ -243,6 +247,15 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         inner = [getattr(one, name, None) for name in ("__cause__", "__context__", "cause", "health_check_failure", "controller_failure")]
         inner += list((getattr(one, "worker_failures", None) or {}).values())
         waiting += [e for e in inner if isinstance(e, BaseException)]
+
+
+def no_place(wanted: str) -> str:
+    """For people: what waits, and what the cluster has."""
+    import ray
+
+    have, free = ray.cluster_resources(), ray.available_resources()
+    there = " and ".join(f"{have.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in ("CPU", "GPU") if kind == "CPU" or have.get(kind))
+    return f"Ray has no place for {wanted} yet: the cluster has {there}; they start when there is one"
 
 
 def last_line(error: BaseException | str) -> str:

@@ -18,10 +18,10 @@ from PIL import Image
 from test_runs import MINI, SETTINGS
 
 from raybooth.serving.api import create_app
-from raybooth.serving.desk import Drawn, Job
+from raybooth.serving.batcher import Drawn, Job
 from raybooth.serving.generations import Draw
 from raybooth.serving.queue import Queue
-from raybooth.serving.runs import Workshop, runs_router
+from raybooth.serving.runs import RunManager, runs_router
 from raybooth.serving.subjects import Subjects
 
 GENERATIONS = "/v1/images/generations"
@@ -69,7 +69,7 @@ def picture(b64: str) -> Image.Image:
 def app_with_runs(subjects: Subjects, kennel: Path) -> FastAPI:
     """Its runs end at once."""
     ending = Queue(lambda storage: [sys.executable, "-c", ""])
-    return create_app(subjects, quick(), routers=[runs_router(Workshop(kennel, MINI, SETTINGS, ending))])
+    return create_app(subjects, quick(), routers=[runs_router(RunManager(kennel, MINI, SETTINGS, ending))])
 
 
 def sent(method: str, path: str, kind: str, length: str, body: bytes) -> bytes:

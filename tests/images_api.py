@@ -10,10 +10,10 @@ from PIL import Image
 
 from raybooth.config import load
 from raybooth.manifest import digest, read_manifest
-from raybooth.photos import png
+from raybooth.pictures import png
 from raybooth.sections import Sampling
 from raybooth.serving.api import create_app
-from raybooth.serving.desk import Drawn, Job
+from raybooth.serving.batcher import Drawn, Job
 from raybooth.serving.engine import Row
 from raybooth.serving.generations import UnavailableError
 from raybooth.serving.static import PAGE

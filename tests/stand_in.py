@@ -13,7 +13,7 @@ from PIL import Image
 
 from raybooth.config import load
 from raybooth.manifest import digest
-from raybooth.photos import png
+from raybooth.pictures import png
 from raybooth.workspace import Workspace
 
 

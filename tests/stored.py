@@ -13,8 +13,8 @@ from raybooth import config
 from raybooth.families import family_of
 from raybooth.families.lora import add_adapters, save_adapters
 from raybooth.families.parts import load
-from raybooth.manifest import files_under
-from raybooth.photos import png
+from raybooth.files import files_under
+from raybooth.pictures import png
 from raybooth.sections import Lora
 from raybooth.session import Run
 from raybooth.stage import Stage

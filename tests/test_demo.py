@@ -9,7 +9,7 @@ from raybooth import evaluation
 from raybooth.demo import Scores, demo, demo_config
 from raybooth.drawing import class_rows, draw
 from raybooth.features import features
-from raybooth.score import among
+from raybooth.score import pairwise_cosines
 from raybooth.session import Run
 from raybooth.verbs import do
 
@@ -57,7 +57,7 @@ def test_without_class_images_the_class_drifts(scores: Scores, storage: Path, tm
         rows = class_rows(run, evaluation.CLASS_PICTURES)
         draw(run, "class-after-images", "fine-tuned-model", run.config.prior, rows, {})
         found = features(run, "features", {"after": ("class-after-images", [r["name"] for r in rows])}, [])
-    kept = float(1 - among(found["after"]["clip"]).mean()) / scores.class_distance_before
+    kept = float(1 - pairwise_cosines(found["after"]["clip"]).mean()) / scores.class_distance_before
     assert kept < 0.80
     assert kept < scores.class_kept - 0.1
 

@@ -13,13 +13,14 @@ from stored import on_mini, teach
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, ViTModel
 
 from raybooth import evaluation, reporting, selection
+from raybooth.config import Config
 from raybooth.drawing import picture_seed
 from raybooth.encoders import clip, vit
 from raybooth.errors import RayboothError
-from raybooth.jobs import model_of
+from raybooth.jobs import drawing_digest
 from raybooth.mini import FOLDER
 from raybooth.mini.world import render, subject_scenes
-from raybooth.score import Array, Score, among, distances, diversity, scored, scored_pairs, to_prompt, to_subject
+from raybooth.score import Array, Score, distances, diversity, pairwise_cosines, scored, scored_pairs, to_prompt, to_subject
 from raybooth.verbs import do
 
 
@@ -89,7 +90,7 @@ def test_the_interval_is_that_of_a_mean():
     half = 1.96 * values.std(ddof=1) / 20
     assert (score.low, score.high) == pytest.approx((score.value - half, score.value + half), abs=0.002)
     assert scored(values) == score
-    assert len(among(np.eye(4, dtype=np.float32))) == 6
+    assert len(pairwise_cosines(np.eye(4, dtype=np.float32))) == 6
 
 
 def test_the_interval_of_a_diversity_holds_the_truth_as_often_as_it_says():
@@ -195,7 +196,7 @@ def test_what_is_scored_is_the_present_model(storage: Path, photos: Path):
         teach(run, 2)
         do(run, ["evaluate"])
         after = evaluation.read(run)
-        assert run.workspace.manifest("output-images")["inputs"]["model"] == model_of(run.workspace, "fine-tuned-model")
+        assert run.workspace.manifest("output-images")["inputs"]["model"] == drawing_digest(run.workspace, "fine-tuned-model")
     assert all(before[name].value != after[name].value for name in ("dino", "clip_t", "pres"))
 
 
@@ -203,7 +204,7 @@ def test_other_texts_are_other_scores(storage: Path, photos: Path, monkeypatch: 
     """As when a later version asks CLIP otherwise."""
     with on_mini(storage, photos) as run:
         before = evaluation.read(run)["clip_t"]
-        monkeypatch.setattr(evaluation, "scored_prompt", lambda run, prompt: "a car on the water")
+        monkeypatch.setattr(Config, "without_token", lambda self, prompt: "a car on the water")
         do(run, ["evaluate"])
         assert evaluation.read(run)["clip_t"].value != before.value
 
@@ -228,7 +229,7 @@ def test_crops_and_mirror_images_are_no_photographs(storage: Path, photos: Path)
     with on_mini(storage, photos, "subject.crops=1", "subject.flip=true") as run:
         do(run, ["prepare", "evaluate"])
         assert len(run.facts("instance-images")["pictures"]) == 3 * 4
-        own = among(vit(FOLDER / "vit")([Image.open(storage / "instance-images" / f"0{i}.png") for i in range(3)])["dino"].numpy()).mean()
+        own = pairwise_cosines(vit(FOLDER / "vit")([Image.open(storage / "instance-images" / f"0{i}.png") for i in range(3)])["dino"].numpy()).mean()
         assert evaluation.read(run)["dino"].ceiling == pytest.approx(own, abs=1e-5)
         [candidate] = selection.candidates(run, {1: "fine-tuned-model"})
         assert candidate.own == pytest.approx(own, abs=1e-5)
@@ -253,7 +254,7 @@ def test_the_stage_scores_a_run_and_does_nothing_twice(storage: Path, photos: Pa
             assert score.low <= score.value <= score.high, name
         features = evaluation.measured(run)
         assert scores["dino"].value == pytest.approx(to_subject(features["output"]["dino"], features["instance"]["dino"]).mean(), abs=1e-6)
-        assert scores["dino"].ceiling == pytest.approx(among(features["instance"]["dino"]).mean(), abs=1e-6)
+        assert scores["dino"].ceiling == pytest.approx(pairwise_cosines(features["instance"]["dino"]).mean(), abs=1e-6)
         assert scores["pres"].floor == pytest.approx(to_subject(features["class-before"]["dino"], features["instance"]["dino"]).mean(), abs=1e-6)
         before = {p: p.stat().st_mtime_ns for p in storage.rglob("*.safetensors")} | {p: p.stat().st_mtime_ns for p in storage.rglob("*.png")}
         evaluation.evaluate(run)

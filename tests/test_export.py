@@ -32,8 +32,8 @@ from raybooth.families.extract import extract
 from raybooth.families.lora import WEIGHTS
 from raybooth.families.original import original_unet
 from raybooth.families.parts import load
-from raybooth.jobs import model_of
-from raybooth.photos import png
+from raybooth.jobs import drawing_digest
+from raybooth.pictures import png
 from raybooth.score import Score
 from raybooth.sections import Lora
 from raybooth.session import Run
@@ -271,7 +271,7 @@ def test_a_full_disk_is_said(runs: Callable[..., Path], tmp_path: Path, monkeypa
 def test_the_card_says_what_it_is(tmp_path: Path):
     storage = fine_tuned(tmp_path / "run", "mini", only="attn2.to_q")
     with run_of(storage, "mini") as run:
-        rows, model = output_rows(run), model_of(run.workspace, "fine-tuned-model")
+        rows, model = output_rows(run), drawing_digest(run.workspace, "fine-tuned-model")
         stage = run.workspace.stage("output-images", {"model": model})
         for row in rows:
             stage.write(row["name"], png(Image.new("RGB", (64, 64)), prompt=row["prompt"]))

@@ -24,13 +24,13 @@ from raybooth.families.base import Family, Loaded
 from raybooth.families.folder import needed_files, plain_name, settle_shards
 from raybooth.families.lora import WEIGHTS, adapters_off, add_adapters, load_adapters, save_adapters
 from raybooth.families.parts import encode_image, load, save
+from raybooth.finetune_job import training_set
 from raybooth.jobs import encoder, prompt_name
 from raybooth.noise import Flow, normal
-from raybooth.photos import png
+from raybooth.pictures import png
 from raybooth.sample import Sampler
 from raybooth.sections import Finetune, Generate, Lora, Prior, Sampling
 from raybooth.train import Settings, fit
-from raybooth.tuning import training_set
 
 PROMPTS = ["photo of unqtkn dog", "photo of a dog"]
 SAMPLING = Sampling(4, 3.0, "euler", 32)

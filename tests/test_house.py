@@ -12,16 +12,17 @@ SOURCE = Path(__file__).parents[1] / "src" / "raybooth"
 LAYERS = [
     {"__main__", "__init__"}, {"cli", "options", "api", "bench", "minibench", "demo", "doctor"}, {"exporting", "importing"}, {"verbs"},
     {"card", "reporting", "serving"},
-    {"evaluation", "plots"}, {"stages", "planning"}, {"selection"}, {"features", "encoder_files"}, {"drawing", "base_model", "naming"}, {"loading"},
-    {"session", "jobs", "tuning", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
+    {"evaluation", "plots"}, {"stages", "planning"}, {"selection", "instance_images"},
+    {"features", "encoder_files"}, {"drawing", "base_model", "naming"}, {"loading"},
+    {"session", "jobs", "finetune_job", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "lpips", "checkpoint"}, {"teacher"},
-    {"families", "dataset", "loss", "noise", "dropout", "optim", "dreambench", "photos", "sources", "hub", "tables"},
+    {"families", "dataset", "loss", "noise", "dropout", "optim", "dreambench", "photos", "pictures", "sources", "hub", "tables"},
     {"config", "workspace", "stage", "mirror", "extras"}, {"sections"},
-    {"disk", "remote", "layers", "clock", "manifest", "background"}, {"errors", "prompts", "complaints"},
+    {"disk", "remote", "config_layers", "clock", "manifest", "background"}, {"files"}, {"errors", "prompts", "complaints"},
 ]  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers"}
 LIGHT = {
-    "config", "sections", "clock", "complaints", "layers", "workspace", "stage", "mirror", "manifest", "reporting", "cli", "options", "errors",
+    "config", "sections", "clock", "complaints", "config_layers", "workspace", "stage", "mirror", "files", "manifest", "reporting", "cli", "options", "errors",
     "__init__", "__main__",
 }  # fmt: skip
 
@@ -58,6 +59,11 @@ def test_the_rules_name_the_modules_that_there_are():
     there = {unit(path) for path in MODULES}
     assert {name for names in LAYERS for name in names} == there - {"mini"}
     assert there >= LIGHT
+
+
+def test_the_design_tells_where_everything_is():
+    said = (SOURCE.parents[1] / "docs" / "design.md").read_text()
+    assert not [name for name in {unit(path) for path in MODULES} - {"__init__", "__main__"} if f"`{name}.py`" not in said and f"`{name}/`" not in said]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))

@@ -26,7 +26,7 @@ from raybooth.families.foreign import merge, read
 from raybooth.families.lora import WEIGHTS, add_adapters, has_adapters, load_adapters, save_adapters
 from raybooth.families.lowrank import hollow
 from raybooth.families.parts import load as load_parts
-from raybooth.jobs import model_of, sampler
+from raybooth.jobs import drawing_digest, sampler
 from raybooth.sections import Lora
 from raybooth.session import Run
 from raybooth.stages import generate
@@ -246,7 +246,7 @@ def test_the_storage_says_how_to_generate_and_a_sampler_of_it_draws(bases: Calla
     config = load(storage / "config.json")
     with Run(config, quiet=True) as run:
         row = output_rows(run)[0]
-        draw = sampler(str(storage), "fine-tuned-model", SAMPLING, 1, model_of(run.workspace, "fine-tuned-model"))
+        draw = sampler(str(storage), "fine-tuned-model", SAMPLING, 1, drawing_digest(run.workspace, "fine-tuned-model"))
     assert row["prompt"] == "photo of xyz dog"
     with Image.open(io.BytesIO(draw([row])[0])) as image:
         drawn = np.asarray(image) / 255.0
@@ -269,7 +269,7 @@ def test_the_same_adapters_on_another_base_are_another_model(bases: Callable[[st
     file, storage, other = tmp_path / "theirs.safetensors", tmp_path / "run", tmp_path / "other"
     save_file(kohya(made), file)
     make_sd(other, act="gelu")
-    digests = [model_of(imported(storage, base, file).workspace, "fine-tuned-model") for base in (bases("sd1"), other)]
+    digests = [drawing_digest(imported(storage, base, file).workspace, "fine-tuned-model") for base in (bases("sd1"), other)]
     assert digests[0] != digests[1]
     with run_of(storage, bases("sd1")) as run:
         prepare_base(run)

@@ -33,8 +33,8 @@ from raybooth.config import Config
 from raybooth.drawing import map_into
 from raybooth.errors import RayboothError
 from raybooth.families import Loaded
-from raybooth.jobs import encoder, featurizer, for_inference, model_of, sampler
-from raybooth.photos import png
+from raybooth.jobs import drawing_digest, encoder, featurizer, for_inference, sampler
+from raybooth.pictures import png
 from raybooth.sections import Sampling
 from raybooth.session import Run
 from raybooth.stage import Stage
@@ -62,7 +62,7 @@ def test_out_of_memory_names_what_needs_less(storage: str, what: str, monkeypatc
     """Where the model is loaded, of which no setting of the work makes less, and where it works. Those that score are settings themselves."""
     make, loads, works, named = MAKERS[what]
     if what == "drawing":
-        make = partial(make, model=model_of(Workspace(storage), "base-model"))
+        make = partial(make, model=drawing_digest(Workspace(storage), "base-model"))
     with monkeypatch.context() as patch:
         patch.setattr(f"raybooth.jobs.{loads}", no_room)
         with pytest.raises(RayboothError) as said:
@@ -368,7 +368,7 @@ def test_a_process_forgets_its_model_before_it_loads_another(storage: str, monke
         return loaded
 
     monkeypatch.setattr("raybooth.jobs.for_inference", noted)
-    draws, encodes = partial(MAKERS["drawing"][0], model=model_of(Workspace(storage), "base-model")), MAKERS["encoding"][0]
+    draws, encodes = partial(MAKERS["drawing"][0], model=drawing_digest(Workspace(storage), "base-model")), MAKERS["encoding"][0]
     gc.disable()
     try:
         for make in (draws, encodes, draws):

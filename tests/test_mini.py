@@ -19,7 +19,7 @@ from raybooth.mini.pretrain import PHASES, start_from
 from raybooth.mini.things import KINDS
 from raybooth.mini.trainer import Trainer, learning_rate
 from raybooth.mini.world import caption, random_scene, render, subject_scenes
-from raybooth.score import among, to_subject
+from raybooth.score import pairwise_cosines, to_subject
 from raybooth.session import Run
 
 
@@ -108,7 +108,7 @@ def test_the_identity_scorer_knows_an_individual_from_its_kind():
     encode = vit(FOLDER / "vit")
     one, again, other = (encode([render(s) for s in scenes])["dino"].numpy() for scenes in (subject_scenes(3)[:3], subject_scenes(3)[3:], subject_scenes(4)))
     assert to_subject(one, again).mean() > to_subject(one, other).mean() + 0.2
-    assert among(one).mean() > to_subject(one, other).mean() + 0.2
+    assert pairwise_cosines(one).mean() > to_subject(one, other).mean() + 0.2
 
 
 def line(folder: Path) -> Trainer:

@@ -21,7 +21,7 @@ from test_runs import MINI, PHOTOS, SETTINGS, command
 
 from raybooth.serving import uploads
 from raybooth.serving.queue import Queue
-from raybooth.serving.runs import Workshop, runs_router
+from raybooth.serving.runs import RunManager, runs_router
 
 pytest.importorskip("playwright")
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -44,7 +44,7 @@ class Served:
 
     def __init__(self, root: Path, key: str | None = None):
         self.root, self.easel = root, Easel()
-        made = app(root, self.easel, runs_router(Workshop(root, MINI, SETTINGS, Queue(command, grace=1))), [key] if key else [])
+        made = app(root, self.easel, runs_router(RunManager(root, MINI, SETTINGS, Queue(command, grace=1))), [key] if key else [])
         self.server = uvicorn.Server(uvicorn.Config(made, port=0, log_level="error"))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()

@@ -9,7 +9,8 @@ import pytest
 from PIL import ExifTags, Image, ImageCms, ImageFont, ImageOps, PngImagePlugin
 
 from raybooth.errors import RayboothError
-from raybooth.photos import FONTS, Photo, contact_sheet, png, remarks, square, views
+from raybooth.photos import Photo, remarks, square, views
+from raybooth.pictures import FONTS, contact_sheet, png
 
 RED = (200, 30, 40)
 

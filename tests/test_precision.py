@@ -21,11 +21,11 @@ from raybooth.families import FAMILIES, family_of
 from raybooth.families.base import Family, Loaded
 from raybooth.families.lora import add_adapters, load_adapters, save_adapters
 from raybooth.families.parts import load
+from raybooth.finetune_job import in_common
 from raybooth.jobs import for_inference
 from raybooth.method import autocast_dtype, drawing_dtype, held_in, make_ready
 from raybooth.sections import Finetune, Lora
 from raybooth.train import Parallel, State, Step, fit
-from raybooth.tuning import in_common
 
 Wrap = Callable[[torch.nn.Module], torch.nn.Module]
 LORA = Finetune(method="lora", precision="bf16", text_encoder=True)
@@ -217,7 +217,7 @@ def test_what_draws_and_encodes_is_loaded_so(name: str, monkeypatch: pytest.Monk
 def test_workers_on_unlike_devices_take_one_precision(monkeypatch: pytest.MonkeyPatch, own: torch.dtype | None, others: list[str], common: str):
     order = ["fp32", "fp16", "bf16"]
     group = SimpleNamespace(device=torch.device("cpu"), least=lambda mine: min(mine, *(order.index(o) for o in others)))
-    monkeypatch.setattr("raybooth.tuning.autocast_dtype", lambda *_: own)
+    monkeypatch.setattr("raybooth.finetune_job.autocast_dtype", lambda *_: own)
     assert in_common(FAMILIES[0], Finetune(), group).precision == common
     for said in ("fp16", "bf16-weights"):
         assert in_common(FAMILIES[0], Finetune(precision=said), group).precision == said

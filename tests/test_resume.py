@@ -17,7 +17,7 @@ from test_pipeline import LONGER as SETTINGS
 from test_pipeline import apart, call, command, contents
 from toys import make_sd, make_sd3
 
-from raybooth import config, tuning
+from raybooth import config, finetune_job
 from raybooth.cli import main
 from raybooth.errors import RayboothError
 
@@ -156,7 +156,7 @@ def test_a_disk_that_is_full_at_a_reading_is_said(tmp_path: Path, unbroken: Path
     with_stages_before(unbroken, tmp_path)
     made = config.load(unbroken / "config.json")
     rows = {"instance": sorted(p.name for p in (tmp_path / "latents").glob("*.safetensors"))[:3], "class": []}
-    loop = tuning.finetuner(
+    loop = finetune_job.finetuner(
         str(tmp_path), "fine-tuned-model/new", "key", rows, {"instance": made.subject.prompt, "class": made.class_prompt},
         made.prior, made.finetune.model_copy(update={"trackers": []}), made.lora, 0, False,
     )  # fmt: skip

@@ -17,17 +17,17 @@ from stored import make_run
 from raybooth.config import load
 from raybooth.families.lora import WEIGHTS
 from raybooth.mini.world import render, subject_scenes
-from raybooth.photos import png
+from raybooth.pictures import png
 from raybooth.serving import errors, runs, uploads
-from raybooth.serving.progress import LOG
+from raybooth.serving.progress import RUN_LOG
 from raybooth.serving.queue import Queue
 from raybooth.serving.queue import command as real_command
-from raybooth.serving.runs import Surroundings, Workshop, runs_router
+from raybooth.serving.runs import RunManager, ServerContext, runs_router
 from raybooth.serving.server import Options, _runs
 from raybooth.serving.subjects import Subjects
 
 PHOTOS = [png(render(scene)) for scene in subject_scenes(1, "dog", 5)]
-MINI = Surroundings({"model": "mini"})
+MINI = ServerContext({"model": "mini"})
 SETTINGS = ["prior.images=4", "finetune.steps=40", "generate.images_per_prompt=1"]
 
 
@@ -38,7 +38,7 @@ def command(storage: Path) -> list[str]:
 def serve(root: Path, **queue: Any) -> TestClient:
     app = FastAPI()
     errors.install(app)
-    app.include_router(runs_router(Workshop(root, MINI, SETTINGS, Queue(command, **{"grace": 1, **queue}))))
+    app.include_router(runs_router(RunManager(root, MINI, SETTINGS, Queue(command, **{"grace": 1, **queue}))))
     return TestClient(app)
 
 
@@ -245,14 +245,14 @@ def test_a_run_that_goes_on_is_not_begun_once_more(tmp_path: Path):
     queue = Queue(command, grace=1)
     app = FastAPI()
     errors.install(app)
-    app.include_router(runs_router(Workshop(tmp_path, MINI, SETTINGS, queue)))
+    app.include_router(runs_router(RunManager(tmp_path, MINI, SETTINGS, queue)))
     with TestClient(app) as client:
         upload(client)
         until(client, lambda r: r["step"] == 10)
-        said = (tmp_path / "rex" / LOG).read_bytes()
+        said = (tmp_path / "rex" / RUN_LOG).read_bytes()
         assert queue.put(tmp_path / "rex")
         assert not queue._waiting
-        assert (tmp_path / "rex" / LOG).read_bytes().startswith(said)
+        assert (tmp_path / "rex" / RUN_LOG).read_bytes().startswith(said)
         client.delete("/api/runs/rex")
         assert until(client, lambda r: r["state"] != "running")["state"] == "stopped"
 

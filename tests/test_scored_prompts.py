@@ -1,23 +1,19 @@
 """What CLIP is asked of a prompt: the token left out, and a sentence left over."""
 
-from pathlib import Path
-
 import pytest
 
-from raybooth import config
+from raybooth.config import Config, load
 from raybooth.dreambench import LIVE_PROMPTS, OBJECT_PROMPTS
-from raybooth.features import scored_prompt, shows_subject
-from raybooth.session import Run
 
 
-def run_on(storage: Path, token: str, class_name: str) -> Run:
-    return Run(config.load(None, [], subject={"class": class_name, "token": token}, base={"model": "mini"}, storage=str(storage)))
+def of(token: str, class_name: str) -> Config:
+    return load(subject={"class": class_name, "token": token}, base={"model": "mini"})
 
 
 @pytest.mark.parametrize("prompt", sorted({*OBJECT_PROMPTS, *LIVE_PROMPTS}))
-def test_clip_is_asked_the_papers_prompts_without_the_token(tmp_path: Path, prompt: str):
-    run = run_on(tmp_path, "sks", "dog")
-    assert scored_prompt(run, run.config.fill(prompt)) == prompt.replace("{subject}", "dog")
+def test_clip_is_asked_the_papers_prompts_without_the_token(prompt: str):
+    config = of("sks", "dog")
+    assert config.without_token(config.fill(prompt)) == prompt.replace("{subject}", "dog")
 
 
 @pytest.mark.parametrize(
@@ -54,9 +50,9 @@ def test_clip_is_asked_the_papers_prompts_without_the_token(tmp_path: Path, prom
         ("photo of a {class} on sksy grass", "photo of a dog on sksy grass"),
     ],
 )
-def test_the_class_stands_where_the_token_stood(tmp_path: Path, prompt: str, asked: str):
-    run = run_on(tmp_path, "sks", "dog")
-    assert scored_prompt(run, run.config.fill(prompt)) == asked
+def test_the_class_stands_where_the_token_stood(prompt: str, asked: str):
+    config = of("sks", "dog")
+    assert config.without_token(config.fill(prompt)) == asked
 
 
 @pytest.mark.parametrize(
@@ -73,12 +69,12 @@ def test_the_class_stands_where_the_token_stood(tmp_path: Path, prompt: str, ask
         ("sks", "bus", "photo of {token} buses", "photo of buses"),
     ],
 )
-def test_with_other_words_too(tmp_path: Path, token: str, class_name: str, prompt: str, asked: str):
-    run = run_on(tmp_path, token, class_name)
-    assert scored_prompt(run, run.config.fill(prompt)) == asked
+def test_with_other_words_too(token: str, class_name: str, prompt: str, asked: str):
+    config = of(token, class_name)
+    assert config.without_token(config.fill(prompt)) == asked
 
 
-def test_a_prompt_of_the_class_alone_shows_no_subject(tmp_path: Path):
-    run = run_on(tmp_path, "sks", "dog")
-    shown = {p: shows_subject(run, run.config.fill(p)) for p in ("{subject}", "photo of {token} at night", "a {class}", "a cat on sksy grass", "A Sks-dog")}
+def test_a_prompt_of_the_class_alone_shows_no_subject():
+    config = of("sks", "dog")
+    shown = {p: config.shows_subject(config.fill(p)) for p in ("{subject}", "photo of {token} at night", "a {class}", "a cat on sksy grass", "A Sks-dog")}
     assert shown == {"{subject}": True, "photo of {token} at night": True, "a {class}": False, "a cat on sksy grass": False, "A Sks-dog": True}

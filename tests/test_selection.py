@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from raybooth import config, selection
 from raybooth.demo import photographs
 from raybooth.drawing import draw, output_rows
-from raybooth.features import features, scored_prompt
-from raybooth.manifest import write_atomically
+from raybooth.features import features
+from raybooth.files import write_atomically
 from raybooth.score import to_prompt, to_subject
 from raybooth.sections import Sampling
 from raybooth.selection import RULES, Candidate
@@ -84,7 +84,7 @@ def test_an_earlier_checkpoint_is_taken_and_is_better_on_seeds_that_it_was_not_c
     with overfit:
         draw(overfit, "last-images", folder.replace(f"{step:07d}", "0000080"), overfit.config.generate, rows, {"seed": 0})
         pictures = {"photographs": ("instance-images", overfit.facts("instance-images")["pictures"]), "taken": ("output-images", names)}
-        drawn = features(overfit, "test-features", pictures | {"last": ("last-images", names)}, [scored_prompt(overfit, r["prompt"]) for r in rows])
+        drawn = features(overfit, "test-features", pictures | {"last": ("last-images", names)}, [overfit.config.without_token(r["prompt"]) for r in rows])
 
     def balance(kind: str) -> float:
         dino = float(to_subject(drawn[kind]["dino"], drawn["photographs"]["dino"]).mean())

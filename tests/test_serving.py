@@ -31,13 +31,13 @@ from raybooth.errors import NotFiniteError, RayboothError
 from raybooth.families import family_of
 from raybooth.families.foreign import plain_rank
 from raybooth.families.lora import WEIGHTS, load_adapters
-from raybooth.jobs import for_inference, model_of, sampler
+from raybooth.jobs import drawing_digest, for_inference, sampler
 from raybooth.manifest import describe
-from raybooth.photos import png
+from raybooth.pictures import png
 from raybooth.sample import Sampler
 from raybooth.serving import engine
 from raybooth.serving.adapters import slot_bytes
-from raybooth.serving.desk import Desk, Drawn, Job
+from raybooth.serving.batcher import Batcher, Drawn, Job
 from raybooth.serving.engine import Engine, Row
 from raybooth.serving.subjects import BASE, Subject, Subjects
 from raybooth.session import Run
@@ -189,11 +189,11 @@ def misfit(runs: Path, tmp_path: Path) -> Path:
 
 def test_adapters_that_do_not_fit_fail_alone(runs: Path, misfit: Path):
     subjects = Subjects([str(misfit)], runs / "subject-0" / "base-model").found()
-    desk = Desk(Engine(subjects[BASE], 16))
+    batcher = Batcher(Engine(subjects[BASE], 16))
 
     async def drawn(name: str) -> list[Drawn]:
         row = Row(subjects[name], PROMPT, 5)
-        return [picture async for picture in desk.draw(Job((row,), replace(subjects[BASE].sampling, steps=1)))]
+        return [picture async for picture in batcher.draw(Job((row,), replace(subjects[BASE].sampling, steps=1)))]
 
     async def scenario() -> None:
         good, bad, base = await asyncio.gather(*map(drawn, ("good", "bad", BASE)), return_exceptions=True)
@@ -217,11 +217,11 @@ def test_what_draws_no_picture_fails_alone(runs: Path, tmp_path: Path, toy: Path
     manifest.write_text(json.dumps(said))
     shutil.copytree(runs / "subject-0", tmp_path / "good")
     subjects = Subjects([str(tmp_path)], tmp_path / "good" / "base-model").found()
-    desk = Desk(Engine(subjects[BASE], 16))
+    batcher = Batcher(Engine(subjects[BASE], 16))
 
     async def drawn(name: str) -> list[Drawn]:
         row = Row(subjects[name], PROMPT, 5)
-        return [picture async for picture in desk.draw(Job((row,), replace(subjects[BASE].sampling, steps=2), partials=1))]
+        return [picture async for picture in batcher.draw(Job((row,), replace(subjects[BASE].sampling, steps=2), partials=1))]
 
     async def scenario() -> None:
         alone = [await drawn(name) for name in ("good", BASE)]
@@ -342,7 +342,7 @@ def test_load_draws_what_generate_draws(runs: Path, tmp_path: Path):
         pictures = model.draw("photo of {subject} in the snow", n=5, seed=11)
         torch.set_num_threads(1)
         rows = [{"prompt": "photo of unqtkn dog in the snow", "seed": 11 + k} for k in range(5)]
-        stage = sampler(str(runs / name), "fine-tuned-model", model._sampler.sampling, 4, model_of(Workspace(str(runs / name)), "fine-tuned-model"))(rows)
+        stage = sampler(str(runs / name), "fine-tuned-model", model._sampler.sampling, 4, drawing_digest(Workspace(str(runs / name)), "fine-tuned-model"))(rows)
         for picture, data in zip(pictures, stage, strict=True):
             file = tmp_path / "picture.png"
             file.write_bytes(data)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from raybooth.errors import NotFiniteError, RayboothError
 from raybooth.serving.api import create_app
-from raybooth.serving.desk import Desk, Drawn, Job
+from raybooth.serving.batcher import Batcher, Drawn, Job
 from raybooth.serving.engine import Engine
 from raybooth.serving.generations import Draw, UnavailableError
 from raybooth.serving.guard import LOOPBACK, read_keys
@@ -29,12 +29,12 @@ from raybooth.serving.subjects import Subjects
 
 
 @pytest.fixture(scope="module")
-def desk(subjects: Subjects) -> Desk:
-    return Desk(Engine(subjects.base, slot_rank(subjects)))
+def batcher(subjects: Subjects) -> Batcher:
+    return Batcher(Engine(subjects.base, slot_rank(subjects)))
 
 
-def test_the_openai_client_works_unchanged(subjects: Subjects, desk: Desk):
-    with live(create_app(subjects, desk.draw, keys=["sesame"])) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="sesame", max_retries=0) as api:
+def test_the_openai_client_works_unchanged(subjects: Subjects, batcher: Batcher):
+    with live(create_app(subjects, batcher.draw, keys=["sesame"])) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="sesame", max_retries=0) as api:
         assert [m.id for m in api.models.list()] == ["base", "lassie", "rex"]
         assert api.models.retrieve("rex").owned_by == "raybooth"
         answer = api.images.generate(model="rex", prompt="photo of {subject}", n=2, size="32x32", extra_body={"seed": 5, "steps": 2})
@@ -71,9 +71,9 @@ async def generated(http: httpx.AsyncClient, **more: Any) -> list[dict[str, Any]
     return data
 
 
-def test_same_seed_same_picture_alone_or_in_company(subjects: Subjects, desk: Desk):
+def test_same_seed_same_picture_alone_or_in_company(subjects: Subjects, batcher: Batcher):
     async def scenario() -> None:
-        async with client(create_app(subjects, desk.draw)) as http:
+        async with client(create_app(subjects, batcher.draw)) as http:
             wishes = [{"model": m, "seed": s, "n": n} for m, s, n in (("rex", 3, 3), ("lassie", 3, 1), ("base", 8, 2), ("rex", 4, 1), ("lassie", 9, 2))]
             for wish in wishes:
                 wish["prompt"] = "photo of a dog"
@@ -250,11 +250,11 @@ def test_what_breaks_is_a_clean_error(subjects: Subjects, caplog: pytest.LogCapt
     assert "a batch failed" in caplog.text
 
 
-def test_a_client_that_goes_away_frees_its_place(subjects: Subjects, desk: Desk):
+def test_a_client_that_goes_away_frees_its_place(subjects: Subjects, batcher: Batcher):
     """Streaming or not: its pictures leave the queue, and a batch that nobody waits for ends."""
 
     async def scenario(stream: bool) -> None:
-        app = create_app(subjects, desk.draw, Limits(queue=12, n=12, steps=1000, prompt=50))
+        app = create_app(subjects, batcher.draw, Limits(queue=12, n=12, steps=1000, prompt=50))
         left = asyncio.Event()
 
         async def receive() -> dict[str, Any]:
@@ -276,11 +276,11 @@ def test_a_client_that_goes_away_frees_its_place(subjects: Subjects, desk: Desk)
             "scheme": "http", "server": ("x", 80), "client": ("x", 1), "http_version": "1.1", "root_path": "", "asgi": {"version": "3.0"},
         }  # fmt: skip
         asking = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
-        while not (desk.waiting and desk._work and not desk._work.done()):
+        while not (batcher.waiting and batcher._work and not batcher._work.done()):
             await asyncio.sleep(0.05)
         left.set()
         await asyncio.wait_for(asking, 5)
-        assert not desk.waiting
+        assert not batcher.waiting
         async with client(app) as http:
             began = time.monotonic()
             await generated(http, n=12, steps=1)
@@ -305,9 +305,9 @@ def test_an_upload_that_is_broken_off_is_nobodys_mistake(subjects: Subjects, ken
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_what_the_safety_checker_keeps_back(subjects: Subjects, desk: Desk):
+def test_what_the_safety_checker_keeps_back(subjects: Subjects, batcher: Batcher):
     async def scenario() -> None:
-        strict = Desk(desk.engine, lambda images: [True] * len(images))
+        strict = Batcher(batcher.engine, lambda images: [True] * len(images))
         async with client(create_app(subjects, strict.draw)) as http:
             for stream in (False, True):
                 answer = await http.post(GENERATIONS, json={**ASKED, "stream": stream, "partial_images": 2})

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from stored import on_mini
 
-from raybooth.manifest import MANIFEST, write_atomically
+from raybooth.files import write_atomically
+from raybooth.manifest import MANIFEST
 from raybooth.stage import Stage
 from raybooth.verbs import do
 from raybooth.workspace import Workspace

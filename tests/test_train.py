@@ -15,12 +15,12 @@ from raybooth.errors import RayboothError
 from raybooth.families import Loaded, family_of
 from raybooth.families.lora import adapters_off
 from raybooth.families.parts import load
+from raybooth.finetune_job import out_of_memory_explained
 from raybooth.method import make_ready
 from raybooth.noise import Diffusion, generator, normal
 from raybooth.optim import StochasticAdamW
 from raybooth.sections import Finetune, Lora
 from raybooth.train import Parallel, Settings, State, fit
-from raybooth.tuning import out_of_memory_explained
 
 ALONE, PLAIN = Parallel(), Finetune()
 

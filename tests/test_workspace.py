@@ -11,7 +11,8 @@ import pytest
 
 from raybooth.config import Config
 from raybooth.errors import RayboothError
-from raybooth.manifest import MANIFEST, read_manifest, write_atomically
+from raybooth.files import write_atomically
+from raybooth.manifest import MANIFEST, read_manifest
 from raybooth.session import Run
 from raybooth.workspace import Workspace
 

@@ -9,17 +9,14 @@ from typing import TYPE_CHECKING, Any
 from raybooth.config import Config
 from raybooth.disk import explained_if_full, explained_if_unreadable, path_of
 from raybooth.errors import RayboothError
-from raybooth.manifest import digest, file_digest, files_under, read_manifest, scratch
+from raybooth.files import file_digest, files_under, scratch
+from raybooth.manifest import digest, read_manifest
 from raybooth.sections import Base, Sampling
 from raybooth.session import Run, folder_here, kept_config
 from raybooth.stage import Stage
 
 if TYPE_CHECKING:
     from raybooth.families import Facts, Family
-
-
-_STEPS_OF_ANY = 100
-"""So many any sampler but pndm can take with any model, and torch need not be waited for to know."""
 
 
 def prepare_base(run: Run) -> None:
@@ -35,7 +32,7 @@ def keep_base(run: Run) -> None:
     Raises:
         RayboothError: if the storage holds a run on another one.
     """
-    if kept_config(run.config.storage) and (other := other_base(run.config.base, run.held("base-model"))):
+    if kept_config(run.config.storage) and (other := other_base(run.config.base, run.manifest_of("base-model"))):
         raise RayboothError(f"The storage {run.config.storage} holds a run on {other}, and not on {_named(run.config.base)}: give another --storage.")
     prepare_base(run)
 
@@ -46,7 +43,7 @@ def refuse_other_base(run: Run) -> None:
     Raises:
         RayboothError: if they are not the same.
     """
-    base, held = run.config.base, run.held("base-model")
+    base, held = run.config.base, run.manifest_of("base-model")
     named = held["facts"].get("source") if held else None
     if held is None or named in (None, base.model, _place(base)) or _is_a_copy(local_source(base.model), held):
         return
@@ -75,7 +72,7 @@ def _prepare(run: Run, source: Path | None) -> None:
         raise RayboothError(f"base.model = '{base.model}' is what the storage {run.config.storage} itself has made, and would replace: give another --storage.")
     if source and base.revision and base.model != "mini":
         run.say(f"base-model: base.revision = '{base.revision}' is one of the hub's, and is not looked at: {base.model} lies on this machine")
-    if gone := _gone(base, run.held("base-model")):
+    if gone := _gone(base, run.manifest_of("base-model")):
         check_fits(run.config, run.base_folder)
         return run.say(f"base-model: {gone} has gone; the copy of the model is kept")
     if base.configuration and (source is None or not source.is_file()):
@@ -190,9 +187,11 @@ def check_fits(config: Config, folder: Path) -> None:
 
 
 def _check_sampler(family: "Family", folder: Path, section: str, how: Sampling) -> None:
+    from raybooth.families.samplers import is_safe
+
     if how.scheduler not in family.samplers:
         raise RayboothError(f"{section}.scheduler = '{how.scheduler}' is not possible with {family.name}: choose {' or '.join(family.samplers)}.")
-    if how.steps > _STEPS_OF_ANY or how.scheduler == "pndm":
+    if not is_safe(how.scheduler, how.steps):
         import torch
 
         family.scheduler(folder, how.scheduler, how.steps, family.facts(folder).latent_shape(how.resolution), torch.device("cpu"))

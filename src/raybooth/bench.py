@@ -14,7 +14,7 @@ from raybooth import evaluation
 from raybooth.config import Config
 from raybooth.dreambench import PUBLISHED, Subject
 from raybooth.errors import RayboothError
-from raybooth.manifest import write_atomically
+from raybooth.files import write_atomically
 from raybooth.score import Score, scored, share
 from raybooth.session import Run
 from raybooth.stages import STAGES

@@ -6,11 +6,11 @@ from typing import Any
 
 from raybooth import evaluation
 from raybooth.base_model import local_source
-from raybooth.drawing import by_prompt, output_prompts
+from raybooth.drawing import by_prompt
 from raybooth.families import family_of
 from raybooth.families.lora import WEIGHTS
 from raybooth.families.single import SUFFIX
-from raybooth.jobs import model_of
+from raybooth.jobs import drawing_digest
 from raybooth.session import Run
 
 FILE = "README.md"
@@ -37,8 +37,8 @@ def files(run: Run, to: str, name: str, said: list[str], repo: str | None = None
 
 def _drawn(run: Run) -> dict[str, Any] | None:
     """The manifest of the pictures, if they are of this very model."""
-    drawn = run.held("output-images")
-    return drawn if drawn and drawn["inputs"].get("model") == model_of(run.workspace, "fine-tuned-model") else None
+    drawn = run.manifest_of("output-images")
+    return drawn if drawn and drawn["inputs"].get("model") == drawing_digest(run.workspace, "fine-tuned-model") else None
 
 
 def _pictures(run: Run) -> dict[str, Path]:
@@ -68,7 +68,7 @@ def _header(run: Run, to: str, pictures: dict[str, str]) -> str:
 
 
 def _text(run: Run, to: str, name: str, said: list[str], pictures: dict[str, str], repo: str | None) -> str:
-    subject, prompts = run.config.subject, list(pictures.values()) or output_prompts(run)[:3]
+    subject, prompts = run.config.subject, list(pictures.values()) or run.config.output_prompts[:3]
     blocks = [
         f"# `{subject.name}`",
         f"A {KINDS[to]}: write `{subject.name}` for the subject. Made with raybooth.",
@@ -106,7 +106,7 @@ def _base_name(run: Run) -> str:
 
 def _scores(run: Run) -> list[str]:
     """If they are of the pictures as they are."""
-    scores, drawn = run.held("scores"), _drawn(run)
+    scores, drawn = run.manifest_of("scores"), _drawn(run)
     if scores is None or drawn is None or scores["inputs"]["pictures"]["output"] != [drawn["outputs"][n]["sha256"] for n in drawn["facts"]["pictures"]]:
         return []
     return ["## Scores of the fine-tuned model", f"```\n{evaluation.table(run)}\n```"]

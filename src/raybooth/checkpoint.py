@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from raybooth.background import Background
 from raybooth.disk import explained_if_full
-from raybooth.manifest import MANIFEST, describe, read_manifest, write_atomically
+from raybooth.files import write_atomically
+from raybooth.manifest import MANIFEST, describe, read_manifest
 from raybooth.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -183,20 +183,16 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     config = config_of(args)
-    from raybooth.exporting import export
-    from raybooth.session import Run
+    from raybooth.api import export
 
-    with Run(config, writes=args.output is None) as run:
-        export(run, args.to, args.output, args.rank, args.repo)
+    export(config, args.to, args.output, args.rank, args.repo)
 
 
 def _import(args: argparse.Namespace) -> None:
     config = config_of(args)
-    from raybooth.importing import import_lora
-    from raybooth.session import Run
+    from raybooth.api import import_lora
 
-    with Run(config) as run:
-        import_lora(run, args.lora)
+    import_lora(args.lora, config)
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from raybooth.manifest import write_atomically
+from raybooth.files import write_atomically
 
 CLOCK = ".seconds.tmp"
 """In the work in progress: the seconds that it has taken."""

@@ -12,10 +12,10 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from raybooth.complaints import sentence
+from raybooth.config_layers import merged, parsed_override, read_file, setting
 from raybooth.errors import RayboothError
-from raybooth.layers import merged, parsed_override, read_file, said
-from raybooth.manifest import KEPT
-from raybooth.prompts import filled, unknown_words
+from raybooth.manifest import CONFIG_FILE
+from raybooth.prompts import filled, names_subject, unknown_words, without_token
 from raybooth.sections import RELATIVE, Base, Cluster, Evaluate, Finetune, Generate, Lora, Prior, Section, Subject
 
 MINI_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -54,13 +54,13 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _mini_brings_its_own(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or said(values, "base", "model") != "mini":
+        if not isinstance(values, dict) or setting(values, "base", "model") != "mini":
             return values
-        own, optimizer = MINI_DEFAULTS, said(values, "finetune", "optimizer")
+        own, optimizer = MINI_DEFAULTS, setting(values, "finetune", "optimizer")
         if optimizer == "prodigy":  # its factor is no rate of mini's
             own = {**own, "finetune": {k: v for k, v in own["finetune"].items() if not k.endswith("lr")}}
         if optimizer == "adafactor":
-            times = RELATIVE["lora" if said(values, "finetune", "method") == "lora" else "full"]
+            times = RELATIVE["lora" if setting(values, "finetune", "method") == "lora" else "full"]
             own = {**own, "finetune": {k: v * times if k.endswith("lr") else v for k, v in own["finetune"].items()}}
         return merged(own, values)
 
@@ -120,6 +120,19 @@ class Config(Section):
         return self.fill(self.prior.prompt)
 
     @property
+    def output_prompts(self) -> list[str]:
+        """What `generate` draws, filled in, each once."""
+        return list(dict.fromkeys(self.fill(p) for p in self.generate.prompts))
+
+    def shows_subject(self, prompt: str) -> bool:
+        """Whether a prompt, filled in, names the subject."""
+        return names_subject(prompt, self.subject.token, self.subject.class_name)
+
+    def without_token(self, prompt: str) -> str:
+        """A prompt, filled in, for who does not know the token: CLIP, and the base model."""
+        return without_token(prompt, self.subject.token, self.subject.class_name)
+
+    @property
     def workers(self) -> tuple[int, int]:
         """Fewest and most workers that fine-tune together. Each needs a row of every batch: an elastic group grows no further than these go."""
         fewest, most = self.cluster.worker_range
@@ -139,7 +152,7 @@ def load(path: Path | None = None, overrides: Iterable[str] = (), **values: Any)
     data: dict[str, Any] = {}
     for layer in (below, *layers):
         _check_sections(layer)
-        if said(layer, "subject", "class_name") is not None:  # a field's name in Python alone
+        if setting(layer, "subject", "class_name") is not None:  # a field's name in Python alone
             raise RayboothError("subject.class_name is not a known setting; did you mean subject.class?")
         data = merged(data, layer)
     return Config(**data)
@@ -163,7 +176,7 @@ def _is_text(annotation: Any) -> bool:
 def _where_it_lies(kept: dict[str, Any], path: Path) -> dict[str, Any]:
     """A storage's config.json is of the folder that it lies in, wherever that was moved; one behind a URI lies in a mirror."""
     storage = kept.get("storage")
-    here = path.name == KEPT and isinstance(storage, str) and "://" not in storage
+    here = path.name == CONFIG_FILE and isinstance(storage, str) and "://" not in storage
     return {**kept, "storage": str(path.absolute().parent)} if here else kept
 
 
@@ -178,7 +191,7 @@ def _usual(*layers: dict[str, Any]) -> dict[str, Any]:
     """Every setting's default, of the base and with the method and optimizer that `layers` name."""
     named: dict[str, Any] = {"subject": {"class": "thing"}}
     for section, key in (("base", "model"), ("finetune", "method"), ("finetune", "optimizer")):
-        chosen = [value for layer in layers if (value := said(layer, section, key))]
+        chosen = [value for layer in layers if (value := setting(layer, section, key))]
         named = merged(named, {section: {key: chosen[-1]}} if chosen else {})
     return Config(**named).model_dump(by_alias=True, mode="json")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raybooth.noise import Objective, generator, normal, sent
+from raybooth.noise import Objective, generator, normal, to_device
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ def noised_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Posterior samples, noise and timesteps, each keyed by (seed, purpose, step, place of the row in the step)."""
     device, shape = data.mean.device, data.mean.shape[1:]
-    posterior = sent(torch.stack([normal(shape, seed, "posterior", step, i) for i in places]), device)
-    noise = sent(torch.stack([normal(shape, seed, "noise", step, i) for i in places]), device)
+    posterior = to_device(torch.stack([normal(shape, seed, "posterior", step, i) for i in places]), device)
+    noise = to_device(torch.stack([normal(shape, seed, "noise", step, i) for i in places]), device)
     if noise_offset:
-        offset = sent(torch.stack([normal((shape[0], 1, 1), seed, "offset", step, i) for i in places]), device)
+        offset = to_device(torch.stack([normal((shape[0], 1, 1), seed, "offset", step, i) for i in places]), device)
         noise = noise + noise_offset * offset
-    t = sent(torch.cat([objective.draw_t(generator(seed, "timestep", step, i)) for i in places]), device)
+    t = to_device(torch.cat([objective.draw_t(generator(seed, "timestep", step, i)) for i in places]), device)
     return data.mean[rows] + data.std[rows] * posterior, noise, t

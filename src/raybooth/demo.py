@@ -8,9 +8,9 @@ from raybooth import config as configuration
 from raybooth import evaluation
 from raybooth.config import Config
 from raybooth.disk import explained
-from raybooth.manifest import write_atomically
-from raybooth.photos import png
-from raybooth.score import among
+from raybooth.files import write_atomically
+from raybooth.pictures import png
+from raybooth.score import pairwise_cosines
 from raybooth.session import Run
 from raybooth.stages import STAGES
 from raybooth.verbs import do
@@ -112,5 +112,5 @@ def score(run: Run) -> Scores | None:
     dino, clip_t = scores.get("dino"), scores.get("clip_t")
     if not dino or not clip_t or dino.ceiling is None or dino.floor is None or clip_t.floor is None:
         return None
-    distance = {when: float(1 - among(found[f"class-{when}"]["clip"]).mean()) for when in ("before", "after")}
+    distance = {when: float(1 - pairwise_cosines(found[f"class-{when}"]["clip"]).mean()) for when in ("before", "after")}
     return Scores(dino.floor, dino.value, dino.ceiling, clip_t.floor, clip_t.value, clip_t.ceiling, distance["before"], distance["after"])

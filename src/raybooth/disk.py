@@ -112,6 +112,25 @@ def lock(file: IO[Any], wait: bool) -> bool:
     return True
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file `path`. No, where its file system has no locks."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _HELD
+    return False
+
+
+def cache_folder() -> Path:
+    """For what is kept on this machine between runs, and may be deleted at any time.
+
+    Raises:
+        RayboothError: if the environment names none that can be.
+    """
+    return path_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "raybooth"
+
+
 @contextlib.contextmanager
 def explained_if_full(place: str) -> Iterator[None]:
     """A full disk as its sentence, also where a library's own error hides it.

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from raybooth.errors import reason
 from raybooth.method import bfloat16_of_cpu
 from raybooth.session import version
 
@@ -77,8 +78,7 @@ def _hub() -> str:
     except urllib.error.HTTPError as answer:
         return f"{constants.ENDPOINT} answers ({answer.code})"
     except (http.client.HTTPException, OSError, ValueError) as error:  # the last where HF_ENDPOINT is no URL
-        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
-        return f"{constants.ENDPOINT} cannot be reached ({reason}); local models and mini work without it"
+        return f"{constants.ENDPOINT} cannot be reached ({reason(getattr(error, 'reason', error))}); local models and mini work without it"
 
 
 def _mini() -> str:

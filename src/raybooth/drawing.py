@@ -10,7 +10,7 @@ from PIL import Image
 
 from raybooth.cluster.rows import Make, map_rows
 from raybooth.manifest import digest
-from raybooth.photos import contact_sheet, png
+from raybooth.pictures import contact_sheet, png
 from raybooth.sections import Generate, Prior, Sampling
 from raybooth.session import Run
 from raybooth.stage import Stage
@@ -38,11 +38,6 @@ def class_inputs(run: Run) -> dict[str, Any]:
     return {"prompt": run.config.class_prompt, "seed": run.config.seed}
 
 
-def output_prompts(run: Run) -> list[str]:
-    """What is asked for, each once."""
-    return list(dict.fromkeys(run.config.fill(p) for p in run.config.generate.prompts))
-
-
 def output_rows(run: Run, purpose: str = "output", each: int | None = None, prompts: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """One row a picture: the same seeds for every prompt, so that columns compare. Names start with the prompt's words.
 
@@ -51,7 +46,7 @@ def output_rows(run: Run, purpose: str = "output", each: int | None = None, prom
         each: pictures a prompt, and of which `prompts`; default: the configuration's.
     """
     rows = []
-    for prompt in output_prompts(run) if prompts is None else prompts:
+    for prompt in run.config.output_prompts if prompts is None else prompts:
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
         for k in range(each or run.config.generate.images_per_prompt):
             name = f"{slug}-{digest(prompt)[:8]}-{k:03d}.png"
@@ -70,19 +65,19 @@ def photographs(run: Run) -> list[str]:
 
 
 def by_prompt(run: Run, name: str) -> dict[str, list[str]]:
-    """Prompt -> its pictures, of what stage folder `name` holds: as the pictures say themselves, whatever the configuration says by now."""
+    """Prompt -> its pictures, of what stage folder `name` holds: as its manifest says, whatever the configuration says by now."""
     found: dict[str, list[str]] = {}
+    rows = run.facts(name)["rows"]
     for picture in run.facts(name)["pictures"]:
-        with Image.open(run.workspace.root / name / picture) as image:
-            found.setdefault(str(image.info["prompt"]), []).append(picture)  # Pillow's own kind of text is nothing for YAML
+        found.setdefault(rows[picture]["prompt"], []).append(picture)
     return found
 
 
 def drawing(run: Run, name: str, model_stage: str, how: Prior | Generate, inputs: dict[str, Any]) -> Stage:
     """Stage folder `name` for pictures by the model of `model_stage`."""
-    from raybooth.jobs import model_of
+    from raybooth.jobs import drawing_digest
 
-    return run.workspace.stage(name, {"model": model_of(run.workspace, model_stage), **vars(sampling(run, how)), **inputs})
+    return run.workspace.stage(name, {"model": drawing_digest(run.workspace, model_stage), **vars(sampling(run, how)), **inputs})
 
 
 def sampling(run: Run, how: Prior | Generate) -> Sampling:
@@ -100,7 +95,7 @@ def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: lis
     stage = drawing(run, name, model_stage, how, inputs)
     names = [r["name"] for r in rows]
     missing = set(stage.missing(names))
-    held = stage.held
+    held = stage.valid_manifest
     if not missing and held and held["facts"]["pictures"] == names and stage.done([SHEET]):
         return run.say(f"{name}: {len(names)} pictures, up to date")
     work = [r for r in rows if r["name"] in missing]

@@ -28,8 +28,7 @@ class RowDropout(nn.Module):
         return x * kept / (1 - self.p)
 
     def _mask(self, row: Tensor, key: Key) -> Tensor:
-        seed, *rest = key
-        number = generator(seed, *rest, self.name).initial_seed()
+        number = generator(*key, self.name).initial_seed()
         random = torch.Generator(row.device).manual_seed(number)
         return torch.rand(row.shape, generator=random, device=row.device) >= self.p
 

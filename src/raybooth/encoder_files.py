@@ -10,7 +10,7 @@ from typing import Any
 from raybooth.base_model import local_source, stats
 from raybooth.errors import RayboothError
 from raybooth.families.folder import VOCABULARIES, check_weights, read_object
-from raybooth.manifest import files_under
+from raybooth.files import files_under
 from raybooth.session import Run
 
 WEIGHTS, SHARDED = "model.safetensors", "model.safetensors.index.json"
@@ -56,7 +56,7 @@ def prepare_encoders(run: Run) -> None:
 
 def _gone(run: Run, models: dict[str, str]) -> list[str]:
     """Folders that are not there any more and of which the storage has a copy."""
-    held = run.held("encoders")
+    held = run.manifest_of("encoders")
     if held is None or held["facts"].get("sources") != models:
         return []
     copied = [part for part, made_from in held["inputs"].items() if isinstance(made_from, list) and models[part] != "mini"]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raybooth.errors import RayboothError
+from raybooth.errors import RayboothError, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,8 +73,7 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
-        raise RayboothError(f"The encoder in {folder} has files that do not go together ({reason}): {_AGAIN}") from error
+        raise RayboothError(f"The encoder in {folder} has files that do not go together ({reason(error)}): {_AGAIN}") from error
 
 
 def _opened(kind: Any, folder: Path, device: str) -> Any:

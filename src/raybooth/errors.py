@@ -34,6 +34,11 @@ _NO_MEMORY = ("allocate memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memo
 """Where it is no error of its own kind: of the machine's memory, in cuBLAS and cuDNN, in a kernel's launch."""
 
 
+def reason(error: object) -> str:
+    """What a library says is wrong, in one line without its full stop, for a sentence that goes on."""
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether memory has run out, of a GPU or of the machine. By the name of torch's error: nothing waits for torch here."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(mark in str(error) for mark in _NO_MEMORY)

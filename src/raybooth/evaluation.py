@@ -10,10 +10,10 @@ from PIL import Image
 
 from raybooth.drawing import by_prompt, class_inputs, class_rows, draw, drawing, output_rows, photographs
 from raybooth.encoder_files import prepare_encoders
-from raybooth.features import features, lpips_distances, scored_prompt, shows_subject
-from raybooth.manifest import write_atomically
-from raybooth.photos import contact_sheet, png
-from raybooth.score import Array, Distances, Score, among, distances, diversity, scored, scored_pairs, to_prompt, to_subject
+from raybooth.features import features, lpips_distances
+from raybooth.files import write_atomically
+from raybooth.pictures import contact_sheet, png
+from raybooth.score import Array, Distances, Score, distances, diversity, pairwise_cosines, scored, scored_pairs, to_prompt, to_subject
 from raybooth.session import Run
 from raybooth.stages import generate
 
@@ -69,7 +69,7 @@ def _draw_comparisons(run: Run) -> None:
 
 def _plain_rows(run: Run) -> list[dict[str, Any]]:
     """Of each of the output's pictures what CLIP is asked of it, which the base model, too, can draw: the word that it has never met is left out."""
-    return output_rows(run, prompts=[scored_prompt(run, prompt) for prompt in by_prompt(run, "output-images")])
+    return output_rows(run, prompts=[run.config.without_token(prompt) for prompt in by_prompt(run, "output-images")])
 
 
 def _class_rows(run: Run) -> list[dict[str, Any]]:
@@ -102,12 +102,12 @@ def _prompts(run: Run) -> list[str]:
 
 def _texts(run: Run) -> list[str]:
     """What CLIP is asked of each of the output's pictures."""
-    return [scored_prompt(run, prompt) for prompt in _prompts(run)]
+    return [run.config.without_token(prompt) for prompt in _prompts(run)]
 
 
 def _shows_subject(run: Run) -> list[bool]:
     """Which of the output's pictures are to show the subject."""
-    return [shows_subject(run, prompt) for prompt in _prompts(run)]
+    return [run.config.shows_subject(prompt) for prompt in _prompts(run)]
 
 
 def measured(run: Run) -> dict[str, dict[str, Array]]:
@@ -131,7 +131,7 @@ def _scores(run: Run, found: dict[str, dict[str, Array]], apart: dict[str, list[
     subject, before, plain, after, of_class, of_class_after = (found[k] for k in KINDS)
     texts = found["prompts"]["clip"]
     several = len(subject["dino"]) > 1
-    own = {k: float(among(subject[k]).mean()) if several else None for k in ("dino", "clip")}
+    own = {k: float(pairwise_cosines(subject[k]).mean()) if several else None for k in ("dino", "clip")}
 
     def similar(drawn: dict[str, Array], base: dict[str, Array], by: str) -> Score:
         return scored(to_subject(drawn[by], subject[by]), to_subject(base[by], subject[by]), own[by])

@@ -14,7 +14,7 @@ from raybooth.disk import explained_if_full, path_of
 from raybooth.drawing import resolution
 from raybooth.errors import RayboothError
 from raybooth.families import Family, family_of
-from raybooth.manifest import files_under, scratch
+from raybooth.files import files_under, scratch
 from raybooth.naming import settle_token
 from raybooth.session import Run
 from raybooth.stage import Stage
@@ -195,7 +195,7 @@ def export(run: Run, to: str, output: str | Path | None = None, rank: int | None
 
 def _write(model: Model, to: str, output: str | None) -> Path:
     run, stage = model.run, _stage(model, to, output)
-    made = stage.held if stage.done() else None
+    made = stage.valid_manifest if stage.done() else None
     if made is None:
         stage.clear()
         with explained_if_full(f"The folder {stage.folder}"):

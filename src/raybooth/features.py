@@ -1,6 +1,5 @@
 """Features of a run's pictures and prompts: what the encoders in its storage make of both."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,55 +9,11 @@ import numpy as np
 
 from raybooth.drawing import map_into
 from raybooth.manifest import digest
-from raybooth.prompts import article
 from raybooth.score import Array, Distances
 from raybooth.session import Run
 
 if TYPE_CHECKING:
     from raybooth.jobs import Work
-
-_LINKS = """
-about above across after against along alongside among and are around as at be before behind below beneath beside besides between beyond by carrying chasing
-containing depicting down driving during featuring feeding following for from holding hugging in including inside into is like near of off on onto opposite or
-out outside over past petting plus riding round seeing showing than through to toward towards under underneath unlike until up upon versus via vs was washing
-watching wearing were with within without
-"""
-TAKES_ARTICLE = frozenset(["", *_LINKS.split()])
-"""Words after which a noun wants its article, and the beginning of a prompt or of a part of it."""
-_WITHOUT_BLANKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\ua000-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef"
-"""Letters of scripts that do not part words: Thai, Lao, Burmese, Khmer, Chinese, Japanese, Yi; and Korean, which writes endings onto them."""
-
-
-def shows_subject(run: Run, prompt: str) -> bool:
-    """Whether a prompt, filled in, names the run's subject."""
-    return _name(run).search(prompt) is not None
-
-
-def scored_prompt(run: Run, prompt: str) -> str:
-    """What CLIP is asked: the token means nothing to it, and is left out. The class stays, or stands where the token stood alone.
-
-    "a unqtkn dog", "photo of unqtkn dog" and "photo of unqtkn dogs" become "a dog", "photo of a dog" and "photo of dogs".
-    """
-    noun = run.config.subject.class_name
-    its_own = article(noun)
-
-    def without_token(found: re.Match[str]) -> str:
-        if found["plural"]:
-            return found["plural"]
-        if found["article"]:  # it was the token's
-            return f"{found['article'][0]}{its_own[1:]} {noun}"
-        before = re.split(r"\W", prompt[: found.start()].rstrip())[-1]
-        return f"{its_own} {noun}" if before.lower() in TAKES_ARTICLE else noun
-
-    return _name(run).sub(without_token, prompt)
-
-
-def _name(run: Run) -> re.Pattern[str]:
-    """The subject in a prompt: the token, with "a" or "an" right before it, with the class or its plural behind it."""
-    token, noun = re.escape(run.config.subject.token), r"[\s-]+".join(map(re.escape, run.config.subject.class_name.split()))
-    near = rf"[^\W_{_WITHOUT_BLANKS}]"  # a letter that would go on with the word
-    plural = f"{noun}e?s" + (f"|{noun[:-1]}ies" if noun[-1] in "yY" else "")
-    return re.compile(rf"(?:\b(?P<article>an?)\s+)?(?<!{near}){token}(?:[\s-]+(?:(?P<plural>{plural})|{noun})(?!{near}))?(?!{near})", re.IGNORECASE)
 
 
 def features(run: Run, folder: str, pictures: Mapping[str, tuple[str, list[str]]], prompts: Sequence[str]) -> dict[str, dict[str, Array]]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from raybooth.errors import RayboothError
 from raybooth.families.folder import plain_name, settle_shards
-from raybooth.manifest import file_digest, files_under
+from raybooth.files import file_digest, files_under
 from raybooth.sources import HUB, MOST
 from raybooth.tables import unpack
 

@@ -6,7 +6,7 @@ from raybooth.base_model import prepare_base
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
 from raybooth.families import family_of
-from raybooth.manifest import file_digest, files_under
+from raybooth.files import file_digest, files_under
 from raybooth.naming import settle_token
 from raybooth.session import Run
 
@@ -25,7 +25,7 @@ def import_lora(run: Run, lora: str | Path) -> Path:
     file = path_of(str(lora), "the LoRA")
     plain_rank(file)  # what is no LoRA shows before a base model is fetched
     run.refuse_others_files()
-    held = run.held("fine-tuned-model")
+    held = run.manifest_of("fine-tuned-model")
     if held and "imported" not in held["inputs"]:
         raise RayboothError(f"The storage {run.config.storage} holds a model that was fine-tuned there: give another --storage.")
     prepare_base(run)

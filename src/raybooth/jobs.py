@@ -15,7 +15,7 @@ from raybooth.errors import MUST_BE_SHARED, RayboothError, lacks_memory
 from raybooth.families import Family, Loaded, family_of
 from raybooth.families.folder import INDEX
 from raybooth.manifest import digest, model_digest
-from raybooth.photos import png
+from raybooth.pictures import png
 from raybooth.sections import Sampling
 from raybooth.workspace import Workspace
 
@@ -71,7 +71,7 @@ def pipeline_stage(workspace: Workspace, model_stage: str) -> str:
     return model_stage if INDEX in workspace.manifest(model_stage)["outputs"] else "base-model"
 
 
-def model_of(workspace: Workspace, stage: str) -> str:
+def drawing_digest(workspace: Workspace, stage: str) -> str:
     """Digest of all that the model of a stage draws with: of adapters and checkpoints the base model, on which they are put, too.
 
     Raises:
@@ -97,7 +97,7 @@ def _check_shared(storage: str, stage: str, model: str) -> None:
     workspace = Workspace(storage)
     workspace.pull(stage)  # what cannot be reached is another matter
     try:
-        found = model_of(workspace, stage)
+        found = drawing_digest(workspace, stage)
     except RayboothError:
         found = ""
     if found != model:

@@ -10,7 +10,8 @@ from raybooth.cluster.rows import threads_of
 from raybooth.cluster.session import of_this_machine
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
-from raybooth.photos import contact_sheet, png
+from raybooth.manifest import CONFIG_FILE
+from raybooth.pictures import contact_sheet, png
 from raybooth.prompts import unknown_words
 from raybooth.workspace import Workspace
 
@@ -35,16 +36,16 @@ class Model:
     """
 
     def __init__(self, storage: str | Path):
-        from raybooth.jobs import model_of, opened, pipeline_stage, stage_folder
+        from raybooth.jobs import drawing_digest, opened, pipeline_stage, stage_folder
         from raybooth.sample import Sampler
 
         storage = str(storage)
         if "://" not in storage and not path_of(storage, "storage").is_dir():
             raise RayboothError(f"There is no storage {storage}: give the folder or URI of a finished run.")
         workspace = Workspace(storage)
-        workspace.pull("config.json")
-        self.digest = model_of(workspace, "fine-tuned-model")
-        self.config = configuration.load(workspace.root / "config.json")
+        workspace.pull(CONFIG_FILE)
+        self.digest = drawing_digest(workspace, "fine-tuned-model")
+        self.config = configuration.load(workspace.root / CONFIG_FILE)
         pipeline = workspace.manifest(pipeline_stage(workspace, "fine-tuned-model"))
         self._threads = threads_of(of_this_machine(), sum(o["bytes"] for o in pipeline["outputs"].values()))
         family, loaded = opened(storage, "fine-tuned-model")

@@ -13,7 +13,8 @@ from typing import Any, Self
 from raybooth.background import Background
 from raybooth.errors import RayboothError
 from raybooth.extras import missing
-from raybooth.manifest import digest, files_under, write_atomically
+from raybooth.files import files_under, write_atomically
+from raybooth.manifest import digest
 from raybooth.workspace import Workspace
 
 Row = dict[str, Any]

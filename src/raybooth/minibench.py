@@ -12,7 +12,7 @@ from raybooth.encoders import Pictures, Words, clip, vit
 from raybooth.mini import FOLDER
 from raybooth.mini.places import PLACES
 from raybooth.mini.world import render, subject_scenes
-from raybooth.score import Score, among, distances, diversity, scored, to_prompt, to_subject
+from raybooth.score import Score, distances, diversity, pairwise_cosines, scored, to_prompt, to_subject
 
 PICTURES, PHOTOGRAPHS = 4, 5
 PERFECT = "the world itself, a perfect model"
@@ -61,8 +61,8 @@ def _drawn_by_the_world(kind: str, seed: int, dino: Pictures, pictures: Pictures
     texts = words([f"photo of a {kind} {place}" for place in PLACES for _ in range(PICTURES)])["clip"].numpy()
     drawn, photos = ({k: v[part] for k, v in found.items()} for part in (slice(PHOTOGRAPHS, None), first))
     return {
-        "dino": scored(to_subject(drawn["dino"], photos["dino"]), ceiling=float(among(photos["dino"]).mean())),
-        "clip_i": scored(to_subject(drawn["clip"], photos["clip"]), ceiling=float(among(photos["clip"]).mean())),
+        "dino": scored(to_subject(drawn["dino"], photos["dino"]), ceiling=float(pairwise_cosines(photos["dino"]).mean())),
+        "clip_i": scored(to_subject(drawn["clip"], photos["clip"]), ceiling=float(pairwise_cosines(photos["clip"]).mean())),
         "clip_t": scored(to_prompt(drawn["clip"], texts)),
         "div": scored(diversity([distances(found["patches"][k]) for k in others])),
     }

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from raybooth.disk import lock
-from raybooth.manifest import MANIFEST, describe, file_digest, is_another, move_in, parsed, read_manifest, replacing, scratch, write_atomically
+from raybooth.files import file_digest, replacing, scratch, write_atomically
+from raybooth.manifest import MANIFEST, describe, is_another, move_in, parse_manifest, read_manifest
 from raybooth.remote import Remote
 
 UNPUSHED = ".unpushed"
@@ -40,7 +41,7 @@ class Mirror:
         if was_there and ("" if (self.root / stage).is_file() else MANIFEST) not in found:
             self._forget(stage)
         theirs = self.remote.read(f"{stage}/{MANIFEST}") if MANIFEST in found else b""
-        manifest, same = parsed(theirs), ours.exists() and theirs == ours.read_bytes()
+        manifest, same = parse_manifest(theirs), ours.exists() and theirs == ours.read_bytes()
         outputs = manifest["outputs"] if manifest else {}  # what else lies there an earlier run has left, or it is not whole
         with contextlib.suppress(_TornError):
             for name in [n for n in found if not n or n in outputs or n.startswith(".partial-")]:
@@ -121,7 +122,7 @@ class Mirror:
 
     def _ours(self, stage: str, found: Iterable[str]) -> set[str]:
         """What raybooth has put in a stage's folder there, by its manifest and by the mark of a push that is not complete."""
-        manifest = parsed(self.remote.read(f"{stage}/{MANIFEST}")) if MANIFEST in found else None
+        manifest = parse_manifest(self.remote.read(f"{stage}/{MANIFEST}")) if MANIFEST in found else None
         names = set(manifest["outputs"]) if manifest else set()
         if UNPUSHED in found:
             with contextlib.suppress(ValueError):  # the mark itself is torn: nothing came after it
@@ -157,7 +158,7 @@ class Mirror:
         manifest = read_manifest(folder)
         intact = manifest and all((folder / name).is_file() for name in manifest["outputs"])
         if manifest and intact and self._manifest_there(stage) in (None, mark["before"], (folder / MANIFEST).read_text()):
-            before = parsed((mark["before"] or "").encode())
+            before = parse_manifest((mark["before"] or "").encode())
             self._push(stage, manifest["outputs"], before["outputs"] if before else {}, mark["names"])
         (folder / UNPUSHED).unlink()
 

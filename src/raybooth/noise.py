@@ -25,13 +25,12 @@ def generator(seed: int, *key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-def normal(shape: Sequence[int], *key: str | int) -> Tensor:
-    """Standard normal draws of a key: (*shape), float32, on the CPU."""
-    seed, *rest = key
-    return torch.randn(tuple(shape), generator=generator(int(seed), *rest))
+def normal(shape: Sequence[int], seed: int, *key: str | int) -> Tensor:
+    """Standard normal draws of (seed, key): (*shape), float32, on the CPU."""
+    return torch.randn(tuple(shape), generator=generator(seed, *key))
 
 
-def sent(values: Tensor, device: torch.device) -> Tensor:
+def to_device(values: Tensor, device: torch.device) -> Tensor:
     """From the CPU to `device`, without waiting for what that has still to do. CUDA waits for more than a few KB that are not in pinned memory, which
     torch keeps until they are there.
     """
@@ -39,10 +38,9 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
 
 
 @contextlib.contextmanager
-def reseeded(device: torch.device, *key: str | int) -> Iterator[None]:
-    """torch's own random state set from a key, for layers that draw by themselves (dropout), and put back afterwards."""
-    seed, *rest = key
-    number = generator(int(seed), *rest).initial_seed()
+def reseeded(device: torch.device, seed: int, *key: str | int) -> Iterator[None]:
+    """torch's own random state set from (seed, key), for layers that draw by themselves (dropout), and put back afterwards."""
+    number = generator(seed, *key).initial_seed()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         # Not torch.manual_seed: in a process without CUDA that takes down the stack each time, a millisecond a step.
         torch.default_generator.manual_seed(number)

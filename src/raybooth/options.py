@@ -8,7 +8,7 @@ from pathlib import Path
 from raybooth import __version__
 
 STAGE_VERBS = {
-    "run": "all stages: from photographs to a personalised model and its pictures",
+    "run": "prepare to generate: from photographs to a personalised model and its pictures",
     "prepare": "fetch the base model, turn the photographs into instance images",
     "class-images": "let the base model draw pictures of the class",
     "encode": "encode pictures and prompts for training",

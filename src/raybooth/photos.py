@@ -11,10 +11,10 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from raybooth.errors import RayboothError
-from raybooth.manifest import file_digest
+from raybooth.errors import RayboothError, reason
+from raybooth.files import file_digest
 
 SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2"])
 FORMATS = frozenset(["JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "HEIF", "AVIF", "JPEG2000"])
@@ -24,9 +24,6 @@ _TURNS = {
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 """EXIF's orientations."""
-FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "Arial.ttf", "arial.ttf")
-"""Of most letters first."""
-LONGEST_TITLE = 200  # characters
 WIDEST = 3  # times as long as wide is a photograph that loses little of its subject
 SMALLEST_SIDE = 32  # pixels; below it there is nothing to learn from
 
@@ -130,8 +127,7 @@ def _decoded(photo: Photo, data: bytes) -> Image.Image:
     except MemoryError:
         raise RayboothError(f"{photo.name} is too large for the memory of this machine: give a smaller copy.") from None
     except Exception as error:  # decoders raise whatever they please: RuntimeError, SyntaxError, struct.error
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise RayboothError(f"{photo.name} is damaged or cut off ({reason}): copy it again from its source, or remove it.") from None
+        raise RayboothError(f"{photo.name} is damaged or cut off ({reason(error)}): copy it again from its source, or remove it.") from None
 
 
 def _recognised(data: bytes) -> Image.Image:
@@ -201,40 +197,3 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if isinstance(clear := image.info.get("transparency"), int):  # the value that a PNG says is not there
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey
-
-
-def png(image: Image.Image, **text: str) -> bytes:
-    """The picture as PNG, with `text` as its text chunks. The same picture and text give the same bytes."""
-    info = PngImagePlugin.PngInfo()
-    for key, value in text.items():
-        info.add_itxt(key, value)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
-
-
-def contact_sheet(rows: list[tuple[str, list[Image.Image]]], cell: int = 128) -> Image.Image:
-    """One picture of many: a row each, under its title, of which a long one is cut."""
-    gap, title = 6, 18
-    columns = max((len(images) for _, images in rows), default=1)
-    rows = [(" ".join(text.split()), images) for text, images in rows]
-    rows = [(text if len(text) <= LONGEST_TITLE else f"{text[: LONGEST_TITLE - 3]}...", images) for text, images in rows]
-    font = _font("".join(text for text, _ in rows))
-    width = max(columns * (cell + gap) + gap, *(int(font.getlength(t)) + 2 * gap for t, _ in rows))
-    sheet = Image.new("RGB", (width, len(rows) * (cell + gap + title) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for r, (text, images) in enumerate(rows):
-        top = gap + r * (cell + gap + title)
-        draw.text((gap, top), text, "black", font)
-        for c, image in enumerate(images):
-            small = image.resize((cell, cell), Image.Resampling.LANCZOS if image.width > cell else Image.Resampling.NEAREST)
-            sheet.paste(small, (gap + c * (cell + gap), top + title))
-    return sheet
-
-
-def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own has the letters of English alone: for others one of this machine, if there is one."""
-    for name in () if text.isascii() else FONTS:
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, 12)
-    return ImageFont.load_default(13)

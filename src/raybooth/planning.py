@@ -133,7 +133,7 @@ def _drawing_flops(family: Family, loaded: Loaded, config: Config, side: int) ->
 
 def _results(config: Config) -> int:
     """Pictures of the result: prompts that are filled to the same are one."""
-    return len({config.fill(prompt) for prompt in config.generate.prompts}) * config.generate.images_per_prompt
+    return len(config.output_prompts) * config.generate.images_per_prompt
 
 
 def _weights(folder: Path, part: str, module: nn.Module) -> int:

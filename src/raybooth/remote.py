@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from raybooth.disk import explained_if_full
-from raybooth.errors import RayboothError
+from raybooth.errors import RayboothError, reason
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """raybooth's extra for the stores of a scheme."""
@@ -91,7 +91,7 @@ class Remote:
             scheme = self.uri.partition("://")[0]
             if isinstance(error, ImportError) and scheme in EXTRAS:
                 raise RayboothError(f"The storage {self.uri} needs a package that is not installed: pip install 'raybooth[{EXTRAS[scheme]}]'.") from error
-            reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
             raise RayboothError(
-                f"The storage {self.uri} cannot be {done} ({reason}): check the address, the network and your rights there, or give a folder with --storage."
+                f"The storage {self.uri} cannot be {done} ({reason(error)}): check the address, the network and your rights there, "
+                "or give a folder with --storage."
             ) from error

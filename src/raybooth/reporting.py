@@ -15,10 +15,9 @@ from typing import Any
 from PIL import Image
 
 from raybooth import evaluation, plots, selection
-from raybooth.drawing import by_prompt, output_prompts
+from raybooth.drawing import by_prompt
 from raybooth.errors import RayboothError
-from raybooth.features import scored_prompt
-from raybooth.manifest import write_atomically
+from raybooth.files import write_atomically
 from raybooth.score import Score
 from raybooth.sections import Prior
 from raybooth.session import Run, settings_of
@@ -152,7 +151,7 @@ def facts_of(run: Run) -> dict[str, Any]:
     classes = [shown[f"class-{when}"][:OF_CLASS] for when in ("before", "after")]
     photographs, strip = shown["instance"][:PHOTOGRAPHS], _strip(run, trained.get("selected"))
     rows = [photographs, *classes, *(p for _, *both, _ in prompts for p in both), *(p for _, p in (strip["lines"] if strip else ()))]
-    manifests = {stage: m for stage in _stages(run, trained.get("selected")) if (m := run.held(stage))}
+    manifests = {stage: m for stage in _stages(run, trained.get("selected")) if (m := run.manifest_of(stage))}
     return {
         "subject": config.subject,
         "kind": config.fill("A {class}"),
@@ -161,7 +160,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "photographs": photographs,
         "learnt_from": len(shown["instance"]),
         "prompts": prompts,
-        "asked": len(output_prompts(run)),
+        "asked": len(run.config.output_prompts),
         "classes": classes,
         "of_class": len(shown["class-after"]),
         "class_stages": [evaluation.class_before(run), "class-after-images"],
@@ -235,15 +234,15 @@ def _strip(run: Run, selected: dict[str, Any] | None) -> dict[str, Any] | None:
     candidates = {c["step"]: c for c in selected["candidates"]}
     steps = [0, *columns(list(candidates), selected["step"])]
     stages = [_checkpoint_stage(step) for step in steps]
-    if not run.held(stages[0]):
+    if not run.manifest_of(stages[0]):
         return None
-    if lost := [stage for stage in stages if not (held := run.held(stage)) or not run.workspace.intact(stage, held["facts"]["pictures"])]:
+    if lost := [stage for stage in stages if not (held := run.manifest_of(stage)) or not run.workspace.intact(stage, held["facts"]["pictures"])]:
         run.say(f"report: without what the checkpoints drew: pictures of {lost[0]} are missing or damaged.")
         return None
     lines = []
     by_base, drawn = by_prompt(run, stages[0]), by_prompt(run, stages[1])
     for prompt, (name, *_) in drawn.items():
-        plain = by_base.get(scored_prompt(run, prompt), [name])[0]  # the very prompt, of a run of before
+        plain = by_base.get(run.config.without_token(prompt), [name])[0]  # the very prompt, of a run of before
         lines.append((prompt, [run.workspace.root / stages[0] / plain, *(run.workspace.root / stage / name for stage in stages[1:])]))
     scores, kept = [candidates[step] | _shares(candidates[step]) for step in steps[1:]], len(candidates)
     told = {"rule": selected["rule"], "why": RULES.get(selected["rule"], ""), "each": max(map(len, drawn.values()))}

@@ -25,7 +25,8 @@ def restore(family: Family, loaded: Loaded, checkpoint: Path) -> "dict[str, nn.M
 
     from raybooth.families.lora import add_adapters
 
-    recipe, finetune = _recipe(checkpoint), recipe_of(checkpoint)
+    recipe = _recipe(checkpoint)
+    finetune = Finetune(**recipe["finetune"])
     parts = family.trainable(finetune.text_encoder)
     if finetune.method == "lora":
         add_adapters(family, loaded, parts, Lora(**recipe["lora"]), recipe["seed"])
@@ -37,7 +38,7 @@ def restore(family: Family, loaded: Loaded, checkpoint: Path) -> "dict[str, nn.M
             if value is not None:  # with adapters only these are in it
                 parameter.copy_(value)
     trained.requires_grad_(False).eval()
-    return {part: loaded.modules[part] for part in parts}
+    return dict(trained)
 
 
 def _recipe(checkpoint: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def to_prompt(drawn: Array, prompts: Array) -> Array:
     return (drawn * prompts).sum(axis=1)
 
 
-def among(pictures: Array) -> Array:
+def pairwise_cosines(pictures: Array) -> Array:
     """Cosines of all pairs of different pictures (n, d): (n (n - 1) / 2,). The photographs' own mean is the ceiling of DINO and CLIP-I."""
     first, second = np.triu_indices(len(pictures), k=1)
     return (pictures[first] * pictures[second]).sum(axis=1)

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from raybooth.drawing import draw, model_bytes, output_prompts, output_rows, photographs, sampling
+from raybooth.drawing import draw, model_bytes, output_rows, photographs, sampling
 from raybooth.encoder_files import prepare_encoders
-from raybooth.features import features, scored_prompt, shows_subject
-from raybooth.score import among, share, to_prompt, to_subject
+from raybooth.features import features
+from raybooth.score import pairwise_cosines, share, to_prompt, to_subject
 from raybooth.session import Run
 
 FOLDER = "checkpoint-images"
@@ -61,7 +61,7 @@ def candidates(run: Run, checkpoints: Mapping[int, str]) -> list[Candidate]:
     pictures = {"photographs": ("instance-images", photographs(run))} | {f: (f, [r["name"] for r in rows[step]]) for step, f in shown.items()}
     found = features(run, "checkpoint-features", pictures, [r["prompt"] for r in rows[0]])
     subject, texts = found["photographs"]["dino"], found["prompts"]["clip"]
-    own = float(among(subject).mean()) if len(subject) > 1 else None
+    own = float(pairwise_cosines(subject).mean()) if len(subject) > 1 else None
     base = float(to_prompt(found[shown[0]]["clip"], texts).mean())
 
     def scored(step: int) -> Candidate:
@@ -73,13 +73,13 @@ def candidates(run: Run, checkpoints: Mapping[int, str]) -> list[Candidate]:
 
 def rows_of(run: Run, plain: bool = False) -> list[dict[str, Any]]:
     """What every checkpoint draws: the subject, if need be by the prompt that it was learnt by. `plain` is what the base model does: without the token."""
-    prompts = [p for p in output_prompts(run) if shows_subject(run, p)] or [run.config.subject.prompt]
-    return output_rows(run, "checkpoint", EACH, [scored_prompt(run, p) if plain else p for p in prompts[:PROMPTS]])
+    prompts = [p for p in run.config.output_prompts if run.config.shows_subject(p)] or [run.config.subject.prompt]
+    return output_rows(run, "checkpoint", EACH, [run.config.without_token(p) if plain else p for p in prompts[:PROMPTS]])
 
 
 def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, Any]:
     """Choose by `evaluate.select`, and if it is not the last one, write it into the storage's folder `target`. Returns what was found, as facts."""
-    from raybooth import tuning
+    from raybooth import finetune_job
     from raybooth.cluster.rows import map_rows
 
     rule, found = run.config.evaluate.select, candidates(run, checkpoints)
@@ -90,7 +90,7 @@ def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, A
         run.say(f"checkpoint {c.step}: {marks}{'; taken' if c is best else ''}")
     if best.step != max(checkpoints):
         shutil.rmtree(run.workspace.root / target, ignore_errors=True)  # the last step's: a pull would take it for the one that another machine has made
-        make = partial(tuning.exporter, run.workspace.uri, checkpoints[best.step], target)
+        make = partial(finetune_job.exporter, run.workspace.uri, checkpoints[best.step], target)
         cluster, size = run.config.cluster, model_bytes(run, "base-model")
         list(map_rows(make, [{"name": "model"}], batch=1, have=run.ray, retries=cluster.retries, say=run.say, model_bytes=size))
         run.workspace.pull("fine-tuned-model")

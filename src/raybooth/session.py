@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from raybooth.config import Config
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
-from raybooth.manifest import KEPT, holds_configuration, model_digest, read_manifest, write_atomically
+from raybooth.files import write_atomically
+from raybooth.manifest import CONFIG_FILE, holds_configuration, model_digest, read_manifest
 from raybooth.stage import Stage
 from raybooth.workspace import Workspace
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from raybooth.cluster.session import Resources
 
 T = TypeVar("T")
-LOOSE = (KEPT, "metrics.jsonl", "before-after.png", "report.html")
+LOOSE = (CONFIG_FILE, "metrics.jsonl", "before-after.png", "report.html")
 """Files of a storage that lie in no stage's folder."""
 MADE = ("instance-images", "class-images", "output-images")
 """The pictures of `raybooth run`."""
@@ -129,7 +130,7 @@ class Run:
     def facts(self, stage: str) -> dict[str, Any]:
         return self.workspace.manifest(stage)["facts"]
 
-    def held(self, stage: str) -> dict[str, Any] | None:
+    def manifest_of(self, stage: str) -> dict[str, Any] | None:
         """The manifest of a stage, None if it has not been run."""
         self.workspace.pull(stage)
         return read_manifest(self.workspace.root / stage)
@@ -142,7 +143,7 @@ class Run:
         """
         from PIL import Image
 
-        stage = next((name for name in (what.strip("/"), f"{what}-images") if name in MADE or ("-images" in name and self.held(name))), "")
+        stage = next((name for name in (what.strip("/"), f"{what}-images") if name in MADE or ("-images" in name and self.manifest_of(name))), "")
         if not stage:
             raise RayboothError(
                 f"There are no pictures '{what}' in the storage {self.config.storage}: name 'instance', 'class', 'output', or a stage's folder."
@@ -159,8 +160,8 @@ class Run:
         values = settings_of(self.config)
         if not self.workspace.remote:
             values["storage"] = str(self.workspace.root)
-        write_atomically(self.workspace.root / KEPT, json.dumps(values, indent=1, ensure_ascii=False).encode())
-        self.workspace.push(KEPT)
+        write_atomically(self.workspace.root / CONFIG_FILE, json.dumps(values, indent=1, ensure_ascii=False).encode())
+        self.workspace.push(CONFIG_FILE)
 
     def refuse_others_files(self) -> None:
         """Beside its stages' folders a run writes files that no manifest names. What bears such a name where no run was begun is the user's.
@@ -220,7 +221,7 @@ def folder_here(storage: str, *names: str) -> Path:
 
 def kept_config(storage: str) -> Path | None:
     """The configuration beside what a storage holds; None if no run was begun there."""
-    path = folder_here(storage, KEPT) / KEPT
+    path = folder_here(storage, CONFIG_FILE) / CONFIG_FILE
     return path if path.is_file() else None
 
 

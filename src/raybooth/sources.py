@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from raybooth.disk import path_of
-from raybooth.errors import RayboothError
+from raybooth.errors import RayboothError, reason
 from raybooth.manifest import holds_configuration, read_manifest
 from raybooth.photos import SUFFIXES, Photo, refuse_duplicates
 
@@ -196,8 +196,7 @@ def _download(url: str) -> bytes:
         with urllib.request.urlopen(request, timeout=30) as response:
             data = response.read(LARGEST_DOWNLOAD + 1)
     except (http.client.HTTPException, OSError, ValueError) as error:
-        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
-        raise RayboothError(f"The photograph {url} cannot be fetched: {reason}. Check the address, or give a file.") from None
+        raise RayboothError(f"The photograph {url} cannot be fetched: {reason(getattr(error, 'reason', error))}. Check the address, or give a file.") from None
     if len(data) > LARGEST_DOWNLOAD:
         raise RayboothError(f"The photograph {url} is larger than {LARGEST_DOWNLOAD >> 20} MiB: give a smaller one.")
     return data

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from raybooth.clock import CLOCK, Clock
 from raybooth.errors import RayboothError
-from raybooth.manifest import MANIFEST, describe, digest, files_under, intact, is_another, read_manifest, write_atomically
+from raybooth.files import files_under, write_atomically
+from raybooth.manifest import MANIFEST, describe, digest, intact, is_another, read_manifest
 
 if TYPE_CHECKING:
     from raybooth.workspace import Workspace
@@ -34,7 +35,7 @@ class Stage:
         return read_manifest(self.folder)
 
     @property
-    def held(self) -> dict[str, Any] | None:
+    def valid_manifest(self) -> dict[str, Any] | None:
         """The manifest, if the complete outputs follow from these inputs."""
         manifest = self.manifest
         return manifest if manifest is not None and manifest["digest"] == self.key else None
@@ -50,7 +51,7 @@ class Stage:
 
     def done(self, names: Iterable[str] | None = None) -> bool:
         """Whether every one of `names` (default: all outputs) is there and intact."""
-        held = self.held
+        held = self.valid_manifest
         if held is None:
             return False
         outputs = held["outputs"]
@@ -58,7 +59,7 @@ class Stage:
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are neither complete and intact nor among the work in progress."""
-        held = self.held
+        held = self.valid_manifest
         outputs = held["outputs"] if held else {}
         return [
             n for n in names if not (self.partial / n).exists() and not (n in outputs and intact(self.folder / n, outputs[n]))

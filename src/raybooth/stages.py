@@ -1,27 +1,24 @@
 """The stages, in order. Each reads what the ones before it left in the storage, and does only what is missing."""
 
-import os
 import tempfile
 from collections.abc import Iterable
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from raybooth import selection
 from raybooth.base_model import prepare_base
 from raybooth.checkpoint import Checkpoints
-from raybooth.disk import path_of
-from raybooth.drawing import SHEET, class_inputs, class_rows, draw, drawing, map_into, output_prompts, output_rows, resolution
+from raybooth.drawing import class_inputs, class_rows, draw, drawing, map_into, output_rows
 from raybooth.encoder_files import prepare_encoders
 from raybooth.errors import MUST_BE_SHARED, RayboothError
 from raybooth.extras import check_installed
-from raybooth.manifest import digest, files_under
+from raybooth.files import files_under
+from raybooth.instance_images import Photographs, prepare_photos, views_of
+from raybooth.manifest import digest
 from raybooth.naming import settle_token
-from raybooth.photos import SMALLEST_SIDE, SUFFIXES, Photo, contact_sheet, png, refuse_duplicates, remarks, square, views
+from raybooth.photos import SMALLEST_SIDE, square
 from raybooth.session import Run, StepLine, settings_of, versions
-from raybooth.sources import Gathered, fetch, gather, is_remote
 from raybooth.stage import Stage
 
 _AS_HERE = "; what --set says here it must be told too"
@@ -34,12 +31,12 @@ def prepare(run: Run) -> None:
     if run.config.cluster.address is None:  # on a cluster it is for its machines to have
         check_installed(run.config.finetune)
     with tempfile.TemporaryDirectory() as scratch:
-        photos = _Photos(run, Path(scratch))
+        photos = Photographs(run, Path(scratch))
         if not photos.have_gone:  # what cannot be had shows before gigabytes are fetched
             _ = photos.here
         if not photos.held:
             _ = photos.there
-        if run.held("base-model") is None:
+        if run.manifest_of("base-model") is None:
             for photo in (*photos.here.photos, *photos.there.photos):
                 square(photo, SMALLEST_SIDE)
         prepare_base(run)
@@ -66,7 +63,7 @@ def _check_lengths(run: Run) -> None:
 
 
 def _say_unread(run: Run) -> None:
-    for prompt, (length, rest) in _unread(run, output_prompts(run)).items():
+    for prompt, (length, rest) in _unread(run, run.config.output_prompts).items():
         run.say(f"prompts: of '{prompt}' this model reads {length} tokens, and not the end: '{rest}'")
 
 
@@ -74,92 +71,9 @@ def _unread(run: Run, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
     from raybooth.families import family_of
     from raybooth.families.reading import unread
 
-    if run.held("base-model") is None:  # removed, or never there: a whole fine-tuned model draws without
+    if run.manifest_of("base-model") is None:  # removed, or never there: a whole fine-tuned model draws without
         return {}
     return unread(family_of(run.base_folder), run.base_folder, dict.fromkeys(prompts))
-
-
-class _Photos:
-    """A run's photographs: `here`, on this machine, and `there`, which are fetched when they are first asked for."""
-
-    def __init__(self, run: Run, scratch: Path):
-        given = run.config.subject.photos
-        self.remote, self._local = [s for s in given if is_remote(s)], [s for s in given if not is_remote(s)]
-        self.places = [os.path.abspath(path_of(s, "subject.photos")) for s in self._local]
-        self.held, self._root, self._scratch = run.held("instance-images"), run.workspace.root, scratch
-
-    @property
-    def have_gone(self) -> bool:
-        """Whether all that is left of those of this machine are the squares in the storage, as on another machine that goes on."""
-        known = self.held is not None and self.places and self.held["facts"].get("places") == self.places
-        return bool(known) and not any(map(os.path.lexists, self.places))
-
-    @cached_property
-    def here(self) -> Gathered:
-        return gather(self._local, self._root) if self._local or not self.remote else Gathered()
-
-    @cached_property
-    def there(self) -> Gathered:
-        return fetch(self.remote, partial(_dataset, self._scratch)) if self.remote else Gathered()
-
-
-def prepare_photos(run: Run, photos: _Photos) -> None:
-    """People's photographs to instance images: upright RGB squares of the base's resolution. Those of this machine come first."""
-    subject, how = run.config.subject, _views(run)
-    if photos.have_gone and _are_as(run, photos, how):
-        return run.say("instance-images: the photographs have gone; the pictures made of them are kept")
-    # A remote source stands for itself: what was fetched once is kept, and nothing is fetched to see whether it changed.
-    stage = run.workspace.stage("instance-images", {"photos": [p.sha256 for p in photos.here.photos], "remote": photos.remote, **how})
-    _say_skipped(run, photos.here)
-    held = stage.held
-    if held and stage.done():
-        n = len(held["facts"]["pictures"])
-        return run.say(f"instance-images: {n} picture{'s' * (n > 1)}, up to date")
-    _say_skipped(run, photos.there)
-    given = photos.here.photos + photos.there.photos
-    images = [(photo, views(photo, how["resolution"], subject.crops, subject.flip, str(run.config.seed))) for photo in given]
-    refuse_duplicates((photo, squares[0].tobytes()) for photo, squares in images)
-    for line in remarks(given, how["resolution"]):
-        run.say(f"instance-images: {line}")
-    _write_instances(run, stage, images, {"skipped": photos.here.skipped + photos.there.skipped, "places": photos.places})
-
-
-def _are_as(run: Run, photos: _Photos, how: dict[str, Any]) -> bool:
-    """Whether the pictures in the storage are whole, of all remote sources too, and made in this way."""
-    held = photos.held
-    return held is not None and held["inputs"].items() >= {"remote": photos.remote, **how}.items() and run.workspace.intact("instance-images", held["outputs"])
-
-
-def _views(run: Run) -> dict[str, Any]:
-    """By what photographs become instance images."""
-    subject = run.config.subject
-    return {"resolution": resolution(run), "crops": [subject.crops, run.config.seed if subject.crops else None, subject.flip]}
-
-
-def _dataset(scratch: Path, spec: str) -> Path:
-    from raybooth import hub
-
-    return hub.fetch_dataset(spec, scratch / digest(spec)[:16], SUFFIXES)
-
-
-def _say_skipped(run: Run, found: Gathered, most: int = 20) -> None:
-    for name, reason in found.skipped[:most]:
-        run.say(f"instance-images: skipped {name}: {reason}")
-    if len(found.skipped) > most:
-        run.say(f"instance-images: skipped {len(found.skipped) - most} more; instance-images/manifest.json lists them all")
-
-
-def _write_instances(run: Run, stage: Stage, images: list[tuple[Photo, list[Image.Image]]], facts: dict[str, Any]) -> None:
-    """`02.png` is the third photograph, `02-1.png` its second view."""
-    pictures = {f"{i:02d}{f'-{k}' if k else ''}.png": view for i, (_, views) in enumerate(images) for k, view in enumerate(views)}
-    for name, image in pictures.items():
-        stage.write(name, png(image))
-    title = f"{run.config.subject.prompt}: what the model will see"
-    stage.write(SHEET, png(contact_sheet([(title if not k else "", list(row)) for k, row in enumerate(zip(*(v for _, v in images), strict=True))])))
-    sources = [{"name": photo.name, "sha256": photo.sha256} for photo, _ in images]
-    stage.finish({"pictures": list(pictures), "sources": sources, **facts}, only=[*pictures, SHEET])
-    what = f"{len(pictures)} views of " if len(pictures) > len(images) else ""
-    run.say(f"instance-images: {what}{len(images)} photograph{'s' * (len(images) > 1)}; look at {stage.folder / SHEET}")
 
 
 def class_images(run: Run) -> None:
@@ -205,7 +119,7 @@ def _pictures(run: Run) -> dict[str, dict[str, str]]:
 
 def _instance_pictures(run: Run) -> dict[str, str]:
     made = run.workspace.manifest("instance-images")
-    _refuse_others(run, "instance-images", "prepare", made["inputs"], _views(run))
+    _refuse_others(run, "instance-images", "prepare", made["inputs"], views_of(run))
     return {name: made["outputs"][name]["sha256"] for name in made["facts"]["pictures"]}
 
 
@@ -247,19 +161,19 @@ def refuse_import(run: Run) -> None:
     Raises:
         RayboothError: if the storage holds a LoRA that was made elsewhere, and of which it may be the only copy: fine-tuning would take its place.
     """
-    held = run.held("fine-tuned-model")
+    held = run.manifest_of("fine-tuned-model")
     if held and "imported" in held["inputs"]:
         raise RayboothError(f"The storage {run.config.storage} holds a LoRA that was imported, and fine-tuning would replace it: give another --storage.")
 
 
 def finetune(run: Run) -> None:
     """The base model to the fine-tuned model, by the prior-preserving loss."""
-    from raybooth import tuning
+    from raybooth import finetune_job
     from raybooth.cluster.fit import run_group
 
     config = run.config
     run.outputs("latents")  # must be here
-    held = _latents(run)[0].held
+    held = _latents(run)[0].valid_manifest
     latents = {name: output["sha256"] for name, output in held["outputs"].items()} if held else {}  # of this base model
     rows = {kind: [_latent_name(sha) for sha in found.values()] for kind, found in _pictures(run).items()}
     used = [n for names in (*rows.values(), _prompt_names(run)) for n in names]
@@ -289,7 +203,7 @@ def finetune(run: Run) -> None:
     run.say_why(stage)
     stage.clear()
     target = f"fine-tuned-model/{stage.partial.name}"
-    make = partial(tuning.finetuner, run.workspace.uri, target, key, rows, prompts, config.prior, config.finetune, config.lora, config.seed, selects)
+    make = partial(finetune_job.finetuner, run.workspace.uri, target, key, rows, prompts, config.prior, config.finetune, config.lora, config.seed, selects)
     starts: list[int] = []
     with StepLine(run) as line:
 

@@ -17,7 +17,7 @@ from raybooth.dropout import key_dropout
 from raybooth.errors import RayboothError
 from raybooth.families import Family, Loaded
 from raybooth.loss import prior_preserving, row_errors
-from raybooth.noise import reseeded, sent
+from raybooth.noise import reseeded, to_device
 from raybooth.optim import Average, groups_of, laid_out_like, learning_rate_factor, make_optimizer
 from raybooth.sections import Finetune
 from raybooth.teacher import Teacher
@@ -126,7 +126,7 @@ class RowLoss(nn.Module):
         return {k: v[self._at(used.index(p) for p in prompt)] for k, v in words.items()}
 
     def _at(self, places: Iterable[int]) -> Tensor:
-        return sent(torch.tensor([*places]), self.data.mean.device)
+        return to_device(torch.tensor([*places]), self.data.mean.device)
 
 
 def fit(
@@ -232,7 +232,7 @@ class _Loop:
     def _backward(self, every: list[int], places: Sequence[int], used: list[int], words: Words | None, owed: Sequence[Tensor] = ()) -> None:
         finetune, data = self.finetune, self.data
         mine, instances = [every[i] for i in places], sum(i < finetune.batch for i in places)
-        rows = sent(torch.tensor(mine), self.device)
+        rows = to_device(torch.tensor(mine), self.device)
         x0, noise, t = noised_rows(data, self.objective, self.seed, finetune.noise_offset, self.done, places, rows)
         self.keys[self.module.family.denoiser][:] = [(self.seed, "dropout", self.done, place) for place in places]
         with autocast(self.device, self.autocast):
@@ -280,7 +280,7 @@ class _Loop:
             for i in range(0, VALIDATION, share):
                 places = range(i, min(i + share, VALIDATION))
                 chosen = [among[k % len(among)] for among in kinds.values() for k in places]
-                rows = sent(torch.tensor(chosen), self.device)
+                rows = to_device(torch.tensor(chosen), self.device)
                 # No step of the training is the one before the first.
                 drawn = noised_rows(data, self.objective, self.seed, finetune.noise_offset, -1, [*places] * len(kinds), rows)
                 with autocast(self.device, self.autocast):

@@ -20,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from raybooth.clock import Worked
-from raybooth.disk import explained, lock, path_of
+from raybooth.disk import cache_folder, explained, is_locked, lock, path_of
 from raybooth.errors import RayboothError
-from raybooth.manifest import digest, files_under, holds_configuration, move_in, read_manifest, sweep, write_atomically
+from raybooth.files import files_under, sweep, write_atomically
+from raybooth.manifest import digest, holds_configuration, move_in, read_manifest
 from raybooth.mirror import Mirror
 from raybooth.remote import Remote
 from raybooth.stage import Stage, intact
+
+LOCK = ".lock"
+"""A storage's lock file, held while a run is at work there. It says whose, and its time is when that began."""
 
 
 def _check_address(storage: str) -> None:
@@ -53,7 +57,7 @@ class Workspace:
         self.worked = Worked()
         self.remote = Remote(storage) if "://" in storage else None
         if self.remote:  # with or without a slash at its end it is one place
-            self.root = path_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "raybooth" / digest(storage.rstrip("/"))[:16]
+            self.root = cache_folder() / digest(storage.rstrip("/"))[:16]
         else:
             self.root = path_of(storage, "storage").absolute()
         self.mirror = Mirror(self.remote, self.root) if self.remote else None
@@ -75,7 +79,7 @@ class Workspace:
                 for path in self.root.iterdir():
                     if path.is_dir():
                         shutil.rmtree(path)
-                    elif path.name != ".lock":
+                    elif path.name != LOCK:
                         path.unlink()
             _OF_THIS_PROCESS.add(self.root)
 
@@ -153,7 +157,7 @@ class Workspace:
         Raises:
             RayboothError: naming the holder, or if it cannot be written to.
         """
-        path = self.root / ".lock"
+        path = self.root / LOCK
         self._check_writable_here()
         with explained(self.storage, self.root), path.open("a+", errors="replace") as f:
             try:
@@ -167,7 +171,7 @@ class Workspace:
             f.seek(0)
             if (text := f.read()) and not _HOLDER.fullmatch(text):
                 raise RayboothError(
-                    f".lock in the storage {self.storage} is none of raybooth's, which would write into it: move it, or give another --storage."
+                    f"{LOCK} in the storage {self.storage} is none of raybooth's, which would write into it: move it, or give another --storage."
                 )
             f.truncate(0)
             f.write(f"{_user()}@{socket.gethostname()}, process {os.getpid()}")
@@ -232,6 +236,17 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
         shutil.copyfile(source, target)
 
 
+def process_at_work(root: Path) -> int | None:
+    """Of this machine, in the storage of folder `root`."""
+    if not is_locked(root / LOCK):
+        return None
+    try:
+        found = _HOLDER.fullmatch((root / LOCK).read_text())
+    except FileNotFoundError:
+        return None
+    return int(found[2]) if found and found[1] == socket.gethostname() else None
+
+
 def _user() -> str:
     """Of this process; a container's may have no name."""
     try:
@@ -240,8 +255,8 @@ def _user() -> str:
         return f"user {os.getuid()}"
 
 
-_HOLDER = re.compile(r".*@.*, process \d+", re.DOTALL)
-"""What a lock file holds."""
+_HOLDER = re.compile(r".*@(.*), process (\d+)", re.DOTALL)
+"""What a lock file holds: user, machine and process."""
 _OF_THIS_PROCESS: set[Path] = set()
 """Mirrors of this process's memory."""
 _OPENING = threading.Lock()

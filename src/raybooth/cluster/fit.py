@@ -190,7 +190,7 @@ def place_given_back() -> Iterator[None]:
     Ray keeps the place for as long as the driver lives if a worker died as it started, and where Ray stays, as after a notebook's `raybooth.connect()`,
     interrupted workers go on: the next group would wait for ever.
     """
-    from ray._raylet import PlacementGroupID
+    from ray import PlacementGroupID
     from ray.exceptions import RayError
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 

@@ -2,12 +2,11 @@
 
 import json
 import re
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from raybooth.errors import RayboothError
+from raybooth.errors import RayboothError, reason
 
 INDEX = "model_index.json"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -197,27 +196,12 @@ def check_weights(folder: Path, names: Iterable[str]) -> None:
     Raises:
         RayboothError: naming the file.
     """
+    from safetensors import SafetensorError, safe_open
+
     for name in names:
         if name.endswith(".safetensors"):
-            problem = _safetensors_problem(folder / name)
-            if problem:
-                raise RayboothError(f"The weights {folder / name} are {problem}: {_AGAIN}")
-
-
-def _safetensors_problem(path: Path) -> str | None:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            head = f.read(8)
-            if len(head) < 8:
-                return f"cut off after {size} bytes"
-            length = struct.unpack("<Q", head)[0]
-            if length > min(size, 100_000_000):
-                return "cut off or not safetensors"
-            header = json.loads(f.read(length))
-        end = 8 + length + max((int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"), default=0)
-    except OSError as error:
-        return f"not readable ({error.strerror})"
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return "not readable as safetensors"
-    return f"cut off: {size} bytes of {end}" if size != end else None
+            try:
+                with safe_open(folder / name, "np"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise RayboothError(f"The weights {folder / name} are cut off or damaged ({reason(error)}): {_AGAIN}") from None

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raybooth.errors import RayboothError
+from raybooth.errors import RayboothError, reason
 from raybooth.families.base import Family, Loaded
 from raybooth.families.lora import WEIGHTS, described, load_adapters
 from raybooth.families.lowrank import LowRank, even, file_name, layers_of, names_of
@@ -116,9 +116,8 @@ def read(family: Family, modules: "Modules", file: Path) -> LowRank:
         peft = {part: _in_peft_names(part, state) for part in known}
         parts = {part: _pairs(part, own, how) for part, own in peft.items()}
     except (ValueError, KeyError, IndexError, RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise RayboothError(
-            f"The LoRA {file} is of no layout that diffusers knows for {family.name} ({reason}): give one that was made for such a model."
+            f"The LoRA {file} is of no layout that diffusers knows for {family.name} ({reason(error)}): give one that was made for such a model."
         ) from None
     _check(parts, known, file, len(state))
     return even(parts)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raybooth.errors import RayboothError, lacks_memory
+from raybooth.errors import RayboothError, lacks_memory, reason
 from raybooth.families.base import Facts, Family, Loaded
 from raybooth.families.folder import INDEX, read_index, read_object
 
@@ -88,8 +88,7 @@ def _explained(part: Path) -> Iterator[None]:
     except Exception as error:
         if lacks_memory(error):
             raise
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise RayboothError(f"{part} of the model cannot be opened ({said}): copy or download the model again, or choose another.") from error
+        raise RayboothError(f"{part} of the model cannot be opened ({reason(error)}): copy or download the model again, or choose another.") from error
 
 
 def _weighted(kind: Any, folder: Path, dtype: "torch.dtype") -> "nn.Module":

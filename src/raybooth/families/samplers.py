@@ -14,8 +14,15 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "euler": ("EulerDiscreteScheduler", {}),
 }
+SAFE_STEPS = 100
+"""As many as a sampler takes with any model; with more, strides become short, and need a look."""
 _ANY_STRIDE = ("dpmsolver++", "euler")
 """Samplers that read their strides from the timesteps; the others have whole ones of equal length."""
+
+
+def is_safe(name: str, steps: int) -> bool:
+    """Whether a sampler can take so many steps with any model, which need not be asked then (nor torch waited for)."""
+    return steps <= SAFE_STEPS and name != "pndm"
 
 
 def ddim(folder: Path) -> Any:
@@ -29,12 +36,13 @@ def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], 
     """Deterministic samplers only: a picture depends on its initial latents and on nothing drawn on the way.
 
     Raises:
-        RayboothError: if the model's noise has no so many steps, or so many would not begin with it, or the sampler does not know of its end.
+        RayboothError: if there are more steps than the model has timesteps, if they would begin too far from pure noise, or if the sampler cannot
+            handle zero terminal SNR.
     """
     import diffusers
 
     kind, extra = SAMPLERS[name]
-    if steps > 100 and name in _ANY_STRIDE:
+    if steps > SAFE_STEPS and name in _ANY_STRIDE:
         extra = {**extra, "timestep_spacing": "linspace"}
     how = ddim(folder).config
     if name == "pndm" and how.get("rescale_betas_zero_snr"):
@@ -45,7 +53,7 @@ def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], 
     except (ValueError, IndexError):
         raise RayboothError(f"{steps} steps are more than {name} can take with this model: lower prior.steps, or generate.steps.") from None
     noise = int(made.config.num_train_timesteps)
-    if steps > 100 and made.timesteps[0] < 0.9 * noise:  # strides are whole: of 1000, 501 steps leave out the first 499
+    if steps > SAFE_STEPS and made.timesteps[0] < 0.9 * noise:  # strides are whole: of 1000, 501 steps leave out the first 499
         fewer = next(n for n in range(steps, 0, -1) if (n - 1) * (noise // n) >= 0.9 * noise)
         raise RayboothError(f"{steps} steps of {name} would begin amid the noise: set prior.steps, or generate.steps, to {fewer}, or take dpmsolver++.")
     return made

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raybooth.disk import path_of
-from raybooth.errors import RayboothError
+from raybooth.errors import RayboothError, reason
 from raybooth.families import family_of, parts
 from raybooth.families.folder import read_index, read_object
 
@@ -71,9 +71,8 @@ def unpack(file: Path, configuration: str | None, target: Path) -> None:
     try:
         pipe = kind.from_single_file(str(file), config=str(folder), local_files_only=True, torch_dtype=dtype)
     except (SingleFileComponentError, KeyError, ValueError, RuntimeError, AttributeError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise RayboothError(
-            f"The checkpoint {file} does not fit the configuration {folder} ({reason}): give that of its own architecture with base.configuration."
+            f"The checkpoint {file} does not fit the configuration {folder} ({reason(error)}): give that of its own architecture with base.configuration."
         ) from None
     pipe.save_pretrained(target, safe_serialization=True)
     parts.name_as_ever(target)

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from raybooth import __version__
 from raybooth.serving import errors
 from raybooth.serving.errors import ApiError, ErrorAnswer
-from raybooth.serving.generations import ClientGoneError, Draw, Office, job_of
+from raybooth.serving.generations import ClientGoneError, Draw, RequestQueue, job_of
 from raybooth.serving.guard import Guard
 from raybooth.serving.metrics import Measured, Metrics
 from raybooth.serving.schemas import DEFAULTS, Health, ImageAnswer, ImageRequest, Limits, Model, Models, bounded
@@ -50,7 +50,7 @@ def create_app(
     app.add_exception_handler(ClientGoneError, _gone)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.include_router(_models(subjects, metrics), prefix="/v1", responses=_errors(400, 401, 404))
-    app.include_router(_generations(subjects, Office(draw, limits, metrics), limits))
+    app.include_router(_generations(subjects, RequestQueue(draw, limits, metrics), limits))
     app.include_router(_house(metrics, healthy))
     for router in routers:
         app.include_router(router)
@@ -112,7 +112,7 @@ def _described_model(s: Subject) -> Model:
     )  # fmt: skip
 
 
-def _generations(subjects: Subjects, office: Office, limits: Limits) -> APIRouter:
+def _generations(subjects: Subjects, requests: RequestQueue, limits: Limits) -> APIRouter:
     router = APIRouter(tags=["images"])
     Asked = bounded(limits)  # noqa: N806
     streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
@@ -126,17 +126,17 @@ def _generations(subjects: Subjects, office: Office, limits: Limits) -> APIRoute
         asked: ImageRequest = body
         job = job_of(asked, await anyio.to_thread.run_sync(subjects.found))
         if not asked.stream:
-            return await office.answer(job, request, asked, lambda name: str(request.url_for("picture", name=name)))
-        pictures = office.drawn(job, request)
+            return await requests.answer(job, request, asked, lambda name: str(request.url_for("picture", name=name)))
+        pictures = requests.drawn(job, request)
         first = await anext(pictures, None)  # what goes wrong before it is still an answer of its own
         return StreamingResponse(
-            _closed_after(office.events(first, pictures, job), pictures), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+            _closed_after(requests.events(first, pictures, job), pictures), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
 
     @router.get("/pictures/{name}.png", name="picture", response_class=Response, responses={200: {"content": {"image/png": {}}}, **_errors(400, 404)})
     async def picture(name: str) -> Response:
         """A picture that was asked for as a URL, for some minutes."""
-        data = office.kept.get(name)
+        data = requests.kept.get(name)
         if data is None:
             raise ApiError(404, "There is no such picture, or not any more.", "not_found")
         return Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=600"})

@@ -18,7 +18,7 @@ from raybooth.families.foreign import matrices, merge
 from raybooth.families.lora import WEIGHTS, load_adapters
 from raybooth.families.lowrank import hollow
 from raybooth.jobs import for_inference
-from raybooth.manifest import file_digest, model_digest, read_manifest
+from raybooth.manifest import intact, model_digest, read_manifest
 from raybooth.sample import Sampler
 from raybooth.sections import Sampling
 from raybooth.serving.adapters import Adapters, slot_bytes
@@ -27,7 +27,6 @@ from raybooth.serving.subjects import Subject
 Look = Callable[[Sequence[int]], np.ndarray]
 """Indices of rows -> (n, h, w, 3) uint8: what they will be, as far as one can see by now."""
 MEMORY = 2 << 30  # bytes of all adapters together
-HASHED = 1 << 26  # bytes: of larger files the size must do
 Watch = Callable[[int, Look], None]
 """Hears after each step how many are done, and may look. What it raises ends the drawing."""
 
@@ -136,12 +135,8 @@ def _check(subject: Subject) -> None:
     if _is_file(subject):
         return
     manifest = read_manifest(subject.weights)
-    same = manifest is not None and model_digest(manifest) == subject.model
-    for name, described in (manifest or {"outputs": {}})["outputs"].items():
-        path = subject.weights / name
-        same &= path.stat().st_size == described["bytes"]
-        same &= described["bytes"] > HASHED or file_digest(path) == described["sha256"]
-    if not same:
+    outputs = manifest["outputs"] if manifest and model_digest(manifest) == subject.model else {}
+    if not outputs or not all(intact(subject.weights / name, described) for name, described in outputs.items()):
         raise RayboothError("it is just being replaced, try again in a moment.")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import Request
 
 from raybooth.errors import NotFiniteError, RayboothError
-from raybooth.serving.desk import Drawn, Job
+from raybooth.serving.batcher import Drawn, Job
 from raybooth.serving.engine import Row
 from raybooth.serving.errors import ApiError
 from raybooth.serving.kept import Kept
@@ -61,7 +61,7 @@ class Pace:
 
 
 @dataclass
-class Office:
+class RequestQueue:
     """Takes requests in, up to the queue's length, and sees to it that each ends in time.
 
     Attributes:

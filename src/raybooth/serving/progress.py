@@ -1,7 +1,6 @@
 """How far a run has come, read from what lies in its storage: manifests, work in progress, readings, its log. Nothing is kept beside it."""
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -12,11 +11,14 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from raybooth.config import Config, load
-from raybooth.manifest import read_manifest
-from raybooth.stages import SHEET
+from raybooth.disk import is_locked
+from raybooth.drawing import SHEET
+from raybooth.families import family_of
+from raybooth.manifest import CONFIG_FILE, read_manifest
+from raybooth.workspace import LOCK
 
 State = Literal["queued", "running", "done", "failed", "stopped"]
-LOG = "run.log"
+RUN_LOG = "run.log"
 """What a run that was started here says; a storage without one was made elsewhere."""
 MOST_READINGS = 400  # of the losses: more than a line on a page can show
 SHOWN = {"class-images": 8, "checkpoint-images/*": 4, "output-images": 24}
@@ -59,7 +61,7 @@ def progress(storage: Path, state: State | None = None) -> Progress:
     Raises:
         RayboothError: if its configuration cannot be read.
     """
-    config, error = load(storage / "config.json"), None
+    config, error = load(storage / CONFIG_FILE), None
     if state is None:
         state, error = _state(storage)
     readings = _readings(storage)
@@ -96,18 +98,6 @@ def marks(storage: Path) -> dict[str, int]:
         return {entry.name: entry.stat(follow_symlinks=False).st_mtime_ns for entry in entries}
 
 
-def held(storage: Path) -> bool:
-    """Whether a run, whoever started it, is at work in the storage."""
-    try:
-        with (storage / ".lock").open() as f:
-            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
-
-
 def _pictures(storage: Path) -> dict[str, tuple[int, Path]]:
     """`checkpoint-images/0000100/photo-of-...png` -> when it was made (for a name may be used again) and where it lies."""
     found = {}
@@ -129,17 +119,18 @@ def _files(folder: Path, suffix: str) -> dict[str, Path]:
 
 
 def _stages(storage: Path, config: Config, step: int) -> list[Step]:
-    subject, generate = config.subject, config.generate
+    subject = config.subject
     photographs = sum(1 for _ in (storage / "photographs").glob("*"))
     instances = photographs * (1 + subject.crops) * (1 + subject.flip)
-    prompts = 0 if config.finetune.text_encoder else 2
+    base = storage / "base-model"
+    frozen = family_of(base).has_frozen_encoders(config.finetune.text_encoder) if read_manifest(base) else not config.finetune.text_encoder
     made = {name: len(_files(storage / name, suffix)) for name, suffix in OUTPUTS.items()}
     rows = [
         ("prepare", "instance-images", made["instance-images"], instances),
         ("class-images", "class-images", made["class-images"], config.prior.drawn),
-        ("encode", "latents", made["latents"], instances + config.prior.drawn + prompts),
+        ("encode", "latents", made["latents"], instances + config.prior.drawn + 2 * frozen),
         ("finetune", "fine-tuned-model", step, config.finetune.steps),
-        ("generate", "output-images", made["output-images"], len(generate.prompts) * generate.images_per_prompt),
+        ("generate", "output-images", made["output-images"], len(config.output_prompts) * config.generate.images_per_prompt),
     ]
     # Work in progress may be complete before it has moved in; what is finished is whole, whatever was expected.
     return [
@@ -150,11 +141,11 @@ def _stages(storage: Path, config: Config, step: int) -> list[Step]:
 
 def _state(storage: Path) -> tuple[State, str | None]:
     """Of a run that nobody here has started, and what went wrong with it."""
-    if held(storage):
+    if is_locked(storage / LOCK):
         return "running", None
     if read_manifest(storage / "output-images"):
         return "done", None
-    text = (storage / LOG).read_text(errors="replace")
+    text = (storage / RUN_LOG).read_text(errors="replace")
     last = next((line.strip() for line in reversed(re.split(r"[\r\n]", text)) if line.strip()), "")
     if last.startswith("raybooth: stopped"):
         return "stopped", None
@@ -173,8 +164,8 @@ def _readings(storage: Path) -> list[tuple[int, float]]:
 
 def _seconds(storage: Path, state: State) -> float:
     try:
-        began = (storage / ".lock").stat().st_mtime
+        began = (storage / LOCK).stat().st_mtime
     except FileNotFoundError:
         return 0.0
-    end = time.time() if state == "running" else (storage / LOG).stat().st_mtime
+    end = time.time() if state == "running" else (storage / RUN_LOG).stat().st_mtime
     return round(max(0.0, end - began), 1)

@@ -3,9 +3,7 @@
 import contextlib
 import logging
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +12,10 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from raybooth.serving.progress import LOG, State, held
+from raybooth.disk import is_locked
+from raybooth.manifest import CONFIG_FILE
+from raybooth.serving.progress import RUN_LOG, State
+from raybooth.workspace import LOCK, process_at_work
 
 Command = Callable[[Path], list[str]]
 log = logging.getLogger("raybooth.serving")
@@ -22,7 +23,7 @@ log = logging.getLogger("raybooth.serving")
 
 def command(storage: Path) -> list[str]:
     """What makes and, run again, resumes the run in `storage`."""
-    return [sys.executable, "-m", "raybooth", "run", str(storage / "config.json"), "--storage", str(storage)]
+    return [sys.executable, "-m", "raybooth", "run", str(storage / CONFIG_FILE), "--storage", str(storage)]
 
 
 class Queue:
@@ -50,7 +51,7 @@ class Queue:
             if self.full:
                 return False
             if storage not in self._waiting and storage not in self._live:
-                (storage / LOG).write_bytes(b"")
+                (storage / RUN_LOG).write_bytes(b"")
                 self._waiting.append(storage)
             self._begin()
         return True
@@ -68,9 +69,9 @@ class Queue:
             process = self._live.get(storage)
             if process:
                 self._stopping.add(storage)
-        pid = process.pid if process else _holder(storage)
+        pid = process.pid if process else process_at_work(storage)
         if pid:
-            threading.Thread(target=self._end, args=(pid, lambda: not (process.poll() is None if process else held(storage)))).start()
+            threading.Thread(target=self._end, args=(pid, lambda: not (process.poll() is None if process else is_locked(storage / LOCK)))).start()
 
     def close(self) -> None:
         """Stop everything, and wait for it."""
@@ -94,7 +95,7 @@ class Queue:
             threading.Thread(target=self._watch, args=(storage, process), daemon=True).start()
 
     def _started(self, storage: Path) -> "subprocess.Popen[bytes]":
-        with (storage / LOG).open("wb") as said:
+        with (storage / RUN_LOG).open("wb") as said:
             return subprocess.Popen(
                 self.command(storage), stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
                 # People wait for pictures: the server's workers do not give way to others, those of a run do.
@@ -111,12 +112,12 @@ class Queue:
             self._begin()
 
     def _note_end(self, storage: Path, status: int) -> None:
-        with (storage / LOG).open("a") as said:
+        with (storage / RUN_LOG).open("a") as said:
             if storage in self._stopping:
                 said.write("\nraybooth: stopped.\n")
             elif status < 0:
                 said.write(f"\nraybooth: the run was ended by {signal.Signals(-status).name}, perhaps for lack of memory. Resumed, it goes on from there.\n")
-        (storage / LOG).touch()  # its end, whatever it said
+        (storage / RUN_LOG).touch()  # its end, whatever it said
 
     def _end(self, pid: int, gone: Callable[[], bool]) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -127,14 +128,3 @@ class Queue:
                     return
                 time.sleep(0.05)
             os.killpg(pid, signal.SIGKILL)
-
-
-def _holder(storage: Path) -> int | None:
-    """The process of this machine that holds the storage, left behind by a server that was killed."""
-    if not held(storage):
-        return None
-    try:
-        found = re.search(r"@(\S+), process (\d+)$", (storage / ".lock").read_text())
-    except FileNotFoundError:
-        return None
-    return int(found[2]) if found and found[1] == socket.gethostname() else None

@@ -12,13 +12,15 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
+from raybooth.disk import is_locked
 from raybooth.errors import RayboothError
 from raybooth.photos import Photo
 from raybooth.serving import uploads
 from raybooth.serving.errors import ApiError, ErrorAnswer
-from raybooth.serving.progress import LOG, Progress, held, marks, picture, progress
+from raybooth.serving.progress import RUN_LOG, Progress, marks, picture, progress
 from raybooth.serving.queue import Queue
 from raybooth.serving.subjects import ID
+from raybooth.workspace import LOCK
 
 ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorAnswer} for code in (400, 401, 403, 404, 408, 409, 413, 429)}
 MOST_UPLOADS = 4
@@ -32,7 +34,7 @@ class Runs(BaseModel):
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class ServerContext:
     """What a run that is started here has to know of the server.
 
     Attributes:
@@ -46,14 +48,14 @@ class Surroundings:
     names: Callable[[], Container[str]] = tuple
 
 
-class Workshop:
+class RunManager:
     """The runs in folders of `root`, and the queue that works on them.
 
     Args:
         overrides: settings of every run, as the command line's --set takes them.
     """
 
-    def __init__(self, root: Path, served: Surroundings, overrides: Iterable[str] = (), queue: Queue | None = None):
+    def __init__(self, root: Path, served: ServerContext, overrides: Iterable[str] = (), queue: Queue | None = None):
         self.root, self.served, self.overrides, self.queue = root.expanduser().absolute(), served, list(overrides), queue or Queue()
         self._over: dict[Path, tuple[dict[str, int], Progress]] = {}
 
@@ -61,7 +63,7 @@ class Workshop:
         """The storage of a run that was started here."""
         storage = self.root / run
         with _there(storage):
-            if not ID.fullmatch(run) or not (storage / LOG).exists():
+            if not ID.fullmatch(run) or not (storage / RUN_LOG).exists():
                 raise ApiError(404, f"There is no run {run} that was started here.", "not_found")
         return storage
 
@@ -69,7 +71,7 @@ class Workshop:
         """Of a run that is over as it was read: the page asks every second for all that ever were."""
         with _explained(), _there(storage):
             state = self.queue.state(storage)
-            if state or held(storage):
+            if state or is_locked(storage / LOCK):
                 return progress(storage, state)
             now, (before, known) = marks(storage), self._over.get(storage, ({}, None))
             if known is None or now != before:
@@ -78,7 +80,7 @@ class Workshop:
             return known
 
     def every(self) -> Iterator[Progress]:
-        for storage in sorted((log.parent for log in self.root.glob(f"*/{LOG}")), key=_news, reverse=True):
+        for storage in sorted((log.parent for log in self.root.glob(f"*/{RUN_LOG}")), key=_news, reverse=True):
             with contextlib.suppress(ApiError):  # one whose settings another version wrote, say; asked for by its name it says so
                 yield self.told(storage)
 
@@ -116,42 +118,42 @@ class Workshop:
                 raise _full()
 
 
-def runs_router(workshop: Workshop) -> APIRouter:
+def runs_router(manager: RunManager) -> APIRouter:
     """Runs of subjects on the base that is served, each in a folder of its own."""
     uploading = asyncio.Semaphore(MOST_UPLOADS)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
         yield
-        await run_in_threadpool(workshop.queue.close)
+        await run_in_threadpool(manager.queue.close)
 
     router = APIRouter(prefix="/api/runs", tags=["runs"], lifespan=lifespan, responses=ERRORS)
 
     @router.post("", status_code=202, openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": uploads.FORM}}}})
     async def start(request: Request) -> Progress:
         """Learn a subject from photographs. It runs at once, or when those before it are done."""
-        if workshop.queue.full:  # before the photographs have travelled
+        if manager.queue.full:  # before the photographs have travelled
             raise _full()
         if uploading.locked():
             raise ApiError(429, "As many uploads as may are on their way: try again in a moment.", "too_many_uploads", retry_after=5)
         async with uploading:
             fields, photos = await uploads.read(request)
-            return await run_in_threadpool(workshop.take_in, fields, photos)
+            return await run_in_threadpool(manager.take_in, fields, photos)
 
     @router.get("")
     def every() -> Runs:
         """All runs that were started here, those with news first."""
-        return Runs(runs=list(workshop.every()))
+        return Runs(runs=list(manager.every()))
 
     @router.get("/{run}")
     def one(run: str) -> Progress:
         """How far it has come."""
-        return workshop.told(workshop.known(run))
+        return manager.told(manager.known(run))
 
     @router.get("/{run}/pictures/{file:path}", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     def shown(run: str, file: str) -> Response:
         """One of its pictures."""
-        data = picture(workshop.known(run), file)
+        data = picture(manager.known(run), file)
         if data is None:
             raise ApiError(404, f"The run {run} has no picture {file}.", "not_found")
         return Response(data, media_type="image/png")
@@ -159,12 +161,12 @@ def runs_router(workshop: Workshop) -> APIRouter:
     @router.post("/{run}/resume", status_code=202)
     def resume(run: str) -> Progress:
         """Go on with one that was stopped or has failed, from what is complete."""
-        return workshop.resume(run)
+        return manager.resume(run)
 
     @router.delete("/{run}", status_code=202)
     def stop(run: str) -> Progress:
         """Stop it, or take it out of the queue. What is complete is kept."""
-        return workshop.stop(run)
+        return manager.stop(run)
 
     return router
 
@@ -176,7 +178,7 @@ def _full() -> ApiError:
 def _news(storage: Path) -> float:
     """When the run in it last said something; one that has just been removed is the oldest."""
     try:
-        return (storage / LOG).stat().st_mtime
+        return (storage / RUN_LOG).stat().st_mtime
     except OSError:
         return 0.0
 

@@ -1,14 +1,15 @@
 """Where the safety checker of a base model lies, which a run does not keep."""
 
-import os
 import shutil
 from pathlib import Path
 
 from raybooth.base_model import local_source
+from raybooth.disk import cache_folder
 from raybooth.errors import RayboothError
 from raybooth.families.folder import read_index
 from raybooth.families.safety import PARTS, needed
-from raybooth.manifest import digest, files_under, read_manifest
+from raybooth.files import files_under
+from raybooth.manifest import digest, read_manifest
 
 
 def checker_folder(base: Path) -> Path | None:
@@ -34,7 +35,7 @@ def _fetched(repo: str, commit: str) -> Path:
     """From the hub, kept for the next time."""
     from raybooth import hub
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "raybooth" / f"safety-{digest([repo, commit])[:16]}"
+    cache = cache_folder() / f"safety-{digest([repo, commit])[:16]}"
     if not cache.is_dir():
         partial = cache.with_name(f".{cache.name}.partial")
         hub.fetch_model(hub.Repo(repo, commit, "--base", "--base"), partial, lambda names, folder: needed(names))

@@ -17,7 +17,8 @@ from raybooth.base_model import local_source
 from raybooth.disk import path_of
 from raybooth.errors import RayboothError
 from raybooth.families import mini_folder
-from raybooth.manifest import files_under, read_manifest
+from raybooth.files import files_under
+from raybooth.manifest import CONFIG_FILE, read_manifest
 from raybooth.serving.schemas import Limits
 from raybooth.serving.subjects import MARKS, Subject, Subjects, folder_of, of_base
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
 
     from raybooth.cluster.serving import Served
-    from raybooth.serving.desk import Desk, Drawn, Job
+    from raybooth.serving.batcher import Batcher, Drawn, Job
     from raybooth.serving.generations import Draw
 
 
@@ -79,7 +80,7 @@ def serve(options: Options) -> None:
     uploads.settings(Path("run"), _section(base), {"class": "thing"}, options.set)  # what is wrong with them shows now, and not to who uploads
     safety = _safety_folder(base, options.safety)
     rank = slot_rank(subjects)
-    make = partial(desk, options.paths, base, rank, safety)
+    make = partial(make_batcher, options.paths, base, rank, safety)
 
     from raybooth.cluster.serving import replica_range, served
     from raybooth.cluster.session import connected
@@ -100,12 +101,12 @@ def serve(options: Options) -> None:
             _run(app, listening)
 
 
-def desk(paths: Sequence[str], base: Subject, rank: int, safety: Path | None) -> "Desk":
+def make_batcher(paths: Sequence[str], base: Subject, rank: int, safety: Path | None) -> "Batcher":
     """What a replica is made of. The base model is the same whichever run's folder it is read from: its own may have gone meanwhile."""
     import torch
 
     from raybooth.families.safety import checker
-    from raybooth.serving.desk import Desk
+    from raybooth.serving.batcher import Batcher
     from raybooth.serving.engine import Engine
 
     if not base.weights.is_dir():
@@ -114,7 +115,7 @@ def desk(paths: Sequence[str], base: Subject, rank: int, safety: Path | None) ->
             raise RayboothError(f"The base model {base.weights} has gone, and no run that is left has it.")
         base = replace(base, weights=folder, base_folder=folder)
     unsafe = checker(safety, "cuda" if torch.cuda.is_available() else "cpu") if safety else None
-    return Desk(Engine(base, rank), unsafe)
+    return Batcher(Engine(base, rank), unsafe)
 
 
 def slot_rank(subjects: Subjects) -> int:
@@ -125,20 +126,20 @@ def slot_rank(subjects: Subjects) -> int:
 
 def _runs(options: Options, subjects: Subjects) -> "list[APIRouter]":
     """Runs may be started where a folder of runs is served: they go into the first one."""
-    from raybooth.serving.runs import Surroundings, Workshop, runs_router
+    from raybooth.serving.runs import RunManager, ServerContext, runs_router
 
     local = [path_of(p, "PATH") for p in options.paths if "://" not in p]
     folders = [p for p in local if p.is_dir() and not any((p / name).exists() for name in MARKS)]
     base = subjects.base
-    served = Surroundings(_section(base), lambda: folder_of(base, subjects.found()), subjects.names)
-    return [runs_router(Workshop(folders[0], served, options.set))] if folders else []
+    served = ServerContext(_section(base), lambda: folder_of(base, subjects.found()), subjects.names)
+    return [runs_router(RunManager(folders[0], served, options.set))] if folders else []
 
 
 def _section(base: Subject) -> dict[str, Any]:
     """The base model in a configuration: as the run that it was found in names it, and not by that run's folder, which may go."""
     if of_base(mini_folder()).base == base.base:
         return {"model": "mini"}  # by its name, which brings its own settings along
-    config = base.weights.parent / "config.json"
+    config = base.weights.parent / CONFIG_FILE
     if (read_manifest(base.weights) or {}).get("stage") == "base-model" and config.exists():
         return configuration.load(config).base.model_dump()
     return {"model": str(base.weights.absolute())}

@@ -20,7 +20,8 @@ from raybooth.families import family_of
 from raybooth.families.folder import plain_name
 from raybooth.families.foreign import plain_rank
 from raybooth.families.lora import WEIGHTS
-from raybooth.manifest import MANIFEST, digest, file_digest, model_digest, read_manifest
+from raybooth.files import file_digest
+from raybooth.manifest import CONFIG_FILE, MANIFEST, digest, model_digest, read_manifest
 from raybooth.prompts import asks_for_subject, filled
 from raybooth.sections import Sampling
 from raybooth.workspace import Workspace
@@ -28,7 +29,7 @@ from raybooth.workspace import Workspace
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 BASE = "base"
 """The id of the base model itself, which is a model too."""
-MARKS = ("config.json", "fine-tuned-model", WEIGHTS)
+MARKS = (CONFIG_FILE, "fine-tuned-model", WEIGHTS)
 """What tells the storage of a run, or the folder of a LoRA, from a folder of them: nothing in such a folder may be called so."""
 
 
@@ -59,6 +60,11 @@ class Subject:
     token: str | None = None
     class_name: str | None = None
     photographs: tuple[Path, ...] = ()
+
+    @property
+    def drawn_by(self) -> str:
+        """Digest of all that its pictures follow from, as those of `raybooth generate` carry it: of adapters, the base model too."""
+        return digest([self.model, self.base]) if self.kind == "lora" else self.model
 
     @property
     def prompt(self) -> str | None:
@@ -101,7 +107,7 @@ def of_run(root: Path, name: str) -> Subject | None:
     adapters = weights / WEIGHTS if WEIGHTS in manifest["outputs"] else None
     if adapters and manifest["inputs"].get("model", model_digest(base)) != model_digest(base):
         raise RayboothError(f"The adapters of the run {root} belong to another base model than the one that lies there now.")
-    config = configuration.load(root / "config.json")
+    config = configuration.load(root / CONFIG_FILE)
     photographs = (read_manifest(root / "instance-images") or {"facts": {}})["facts"].get("pictures", [])
     return Subject(
         id=name,
@@ -193,7 +199,7 @@ class Subjects:
         if self._base is None and runs:
             first = runs[0]
             assert first.base_folder is not None
-            self._base = of_base(first.base_folder, configuration.load(first.base_folder.parent / "config.json"), first.base)
+            self._base = of_base(first.base_folder, configuration.load(first.base_folder.parent / CONFIG_FILE), first.base)
         files = [s for c in candidates if _is_file_of_adapters(c) and self._base and (s := self._read(c))]
         found = {BASE: self._base} if self._base else {}
         for subject in [*runs, *files]:
@@ -255,7 +261,7 @@ def _local(path: str) -> tuple[Path, str]:
             raise RayboothError(f"There is no {path} to serve: give the storage of a run, a folder of them, or a .safetensors file of adapters.")
         return folder, folder.name
     workspace = Workspace(path)
-    for stage in ("config.json", "base-model", "instance-images", "fine-tuned-model"):
+    for stage in (CONFIG_FILE, "base-model", "instance-images", "fine-tuned-model"):
         workspace.pull(stage)
     return workspace.root, path.rstrip("/").rpartition("/")[2]
 
@@ -275,7 +281,7 @@ def _id_of_file(file: Path) -> str:
     return file.parent.name if file.name == WEIGHTS else file.stem
 
 
-_PARTS = ("fine-tuned-model/manifest.json", "base-model/manifest.json", "instance-images/manifest.json", "config.json")
+_PARTS = ("fine-tuned-model/manifest.json", "base-model/manifest.json", "instance-images/manifest.json", CONFIG_FILE)
 
 
 def _state(path: Path) -> tuple[int, ...]:

@@ -15,12 +15,13 @@ from starlette.requests import Request
 
 from raybooth import config as configuration
 from raybooth.config import Config
+from raybooth.config_layers import merged
 from raybooth.errors import RayboothError
-from raybooth.layers import merged
-from raybooth.manifest import MANIFEST, read_manifest, write_atomically
+from raybooth.files import write_atomically
+from raybooth.manifest import CONFIG_FILE, MANIFEST, read_manifest
 from raybooth.photos import SUFFIXES, Photo, refuse_duplicates, square
 from raybooth.serving.errors import ApiError
-from raybooth.serving.progress import LOG
+from raybooth.serving.progress import RUN_LOG
 from raybooth.serving.subjects import BASE, ID, MARKS
 from raybooth.workspace import link_or_copy
 
@@ -111,8 +112,8 @@ def store(storage: Path, config: Config, photos: list[Photo], base: Path | None 
             suffix = Path(photo.name).suffix.lower()
             write_atomically(scratch / "photographs" / f"{i:02d}{suffix if suffix in SUFFIXES else '.jpg'}", photo.data)
         text = json.dumps(config.model_dump(by_alias=True, mode="json"), indent=1, ensure_ascii=False)
-        write_atomically(scratch / "config.json", text.encode())
-        write_atomically(scratch / LOG, b"")
+        write_atomically(scratch / CONFIG_FILE, text.encode())
+        write_atomically(scratch / RUN_LOG, b"")
         if base:
             _copy_base(base, scratch / "base-model")
         scratch.chmod(0o755)  # mkdtemp's are for their owner alone

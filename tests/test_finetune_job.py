@@ -18,12 +18,12 @@ from stored import alone
 from raybooth import config
 from raybooth.checkpoint import Checkpoints
 from raybooth.errors import RayboothError
-from raybooth.manifest import files_under
+from raybooth.files import files_under
+from raybooth.finetune_job import exporter, finetuner
 from raybooth.planning import plan
 from raybooth.remote import Remote
 from raybooth.sections import Finetune, Lora, Prior
 from raybooth.train import State
-from raybooth.tuning import exporter, finetuner
 from raybooth.workspace import Workspace
 
 ROWS = {"instance": ["0.safetensors", "1.safetensors"], "class": ["2.safetensors"]}

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from raybooth.errors import NotFiniteError, RayboothError
-from raybooth.photos import png
+from raybooth.pictures import png
 from raybooth.sections import Sampling
 from raybooth.serving.engine import Engine, Look, Row
 
@@ -70,7 +70,7 @@ class _Place:
 
 
 @dataclass
-class Desk:
+class Batcher:
     """The queue in front of an engine, which draws one batch at a time in a thread.
 
     Attributes:
@@ -174,4 +174,4 @@ class Desk:
 
 def _png(image: Image.Image, place: _Place) -> bytes:
     row = place.row
-    return png(image, prompt=row.prompt, seed=str(row.seed), model=row.subject.model) if place.job.labelled else png(image)
+    return png(image, prompt=row.prompt, seed=str(row.seed), model=row.subject.drawn_by) if place.job.labelled else png(image)

@@ -22,7 +22,7 @@ def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def said(layer: dict[str, Any], section: str, key: str) -> Any:
+def setting(layer: dict[str, Any], section: str, key: str) -> Any:
     """What a layer sets, whether its sections are dictionaries or models."""
     held = layer.get(section)
     return held.get(key) if isinstance(held, dict) else getattr(held, key, None)

@@ -1,6 +1,6 @@
 """`python -m benchmarks` (make bench): whole runs against the 2023 notebook's flow and diffusers' script, then the loops alone.
 
-Whole runs alternate, and the table has medians of the rounds and of the ratios in each: a shared machine is at times a third slower than a minute before.
+Whole runs alternate, and the table has medians over the rounds, also of each round's ratios: a shared machine can be a third slower than a minute before.
 """
 
 import json
@@ -21,11 +21,11 @@ from raybooth.mini import FOLDER
 SIDE = 64
 ROUNDS = 3
 RAYBOOTH = {"raybooth": "auto", "raybooth in float32": "fp32"}
-"""As it comes, and in the precision of its peers."""
+"""raybooth with its defaults, and in the precision of its peers."""
 
 
 def raybooth_run(work: Work, storage: Path, precision: str) -> dict[str, float]:
-    """The whole command in a process of its own, as a user runs it, and the loop's rate from its manifest."""
+    """Run the whole command in a process of its own, as a user does: its seconds, and the loop's rate from its manifest."""
     settings = {
         "prior.images": work.class_images,
         "prior.distill": False,  # the peers have no teacher to ask
@@ -47,7 +47,7 @@ def raybooth_run(work: Work, storage: Path, precision: str) -> dict[str, float]:
 
 
 def measured(name: str, work: Work, scratch: Path) -> dict[str, float]:
-    """A whole run by `name`, in a process and a folder of its own."""
+    """The readings of a whole run by `name`, in a process and a folder of its own."""
     if name in RAYBOOTH:
         return raybooth_run(work, scratch, RAYBOOTH[name])
     scratch.mkdir()
@@ -56,7 +56,7 @@ def measured(name: str, work: Work, scratch: Path) -> dict[str, float]:
 
 
 def _ratio(rounds: list[dict[str, dict[str, float]]], name: str, rate: str) -> str:
-    """Of raybooth's rate, in each round: the median, the least and the most."""
+    """The ratio of raybooth's rate to that of `name`, in each round: the median, the least and the most."""
     ratios = [r["raybooth"]["steps/s"] / r[name][rate] for r in rounds]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 

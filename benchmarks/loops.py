@@ -1,9 +1,9 @@
-"""The loop and the sampler by themselves against the least that can be done, each in a process of its own, by turns of a few steps.
+"""The loop and the sampler by themselves against the least that can be done, each in a process of its own, in turns of a few steps.
 
-All processes are there at once and one of them works: a shared machine changes its speed within seconds, and meets all of them alike.
+All processes are there at once and one of them works: a shared machine changes its speed within seconds, which then affects all of them alike.
 
 `bare` trains the same modules on random tensors: forward, backward and optimizer step, nothing else, in both memory formats, in float32 and
-in autocast to bfloat16: the fastest is the limit of the machine. `peers` is the step of the peers on images in memory: VAE and text encoder in
+in autocast to bfloat16: the fastest is the limit of the machine. `peers` is the peers' step on images in memory: VAE and text encoder in
 every step. A model is mini, or `layout`: Stable Diffusion 1.x with about 100 M random parameters in its UNet, at 256 px.
 """
 
@@ -70,7 +70,7 @@ def ours(folder: Path, steps: int, autocast: torch.dtype | None = None, teacher:
 
 
 def bare(folder: Path, steps: int, channels_last: bool = False, autocast: torch.dtype | None = None) -> Iterator[Any]:
-    """4 rows of two prompts, as in `ours`."""
+    """Train the bare modules on 4 rows of two prompts, as in `ours`."""
     family = family_of(folder)
     loaded = _loaded(folder, family.trainable(True))
     modules: Any = loaded.modules
@@ -145,7 +145,7 @@ def _drawing(pictures: int, steps: int) -> dict[str, Made]:
 
 @dataclass(frozen=True)
 class Group:
-    """What takes turns. A turn is `each` steps (or calls of a drawing, of `things` pictures), after `warm` of them."""
+    """Ways that take turns. A turn is `each` steps (or calls of a drawing, of `things` pictures), after `warm` of them."""
 
     unit: str
     made: dict[str, Made]
@@ -171,7 +171,7 @@ GROUPS = {
 
 
 class Worker:
-    """One of a group in a process of its own, with the memory allocator that raybooth gives its workers; the peers' with their own."""
+    """One of a group in a process of its own, with the memory allocator that raybooth gives its workers; the peers' step without."""
 
     def __init__(self, model: str, folder: Path, group: int, name: str):
         environment = os.environ if name == PEERS else {**os.environ, **allocator.environment()}
@@ -197,7 +197,7 @@ class Worker:
 
 
 def answer(model: str, folder: Path, group: int, name: str) -> None:
-    """What the process does: the seconds of a turn for each line that it reads, at the end the peak of its memory."""
+    """What the process does: print the seconds of a turn for each line that it reads, and at the end the peak of its memory."""
     how = GROUPS[model][group]
     if name != PEERS and how.unit != DRAWN:  # as raybooth's own workers: those that train, and no others
         allocator.keep_freed_memory()
@@ -229,7 +229,7 @@ def _table(model: str, folder: Path, group: int) -> None:
 
 
 def tables() -> None:
-    """A table a model and group; rates are medians over the turns, and so are the ratios, each within a turn."""
+    """Print a table per model and group; rates are medians over the turns, and so are the ratios, each within a turn."""
     with tempfile.TemporaryDirectory() as scratch:
         folders = {"mini": FOLDER, "layout": Path(scratch) / "layout"}
         layout(folders["layout"])

@@ -26,7 +26,7 @@ SCHEDULER: dict[str, Any] = {"skip_prk_steps": True}
 
 @dataclass(frozen=True)
 class Work:
-    """64 class images, 120 steps of 2 + 2 rows, 6 pictures: the size at which all are measured."""
+    """The work that all are measured on: 64 class images, 120 steps of 2 + 2 rows, 6 pictures."""
 
     base: Path
     photos: Path
@@ -83,7 +83,7 @@ def loop(base: Path, pairs: Iterator[Pair], work: Work, scratch: Path, autocast:
 
 
 def script(work: Work, scratch: Path, side: int) -> dict[str, float]:
-    """Seconds of diffusers' way, and its steps a second."""
+    """Run diffusers' script: its seconds, and its steps per second."""
     began = time.monotonic()
     pipe, classes = pipeline(work.base), scratch / "class-images"
     classes.mkdir()
@@ -166,7 +166,7 @@ def _reported(losses: Iterator[float]) -> Iterator[float]:
 
 
 def _dataset(work: Work, classes: Path, side: int) -> Any:
-    """Folders of pictures to pairs: the instances repeated until there are as many as of the class, zipped, shuffled."""
+    """A dataset of pairs from folders of pictures: the instances repeated until there are as many as of the class, zipped, shuffled."""
     import ray.data
 
     def pictures(folder: Path, column: str) -> Any:
@@ -184,7 +184,7 @@ def _dataset(work: Work, classes: Path, side: int) -> Any:
 
 
 def notebook(work: Work, scratch: Path, side: int) -> dict[str, float]:
-    """Seconds of the notebook's way, its steps a second, and these without the reports (trained once more, not in the total)."""
+    """Run the notebook's flow: its seconds, its steps per second, and these without the reports (trained once more, not in the total)."""
     began = time.monotonic()
     os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_USAGE_STATS_ENABLED": "0"}
     import ray

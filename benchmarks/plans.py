@@ -74,7 +74,7 @@ def t5_xxl() -> Any:
 
 
 def written(make: Callable[[], dict[str, Any]], pipeline: str, scheduler: Any, folder: Path) -> Path:
-    """The configuration files of a pipeline, without weights."""
+    """Write the configuration files of a pipeline, without weights, to `folder`, and return it."""
     with torch.device("meta"):
         parts = make()
     index: dict[str, Any] = {"_class_name": pipeline, "scheduler": ["diffusers", type(scheduler).__name__]}

@@ -32,7 +32,7 @@ PROMPTS = [f"photo of a dog {place}" for place in ("in the snow", "on the beach"
 
 
 def one_at_a_time(folder: Path, seconds: float) -> float:
-    """Pictures a second of diffusers' own pipeline, all adapters loaded and the one that is wanted switched on for each call."""
+    """Pictures a second of diffusers' own pipeline, with all adapters loaded and the one that is wanted switched on for each call."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     pipe: Any = StableDiffusionPipeline.from_pretrained(FOLDER)
@@ -136,7 +136,7 @@ async def under_load(url: str, process: psutil.Process, seconds: float) -> None:
 
 
 async def killed(load: Load, process: psutil.Process) -> None:
-    """One replica, in the middle of a load that lasts until there are as many as before, two minutes at most."""
+    """Kill one replica in the middle of a load of two minutes; print when there were as many as before, and the longest time without a picture."""
     there = {p.pid for p in replicas(process)}
     until = time.monotonic() + 120
     clients = [asyncio.create_task(load.client(i, until)) for i in range(CLIENTS)]

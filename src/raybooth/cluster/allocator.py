@@ -1,4 +1,4 @@
-"""The memory allocator of Ray's processes: the jemalloc that comes with Ray, for a step on a CPU asks for the same hundreds of megabytes each time."""
+"""The memory allocator of Ray's processes: the jemalloc that comes with Ray, as a step on a CPU asks for the same hundreds of megabytes each time."""
 
 import ctypes
 import importlib.util
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def environment() -> dict[str, str]:
-    """Of processes that allocate by it: a step on a CPU takes an eighth less time than by glibc's malloc.
+    """The environment variables of processes that use it; none if there is no such library, or LD_PRELOAD is set already.
 
-    What is freed stays at hand, also large tensors, and goes back to the system after ten idle seconds. It lies in huge pages where the
-    system has them for who asks: a step takes 3% less time again.
+    A step on a CPU takes an eighth less time than with glibc's malloc. Freed memory, large tensors too, stays at hand, and goes back to the system after
+    ten idle seconds. It lies in huge pages where the system gives them on request: a step takes another 3% less time.
     """
     spec = importlib.util.find_spec("ray")
     library = Path(spec.origin).parent / "core" / "libjemalloc.so" if spec and spec.origin else None
@@ -25,9 +25,9 @@ def environment() -> dict[str, str]:
 
 
 def keep_freed_memory() -> None:
-    """From now on nothing goes back to the system: for a process that does steps on a CPU and then ends.
+    """Give nothing back to the system from now on: for a process that does steps on a CPU and then ends.
 
-    jemalloc counts what a step frees and the next one takes again as idle in part, and gives it back: thousands of page faults a step.
+    jemalloc counts part of what a step frees and the next one takes again as idle, and gives it back: thousands of page faults a step.
     Does nothing in a process with another allocator.
     """
     try:
@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
         return
 
     def put(name: str, value: Any) -> None:
-        mallctl(name.encode(), None, None, ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value)))  # fails for an arena that is not in use: as well
+        mallctl(name.encode(), None, None, ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value)))  # fails, harmlessly, for an arena that is not in use
 
     arenas, size = ctypes.c_uint(), ctypes.c_size_t(ctypes.sizeof(ctypes.c_uint))
     mallctl(b"arenas.narenas", ctypes.byref(arenas), ctypes.byref(size), None, ctypes.c_size_t(0))

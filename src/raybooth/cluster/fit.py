@@ -1,4 +1,4 @@
-"""One function on a group of workers under Ray Train, with the live word of the first of them."""
+"""One function on a group of workers under Ray Train, with live messages from the first of them."""
 
 import contextlib
 import json
@@ -19,11 +19,11 @@ from raybooth.errors import LESS_MEMORY, LOGS, RayboothError
 Say = Callable[[dict[str, Any]], None]
 Loop = Callable[["Group", Say], Any]
 DDP: dict[str, Any] = {
-    "find_unused_parameters": True,  # of encoders whose last layers nobody reads (SDXL's, SD 3's), these have no gradients to wait for
-    "gradient_as_bucket_view": True,  # or all gradients would be there twice
-    "broadcast_buffers": False,  # before every pass; they are all workers' own from the beginning, and none changes
+    "find_unused_parameters": True,  # the last layers of some encoders (SDXL's, SD 3's) are never read: they have no gradients to wait for
+    "gradient_as_bucket_view": True,  # or all gradients would be held twice
+    "broadcast_buffers": False,  # before every pass: needless, as every worker has them from the beginning and none changes
 }
-"""What torch's DistributedDataParallel is told."""
+"""The arguments of torch's DistributedDataParallel."""
 
 
 class Group:
@@ -43,7 +43,7 @@ class Group:
 
     @property
     def where(self) -> str:
-        """For people: how many workers, on what."""
+        """How many workers there are and on what, in words."""
         import torch
 
         threads = torch.get_num_threads()
@@ -75,7 +75,7 @@ class Group:
 
 
 def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_worker: float | None, retries: int, have: Resources, heard: Say) -> Any:
-    """`make()(group, say)` on every worker; returns what the first worker's returns. `heard` gets what it says meanwhile.
+    """Run `make()(group, say)` on every worker and return what the first worker's returns. `heard` gets what that one says meanwhile.
 
     `workers` are the fewest and the most; between them Ray shrinks and grows the group, each time starting it anew.
     A group that has lost a worker is started again, up to `retries` times: the loop must go on from what it has saved.
@@ -100,7 +100,7 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
                     num_workers=most if fewest == most else workers,
                     use_gpu=each > 0,
                     resources_per_worker={"CPU": 1, "GPU": each} if each else {"CPU": 1},
-                    placement_strategy="PACK" if each else "SPREAD",  # GPUs talk faster within a machine; of CPUs each machine has its own
+                    placement_strategy="PACK" if each else "SPREAD",  # GPUs talk faster within a machine; each machine has CPUs of its own
                 ),
                 # Ray's own retries would repeat mistakes too, three times over.
                 run_config=RunConfig(name=f"finetune-{attempt}", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
@@ -108,7 +108,7 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
             try:
                 with own_errors(), place_given_back():
                     return trainer.fit().return_value
-            except RayboothError:  # a mistake: the others' broken connections, which it brings along, do not make it a loss
+            except RayboothError:  # a mistake, and not a loss, although it breaks the others' connections
                 raise
             except Exception as error:
                 if (loss := _loss(error)) is None:
@@ -127,18 +127,18 @@ def run_group(make: Callable[[], Loop], *, workers: tuple[int, int], gpus_per_wo
 
 
 def _count_what_is_left() -> None:
-    """Ray counts every 20 seconds what an elastic group may have: until then it would be given a node that is gone, and wait a minute for it."""
+    """Have Ray count anew what an elastic group may have, as it does every 20 seconds: until then the group would get a lost node, and wait a minute for it."""
     import ray
     from ray.exceptions import RayError
 
-    with contextlib.suppress(RayError, ImportError, AttributeError, TypeError):  # then, or with a Ray that has it elsewhere, it takes the minute
+    with contextlib.suppress(RayError, ImportError, AttributeError, TypeError):  # on failure, or with a Ray that keeps it elsewhere, it takes the minute
         from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
         ray.get(get_or_create_autoscaling_coordinator().get_reserved_resources.remote("", recompute=True), timeout=10)
 
 
 def _loss(error: Exception) -> BaseException | None:
-    """Of a worker, rather than an exception in one: it died, its node did, or all that failed found a connection closed. None if it was no such thing."""
+    """The error that shows the loss of a worker: it died, its node did, or all that failed found a connection closed. None for a mistake in a worker."""
     import ray.exceptions as ray_errors
 
     lost = (
@@ -148,12 +148,12 @@ def _loss(error: Exception) -> BaseException | None:
     if died := next((e for e in causes(error) if isinstance(e, lost)), None):
         return died
     failures = [failure for e in causes(error) for failure in (getattr(e, "worker_failures", None) or {}).values()] or [error]
-    # One that made a mistake closes the others' connections.
+    # A mistake in one worker closes the others' connections: a worker was lost only if all of them failed that way.
     return failures[0] if all(any(_CONNECTION.search(str(e)) for e in causes(failure)) for failure in failures) else None
 
 
 _CONNECTION = re.compile(r"\bgloo\b|\bNCCL\b", re.IGNORECASE)
-"""What torch says of a connection between workers names its library."""
+"""Matches torch's messages about a connection between workers, which name its library."""
 
 
 def _in_worker(config: dict[str, Any]) -> Any:
@@ -170,7 +170,7 @@ def _in_worker(config: dict[str, Any]) -> Any:
 
 
 def _places() -> dict[str, str]:
-    """State by id (hexadecimal) of the placement groups that this driver's job has asked for: PENDING, CREATED, REMOVED, ..."""
+    """The states, by id (hexadecimal), of the placement groups that this driver's job has asked for: PENDING, CREATED, REMOVED, ..."""
     import ray
     from ray.util import placement_group_table
 
@@ -179,16 +179,16 @@ def _places() -> dict[str, str]:
 
 
 def _waits_for_a_place(before: Collection[str]) -> bool:
-    """Whether a group has none but those of `before`: Ray Train waits until Ray has one, or has enough to ask for, and says nothing."""
+    """Whether no placement group but those of `before` has been created: Ray Train waits for one, or until there is enough to ask for, and says nothing."""
     return not any(state == "CREATED" for name, state in _places().items() if name not in before)
 
 
 @contextlib.contextmanager
 def place_given_back() -> Iterator[None]:
-    """By a group that fails or is interrupted, and with it its workers end.
+    """Give back the place of a group that fails or is interrupted, which ends its workers.
 
-    Ray keeps the place for as long as the driver lives if a worker died as it started, and where Ray stays, as after a notebook's `raybooth.connect()`,
-    interrupted workers go on: the next group would wait for ever.
+    Ray keeps the place for as long as the driver lives if a worker died as it started, and where Ray stays up, as after a notebook's
+    `raybooth.connect()`, interrupted workers go on: the next group would wait for ever.
     """
     from ray import PlacementGroupID
     from ray.exceptions import RayError
@@ -198,7 +198,7 @@ def place_given_back() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(RayError):  # Ray itself is away
+        with contextlib.suppress(RayError):  # Ray itself is gone
             for name in _places().keys() - before.keys():
                 remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
         raise
@@ -207,7 +207,7 @@ def place_given_back() -> Iterator[None]:
 class _Board:
     """Carries the first worker's words to the driver while it runs, in the key-value store of Ray's head: an actor would be one more process to start.
 
-    Before the first of them, and that a place is waited for.
+    Before the first of them it also tells that a place is waited for.
     """
 
     def __init__(self, heard: Say, wanted: str):
@@ -216,7 +216,7 @@ class _Board:
         self.waits_anew()
 
     def waits_anew(self) -> None:
-        """For a group that is about to be started."""
+        """Begin to wait anew, for a group that is about to be started."""
         self.told, self.began, self.before = False, time.monotonic(), set(_places())
 
     def __enter__(self) -> "_Board":
@@ -233,8 +233,8 @@ class _Board:
 
         last = False
         while not last:
-            last = self.over.wait(0.3)  # after the end once more: the last words count
-            with contextlib.suppress(RayError):  # the head is away
+            last = self.over.wait(0.3)  # once more after the end, for the last words
+            with contextlib.suppress(RayError):  # the head is gone
                 for key in sorted(_internal_kv_list("", namespace=self.name)):
                     self.told = True
                     self.heard(json.loads(_internal_kv_get(key, namespace=self.name)))

@@ -25,7 +25,7 @@ _held: dict[tuple[bytes, int], Work] = {}
 
 
 def _made(pickled: bytes, threads: int) -> Work:
-    """Made once in a process; what it held before is forgotten first, for there may be no room for two models."""
+    """The work, made once in a process; what it held before is dropped first, as there may be no room for two models."""
     work = _held.get((pickled, threads))
     if work is None:
         _held.clear()
@@ -40,10 +40,10 @@ def _made(pickled: bytes, threads: int) -> Work:
 
 @contextlib.contextmanager
 def _counted(board: str, rows: str, retries: int) -> Iterator[None]:
-    """Counts how many workers die over `rows`, in the key-value store of Ray's head: Ray Data hands them on for ever.
+    """Count how many workers die over `rows`, in the key-value store of Ray's head: Ray Data would hand these on for ever.
 
     Raises:
-        RayboothError: if that has been the end of more than `retries` workers.
+        RayboothError: if more than `retries` workers have died over them.
     """
     from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
@@ -64,7 +64,7 @@ def _worked(batch: dict[str, Any], pickled: bytes, threads: int, board: str, ret
     try:
         with _counted(board, rows[0]["name"], retries):
             data = _made(pickled, threads)(rows)
-    except RayboothError as error:  # as a result: of what is raised, Ray Data keeps neither kind nor words
+    except RayboothError as error:  # handed back as a result: Ray Data keeps neither the type nor the message of what is raised
         data, told = [b""] * len(rows), str(error)
     return {"name": [r["name"] for r in rows], "data": data, "error": [told] * len(rows)}
 
@@ -80,7 +80,7 @@ class _Worker:
 
 
 class _Task(_Worker):
-    """The same in a process that Ray keeps for later tasks, of later stages too: imports stay, the model goes when it has idled."""
+    """The same in a process that Ray keeps for later tasks, of later stages too: imports stay, the model goes after five idle seconds."""
 
     idle = threading.Timer(0, _held.clear)
 
@@ -93,11 +93,11 @@ class _Task(_Worker):
         return done
 
 
-SMALL = 1 << 28  # bytes of a model of which every core may have a copy
+SMALL = 1 << 28  # bytes: of a smaller model every core may have a copy
 
 
 def pool_size(blocks: int, have: Resources, asked: int | None, model_bytes: int) -> int:
-    """Actors or tasks at once: one a GPU; on CPUs one a core for small models, one a node for others."""
+    """How many actors or tasks run at once, unless `asked`: one per GPU; on CPUs one per core for small models, one per node for others."""
     if asked:
         return min(asked, blocks)
     if have.gpus:
@@ -106,13 +106,13 @@ def pool_size(blocks: int, have: Resources, asked: int | None, model_bytes: int)
 
 
 def threads_of(have: Resources, model_bytes: int) -> int:
-    """Threads of one of them. The last bits of a picture depend on it, so it does not depend on how many there are."""
+    """Threads of one actor or task. The last bits of a picture depend on it, so it does not depend on how many of them there are."""
     return 1 if model_bytes < SMALL else max(1, have.cpus // have.nodes)
 
 
 @contextlib.contextmanager
 def _waiting_told(board: str, wanted: str, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Says what is waited for if no worker has begun within `PATIENCE`, unless what it gives is called before: there are results."""
+    """Say what is waited for if no worker has begun within `PATIENCE`. It yields a function to call when there are results, which calls that off."""
     from ray.exceptions import RayError
     from ray.experimental.internal_kv import _internal_kv_list
 
@@ -133,15 +133,15 @@ def _waiting_told(board: str, wanted: str, say: Callable[[str], None]) -> Iterat
 def map_rows(
     make: Make, rows: list[Row], *, batch: int, have: Resources, retries: int, say: Callable[[str], None], samplers: int | None = None, model_bytes: int = 0
 ) -> Generator[tuple[str, bytes]]:  # fmt: skip
-    """(name, file's bytes) of every row, as they are done and in no particular order.
+    """Yield (name, file's bytes) of every row as it is done, in no particular order.
 
     Each row has a `name`. `make` runs in the workers, once in each; it must be picklable, as a partial of a function is.
     `say` gets a sentence if Ray has no place for any of them yet.
-    Rows that were a worker's when it died go to another, up to `retries` times.
-    Who may leave off before the last one closes it (`contextlib.closing`): Ray Data's thread goes on until then, also without Ray.
+    The rows of a worker that dies go to another, up to `retries` times.
+    A caller that may stop before the last row must close it (`contextlib.closing`): until then Ray Data's thread goes on, even without Ray.
 
     Raises:
-        RayboothError: what a worker has raised as one, or if rows have been the end of too many.
+        RayboothError: as a worker has raised it, or if too many workers have died over the same rows.
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
@@ -163,7 +163,7 @@ def map_rows(
         done = source.map_batches(_Worker, batch_size=batch, compute=pool, fn_constructor_args=args, num_gpus=1, num_cpus=0.5)
     else:
         done = source.map_batches(_Task(*args), batch_size=None, compute=TaskPoolStrategy(size=size), num_cpus=0.5)
-    # By its blocks, in this thread: iter_rows() reads ahead in three of its own, which outlive an interrupt and then ask a Ray that has gone.
+    # Block by block, in this thread: iter_rows() reads ahead in three of its own, which outlive an interrupt and then call a Ray that is gone.
     wanted = "workers that draw, score or encode (1 GPU each)" if have.gpus else "workers that draw, score or encode (half a CPU each)"
     with _waiting_told(board, wanted, say) as begun:
         for bundle in done.iter_internal_ref_bundles():

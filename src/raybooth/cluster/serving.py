@@ -1,4 +1,4 @@
-"""Drawing behind Ray Serve: replicas of something that draws, as many as are needed, each put up again when it is lost."""
+"""Drawing behind Ray Serve: replicas of something that draws, as many as are needed, each replaced when it is lost."""
 
 import asyncio
 import contextlib
@@ -13,18 +13,18 @@ from raybooth.errors import RayboothError
 
 
 class Draws(Protocol):
-    """What a replica is made of."""
+    """What a replica draws with."""
 
     def draw(self, job: Any) -> AsyncGenerator[Any, None]:
-        """Results, each under a key of its own: `identity` tells which of them a caller has seen before."""
+        """Results, each with an `identity` of its own: by it a caller knows those that it has seen before."""
 
 
 class LostError(Exception):
-    """No replica could do it: more waits than is allowed, or too many were lost."""
+    """No replica could do it: more is waiting than allowed, or too many were lost."""
 
 
 class Drawer:
-    """One replica: makes what draws, once, and hands out what it says as it comes."""
+    """One replica: makes what draws, once, and hands out its results as they come."""
 
     def __init__(self, pickled: bytes, threads: int):
         import_quickly()
@@ -45,7 +45,7 @@ class Drawer:
 
 
 def replica_range(have: Resources, model_bytes: int) -> tuple[int, int]:
-    """Fewest and most: one a GPU; on CPUs one a core for small models, one a node for others."""
+    """The fewest replicas (1) and the most: one per GPU; on CPUs one per core for small models, one per node for others."""
     return 1, have.gpus or (have.cpus if model_bytes < SMALL else have.nodes)
 
 
@@ -53,10 +53,10 @@ def replica_range(have: Resources, model_bytes: int) -> tuple[int, int]:
 def served(
     make: Callable[[], Draws], name: str, *, have: Resources, model_bytes: int, replicas: tuple[int, int], batch: int, queue: int, joined: bool
 ) -> Iterator["Served"]:
-    """Replicas of `make()`, which must be picklable, for as long as it lasts.
+    """Replicas of what `make()` returns, for the length of the context; `make` must be picklable.
 
     Args:
-        name: of the application. It takes the place of one of the same name, and leaves those of others that share the cluster alone.
+        name: of the application. It replaces one of the same name, and leaves those of others on the cluster alone.
         replicas: fewest and most.
         batch: jobs that one replica can do together.
         queue: jobs that may wait for a replica.
@@ -78,18 +78,18 @@ def served(
         graceful_shutdown_wait_loop_s=0.2,
         logging_config={"log_level": "ERROR", "enable_access_log": False},
     )
-    # No proxies of Ray's: they listen, and they read whole bodies before anybody can refuse them.
+    # None of Ray's proxies: they listen, and they read whole bodies before anybody can refuse them.
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR", "enable_access_log": False})
     try:
         try:
             handle = serve.run(deployment.bind(pickle.dumps(make), threads_of(have, model_bytes)), name=name, route_prefix=None)
-        except RuntimeError as error:  # several tries have failed: why the last one did its deployment knows
+        except RuntimeError as error:  # several tries have failed: the deployment knows why the last one did
             told = [d.message for d in serve.status().applications[name].deployments.values() if d.message]
             raise RayboothError(f"No replica can be made: {last_line(told[0] if told else error)}") from error
         try:
             yield Served(handle, name)
         finally:
-            handle.shutdown()  # its thread counts what waits, and tells of it every 10 s, to a Ray that may have gone
+            handle.shutdown()  # its thread counts what is waiting and reports it every 10 s, to a Ray that may be gone
     finally:
         if joined:
             serve.delete(name)
@@ -102,14 +102,14 @@ def _quieten() -> None:
 
 
 def _is_no_loss(record: logging.LogRecord) -> bool:
-    """Serve asks its replicas how much they have to do, and forgets what it asked of one that is lost: asyncio would tell of that by a traceback."""
+    """Whether a record is about anything but a lost replica: Serve forgets what it has asked of one, and asyncio would log that with a traceback."""
     from ray.exceptions import RayError
 
     return not (record.exc_info and isinstance(record.exc_info[1], RayError))
 
 
 class Served:
-    """Draws by whichever replica is free."""
+    """Draws with whichever replica is free."""
 
     def __init__(self, handle: Any, name: str, retries: int = 3):
         self.name, self.retries = name, retries
@@ -117,10 +117,10 @@ class Served:
         self._draw = handle.options(method_name="draw", stream=True)
 
     async def draw(self, job: Any) -> AsyncGenerator[Any, None]:
-        """A job's results. Those of a replica that is lost are drawn again by another, which gives the same, and none is said twice.
+        """A job's results. If a replica is lost, another draws the same ones again, and none is yielded twice.
 
         Raises:
-            LostError: if nobody can do it now.
+            LostError: if no replica can do it now.
             RayboothError: as what draws has raised it.
         """
         seen = set()
@@ -139,7 +139,7 @@ class Served:
                 answer.cancel()
 
     def _explain(self, error: Exception, attempt: int) -> None:
-        """Raise it as what it is, unless it is worth to try again."""
+        """Raise the error as what it is, unless it is worth trying again."""
         import ray.exceptions as ray_errors
         from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
@@ -155,11 +155,11 @@ class Served:
             raise LostError("The machines that draw were lost, several times.") from error
 
     async def healthy(self) -> bool:
-        """Whether there is a replica that runs."""
+        """Whether some replica is running."""
         from ray import serve
 
         try:
             status = (await asyncio.to_thread(serve.status)).applications[self.name]
-        except Exception:  # the controller is away
+        except Exception:  # the controller is gone
             return False
         return any(d.replica_states.get("RUNNING", 0) for d in status.deployments.values())

@@ -1,4 +1,4 @@
-"""Ray, started once for all stages or joined, and what it has."""
+"""Ray, started once for all stages or joined, and the resources that it has."""
 
 import contextlib
 import gc
@@ -17,17 +17,17 @@ from typing import Any
 from raybooth.cluster import allocator
 from raybooth.errors import RayboothError
 
-# Measured on two cores: they save about 15 s of a run. Only what is not set already.
+# Measured on two cores: these save about 15 s of a run. Those that are set already stay as they are.
 LEAN = {
     "RAY_USAGE_STATS_ENABLED": "0",  # telemetry
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # the trainer's poll; 2 s by default
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it writes into this process's logging, where the controller runs
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would go into the logging of this process, where the controller runs
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its core warns on every actor that has arguments
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's core warns about every actor that has arguments
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_idle_worker_killing_time_threshold_ms": "600000",  # by default 1 s: processes that keep imports for the next stage must outlive a fine-tuning
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # after Ctrl-C its threads, still at it, would start a second Ray, which nobody asked for
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # after Ctrl-C Ray's threads, still at work, would start a second Ray
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # ours count pictures, Ray's count blocks
 }
 
@@ -36,7 +36,7 @@ LOOPBACK = "127.0.0.1"  # where a Ray of this machine alone listens
 
 
 PATIENCE = 30.0
-"""Seconds until work that Ray has no place for is told of: Ray waits, and says nothing."""
+"""Seconds until a message says that Ray has no place for some work: Ray itself waits and says nothing."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Resources:
 
 
 def of_this_machine() -> Resources:
-    """What Ray would have, started here; it counts the CPUs that a container is given."""
+    """The CPUs that Ray would have if started here, without GPUs; it counts those that a container is given."""
     from ray._private.utils import get_num_cpus
 
     return Resources(max(1, int(get_num_cpus(override_docker_cpu_warning=True))), 0, 1)
@@ -59,7 +59,7 @@ def of_this_machine() -> Resources:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """For what is started meanwhile, and not for what this process starts later."""
+    """Set environment variables for what is started meanwhile, and not for what this process starts later."""
     before = {key: os.environ[key] for key in values if key in os.environ}
     os.environ.update(values)
     try:
@@ -71,20 +71,20 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def import_quickly() -> None:
-    """To be called first in a process: a fifth of the seconds that torch, diffusers and transformers take to import is garbage collection."""
+    """Collect garbage less often. Call it first in a process: of the time that torch, diffusers and transformers take to import, a fifth is collection."""
     gc.set_threshold(20_000)
 
 
 @contextlib.contextmanager
 def connected(address: str | None) -> Iterator[Resources]:
-    """Ray for the length of a run: joined at `address`, or started on this machine, or as it already is.
+    """Ray for the length of a run: joined at `address`, started on this machine, or as it already runs.
 
     Raises:
         RayboothError: if no cluster answers at `address`.
     """
     for key, value in LEAN.items():
         os.environ.setdefault(key, value)
-    # Ray reads it once, on import. Its own default for what it starts, said so that it does not warn of it.
+    # Ray reads it once, on import. This is its own default for what it starts, set so that it does not warn about it.
     if address is None and "ray" not in sys.modules and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         _have_a_token()
     import ray
@@ -94,7 +94,7 @@ def connected(address: str | None) -> Iterator[Resources]:
         _start(address)
     try:
         have = ray.cluster_resources()
-        # Ray lists nodes that have gone too, and heads that do no work.
+        # Ray also lists nodes that are gone, and heads that do no work.
         nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
         head = nodes[0]["NodeManagerAddress"] if len(nodes) == 1 else ""
         machines = tuple((int(n["Resources"]["CPU"]), int(n["Resources"].get("GPU", 0))) for n in nodes)
@@ -106,7 +106,7 @@ def connected(address: str | None) -> Iterator[Resources]:
 
 
 def _wait_for_ray_data() -> None:
-    """After Ctrl-C it gives its loop two seconds to end: a loop that asks a Ray that has gone ends the process without a word."""
+    """Wait for Ray Data's threads. After Ctrl-C it gives its loop two seconds to end, and a loop that calls a Ray that is gone ends the process silently."""
     for thread in threading.enumerate():
         if thread.name.startswith(("StreamingExecutor", "ray-data")):
             thread.join(timeout=10)
@@ -115,7 +115,7 @@ def _wait_for_ray_data() -> None:
 def _start(address: str | None) -> None:
     import ray
 
-    # Of a group that cannot start the trainer's controller, in this process, writes a traceback, beside the error that it raises.
+    # When a group cannot start, the trainer's controller, in this process, logs a traceback besides the error that it raises.
     for name, level in {"ray": logging.ERROR, "ray.data": logging.ERROR, "ray.train": logging.CRITICAL}.items():
         logging.getLogger(name).setLevel(level)
     _refuse_silence(address)
@@ -129,13 +129,13 @@ def _start(address: str | None) -> None:
                 _start_here(include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise _no_cluster(address, error) from None
-    # Ray's core has put its own in the place of it, which ends the process with a dump of its stack.
+    # Ray's core has put a handler of its own in its place, which ends the process with a dump of its stack.
     if callable(stopped) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stopped)
 
 
 def _start_here(**how: Any) -> None:
-    """On a machine that is very busy it may not be there within the half minute that it has: once more then.
+    """Start Ray on this machine. On a very busy one it may not be up within the half minute that it has: then once more.
 
     Raises:
         RuntimeError: if that does not help.
@@ -148,7 +148,7 @@ def _start_here(**how: Any) -> None:
                 ray.init(address="local", **how)
                 return
             except Exception as error:
-                if type(error) is not Exception:  # of that Ray makes no error of a kind
+                if type(error) is not Exception:  # for that Ray raises a plain Exception
                     raise
                 ray.shutdown()
                 if last:
@@ -157,22 +157,22 @@ def _start_here(**how: Any) -> None:
 
 @contextlib.contextmanager
 def _lean_head() -> Iterator[None]:
-    """Without the processes of Ray's head that scale clusters, carry what workers print, and show a dashboard.
+    """Keep Ray's head from starting the processes that scale clusters, carry what workers print, and show a dashboard.
 
-    Ray starts them unasked, takes two and a half seconds more for it on two cores and one more to end, and they wake a hundred times a second beside the steps.
+    Ray starts them unasked. On two cores that takes two and a half seconds, and one more at the end; during the steps they wake a hundred times a second.
     """
     from ray._private.node import Node
 
     with contextlib.ExitStack() as kept:
         for name in ("start_monitor", "start_log_monitor", "start_api_server"):
-            if hasattr(Node, name):  # of a Ray that calls them otherwise, they start
+            if hasattr(Node, name):  # in a Ray that names them otherwise, they start
                 kept.callback(setattr, Node, name, getattr(Node, name))
                 setattr(Node, name, lambda *_, **__: None)
         yield
 
 
 def _have_a_token() -> None:
-    """Ray writes its own into the home folder. Where it cannot, this run has one for itself."""
+    """Give this run a token of its own where Ray cannot write one into the home folder."""
     folder = Path(os.path.expanduser("~")) / ".ray"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ def _have_a_token() -> None:
 
 
 def _refuse_silence(address: str | None) -> None:
-    """Ray itself would wait for minutes at an address where nothing listens."""
+    """Refuse an address where nothing listens: Ray itself would wait for minutes."""
     host, colon, port = (address or "").rpartition("://")[2].rpartition(":")
     if colon and port.isdigit():
         try:
@@ -206,7 +206,7 @@ def _no_cluster(address: str | None, error: Exception) -> RayboothError:
 
 @contextlib.contextmanager
 def _native_stderr_silent() -> Iterator[None]:
-    """Without the lines that Ray's core writes to the file descriptor; errors still arrive as exceptions."""
+    """Silence the lines that Ray's core writes to the file descriptor; errors still arrive as exceptions."""
     try:
         saved = os.dup(2)
     except OSError:  # a process without one
@@ -223,7 +223,7 @@ def _native_stderr_silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_errors() -> Iterator[None]:
-    """A RayboothError raised in a worker, as itself, however deep Ray has wrapped it."""
+    """Raise the RayboothError of a worker as itself, however deeply Ray has wrapped it."""
     try:
         yield
     except RayboothError:
@@ -250,7 +250,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def no_place(wanted: str) -> str:
-    """For people: what waits, and what the cluster has."""
+    """A sentence that says what waits for a place, and what the cluster has."""
     import ray
 
     have, free = ray.cluster_resources(), ray.available_resources()
@@ -259,16 +259,16 @@ def no_place(wanted: str) -> str:
 
 
 def last_line(error: BaseException | str) -> str:
-    """What is wrong, of an error's text of many lines, as a sentence."""
+    """The last line of an error's text, which says what is wrong, as a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1][:300].rstrip(".") + "."
 
 
 def check_workers(workers: int, gpus_per_worker: float | None, have: Resources) -> float:
-    """GPUs a worker gets.
+    """The number of GPUs that each worker gets.
 
     Raises:
-        RayboothError: if there are not as many as asked for.
+        RayboothError: if there are not enough GPUs or CPUs for that many workers.
     """
     each = gpus_per_worker if gpus_per_worker is not None else float(have.gpus > 0)
     if workers * each > have.gpus:

@@ -1,4 +1,4 @@
-"""Ray Train's trainer as a run needs it: with its controller in this process, and with an end where Ray would begin anew for ever."""
+"""Ray Train's trainer as a run needs it: with its controller in this process, and an end where Ray would start again for ever."""
 
 import asyncio
 import contextlib
@@ -19,15 +19,15 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from raybooth.cluster.session import causes
 
 UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
-"""Callbacks that start a process each: the splitting of datasets, and the watch over placement groups, which end with the driver."""
+"""Callbacks that start a process each: to split datasets, and to watch over placement groups, which end with the driver."""
 
 SETTLED = 5.0
-"""Seconds in which Ray has back what workers had that have ended."""
+"""Seconds within which Ray gets back the resources of workers that have ended."""
 
 
 class Trainer(TorchTrainer):
     controller: Any = None
-    """The actor, if it is one."""
+    """The controller's actor, if it runs in one."""
 
     def _initialize_and_run_controller(self, **how: Any) -> Any:
         how["failure_policy"] = Policy(self.run_config.failure_config)
@@ -35,19 +35,19 @@ class Trainer(TorchTrainer):
             how["scaling_policy"] = Elastic(self.scaling_config)
         if asyncio._get_running_loop() is None:
             return _controlled_here(how)
-        try:  # as in a notebook's cell
+        try:  # inside a running event loop, as in a notebook's cell
             return super()._initialize_and_run_controller(**how)
         except KeyboardInterrupt:
             self._end_the_controller()
             raise
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        """Ray's own ends the process with status 1; KeyboardInterrupt ends the run as it does in every stage."""
+        """Keep the actor, and install no handler: Ray's own ends the process with status 1, KeyboardInterrupt ends the run as it does in every stage."""
         self.controller = controller
 
     def _end_the_controller(self) -> None:
-        """Or it would go on to start workers, where Ray stays."""
-        with contextlib.suppress(ray.exceptions.RayError):  # what is asked of it afterwards fails when it has ended
+        """End the controller's actor: where Ray stays up, it would go on to start workers."""
+        with contextlib.suppress(ray.exceptions.RayError):  # the last call fails once it has ended
             if self.controller:
                 ray.kill(self.controller)
                 ray.get(self.controller.get_result.remote(), timeout=10)
@@ -57,7 +57,7 @@ class Trainer(TorchTrainer):
 
 
 class Policy(DefaultFailurePolicy):
-    """A worker that dies as it starts is a lost worker: Ray counts it to the controller's failures, and tries those without end."""
+    """Takes a worker that dies as it starts for a lost worker: Ray counts it among the controller's failures, and retries those without end."""
 
     def make_decision(self, training_failed_error: Any) -> Any:
         found = list(causes(training_failed_error))
@@ -66,7 +66,7 @@ class Policy(DefaultFailurePolicy):
 
 
 class Elastic(ElasticScalingPolicy):
-    """Grows into what is free: Ray's own goes by what there is, whoever uses it, and waits for a place of that size for ever."""
+    """Grows only into what is free: Ray's own policy goes by all that there is, whoever uses it, and waits for a place of that size for ever."""
 
     def __init__(self, scaling_config: Any):
         super().__init__(scaling_config)
@@ -84,17 +84,17 @@ class Elastic(ElasticScalingPolicy):
         there = super()._count_possible_workers(reserved_resources)
         fit = self._running + super()._count_possible_workers(available_resources_per_node())
         if fit < there and not self._running and time.monotonic() - self._began < SETTLED:
-            return 0  # what a group has had that was here a moment ago is coming back
+            return 0  # the resources of a group that has just ended are coming back
         return min(there, fit)
 
 
 def _controlled_here(how: dict[str, Any]) -> Any:
-    """Ray Train's controller, which starts the workers and looks after them, in this process.
+    """Run Ray Train's controller, which starts the workers and looks after them, in this process, and return its result.
 
-    Ray makes it an actor: one more process that imports torch before the workers may start theirs, four seconds of a run on two cores.
+    Ray would make it an actor: one more process that imports torch before the workers can start, four seconds of a run on two cores.
     """
     controller, loop = TrainController(**how), asyncio.new_event_loop()
-    # Workers are handed the actor, for reports, of which there are none here.
+    # Workers are handed the actor for their reports, and here they make none.
     with contextlib.closing(loop), mock.patch.object(RuntimeContext, "current_actor", None):
         loop.run_until_complete(controller.run())
     return controller.get_result()

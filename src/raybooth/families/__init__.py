@@ -1,4 +1,4 @@
-"""The known model families, and which of them a model folder is."""
+"""The known model families, and which of them a model folder belongs to."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def family_of(folder: Path, source: str | None = None) -> Family:
     """The family of a model folder; `source` is what the user knows it by, if that is not the folder.
 
     Raises:
-        RayboothError: if it is not a diffusers folder, or of a family that is not known.
+        RayboothError: if it is not a diffusers folder, or its family is not known.
     """
     name = read_index(folder).get("_class_name", "pipeline without a name")
     for family in FAMILIES:
@@ -27,7 +27,7 @@ def family_of(folder: Path, source: str | None = None) -> Family:
 
 
 def mini_folder() -> Path:
-    """Where the embedded base model lies."""
+    """The folder of the embedded base model."""
     from raybooth.mini import FOLDER
 
     return FOLDER

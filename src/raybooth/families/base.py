@@ -1,4 +1,4 @@
-"""What a model family is: a small file of callables, detected from the model folder. Nothing else asks which it is."""
+"""What a model family is: a small file of callables, chosen by the model folder. Other code calls them and need not ask which family it has."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,8 +22,8 @@ class Facts:
         downscale: the side of a picture over the side of its latent.
         patch: the side of the denoiser's patches, in latents.
         largest: the largest side of a picture, in pixels, if there is one.
-        embeds_guidance: whether the guidance scale, if the denoiser takes any, is an input of it, and not a second pass without the prompt.
-        text_length: tokens of a prompt that T5 reads, where that is an encoder.
+        embeds_guidance: whether guidance, if the denoiser takes any, is an input of it rather than a second pass without the prompt.
+        text_length: tokens of a prompt that T5 reads, where it is one of the encoders.
     """
 
     resolution: int
@@ -70,21 +70,21 @@ class Family:
     """One family of models. A conditioning is a dictionary of tensors, each (n, ...).
 
     Attributes:
-        name: for messages.
-        pipeline: diffusers' class of it.
+        name: how messages call it.
+        pipeline: the name of its pipeline's class in diffusers.
         denoiser: the part that is fine-tuned.
-        encoders: the text encoders, and of these `trainable_encoders`.
-        weights: subfolders that hold weights; `settings`: others, that hold only configuration.
+        encoders: the text encoders; `trainable_encoders`: those that can be fine-tuned.
+        weights: subfolders that hold weights; `settings`: those that hold only configuration.
         facts: of a model folder, without reading weights.
-        objective: of a model folder: its forward process and what its denoiser predicts.
-        conditioning: of a model folder: the shapes of one prompt's conditioning.
-        encode_text: (loaded, prompts, known=None) -> conditioning. The empty prompt is the one of classifier-free guidance. `known` is their
-            conditioning by the base model: what the encoders that are never trained say is taken from it, and they need not be loaded.
+        objective: of a model folder, its forward process and what its denoiser predicts.
+        conditioning: of a model folder, the shapes of one prompt's conditioning.
+        encode_text: (loaded, prompts, known=None) -> conditioning. The empty prompt is that of classifier-free guidance. `known` is the prompts'
+            conditioning by the base model: the output of encoders that are never trained is taken from it, and they need not be loaded.
         predict: (loaded, z_t, t, conditioning) -> the denoiser's output.
         scheduler: (folder, sampler's name, steps, latent shape, device) -> one of diffusers' schedulers with its timesteps set.
-        samplers: names of those that it can be drawn with; `min_snr`: whether min-SNR weighs its timesteps.
-        guidance: the scale that its pictures are drawn with where none is set: that of diffusers' pipeline.
-        half: the half precision that it is drawn in where there is a GPU for it. FLUX and SD 3 overflow in float16, and are not trained in it either.
+        samplers: names of those that can draw with it; `min_snr`: whether its timesteps can be weighted by min-SNR.
+        guidance: the default scale for drawing, as in diffusers' pipeline.
+        half: the half precision for drawing on a GPU. FLUX and SD 3 overflow in float16, and are not trained in it either.
         lora_targets: the layers of the denoiser that get adapters; `encoder_lora_targets`: of its text encoders.
     """
 
@@ -109,7 +109,7 @@ class Family:
     encoder_lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
 
     def sampling(self, how: Prior | Generate, resolution: int) -> Sampling:
-        """As the section of a configuration has it."""
+        """The sampling that a section of the configuration asks for; the family's guidance where it sets none."""
         return Sampling(how.steps, self.guidance if how.guidance is None else how.guidance, how.scheduler, resolution)
 
     def trainable(self, text_encoder: bool) -> tuple[str, ...]:
@@ -117,5 +117,5 @@ class Family:
         return (self.denoiser, *self.trainable_encoders) if text_encoder else (self.denoiser,)
 
     def has_frozen_encoders(self, text_encoder: bool) -> bool:
-        """Whether some text encoders stay as they are: what they say is then encoded once, before."""
+        """Whether some text encoders are not trained: their output for each prompt is then computed once, beforehand."""
         return not set(self.encoders) <= set(self.trainable(text_encoder))

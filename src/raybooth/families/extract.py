@@ -1,4 +1,4 @@
-"""A LoRA out of a full fine-tuning: the best approximation of each layer's change by a matrix of low rank (Eckart and Young 1936)."""
+"""A LoRA from a full fine-tuning: the best approximation of each layer's change by a matrix of low rank (Eckart and Young 1936)."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Told = Callable[[list[tuple[str, Any]]], Iterable[tuple[str, Any]]]
 
 @dataclass(frozen=True)
 class Energy:
-    """Squared changes of a part's weights: `kept` by the LoRA, of `layers` that can have one, and `others`: norms, biases, embeddings."""
+    """Squared changes of a part's weights: all of the `layers` that can have a LoRA, what the LoRA `kept` of it, and `others` (norms, biases, embeddings)."""
 
     kept: float = 0.0
     layers: float = 0.0
@@ -27,7 +27,7 @@ class Energy:
         return Energy(self.kept + more.kept, self.layers + more.layers, self.others + more.others)
 
     def __str__(self) -> str:
-        """Shares of the energy, as people read them."""
+        """The shares of the energy, in words."""
         share = 100 * self.others / (self.layers + self.others)
         lost = f"; {share:.1f}% of all change is in norms, biases and embeddings, where a LoRA cannot be" if share >= 0.1 else ""
         return f"{100 * self.kept / self.layers:.1f}% of the layers' change kept{lost}"
@@ -37,7 +37,7 @@ def extract(part: str, base: nn.Module, tuned: nn.Module, rank: int, told: Told)
     """The low-rank updates from `base` to `tuned`, layer -> (down, up), of at most `rank`; and what they keep.
 
     Args:
-        told: passes the layers on one by one, and shows how far it is.
+        told: passes the layers on one by one, and shows progress.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before = layers_of(part, base)
@@ -52,7 +52,7 @@ def extract(part: str, base: nn.Module, tuned: nn.Module, rank: int, told: Told)
 
 
 def factors(update: Tensor, rank: int) -> "tuple[Pair, float]":
-    """(down, up), each with the root of the singular values so that neither is tiny in half precision; and the sum of the squares that they keep."""
+    """(down, up), each with the root of the singular values, so that neither is tiny in half precision; and the sum of squares that they keep."""
     u, s, v = torch.linalg.svd(update.flatten(1), full_matrices=False)
     root = s[:rank].sqrt()
     down, up = root[:, None] * v[:rank], u[:, :rank] * root

@@ -27,7 +27,7 @@ def facts(folder: Path) -> Facts:
 
 
 def _text_length(folder: Path) -> int:
-    """T5's tokens as the models were trained: 512 of [dev], 256 of [schnell]. Padding is not masked, so they are not the same to it."""
+    """T5's tokens as the models were trained: 512 for [dev], 256 for [schnell]. Padding is not masked, so it makes a difference."""
     return 512 if parts.config(folder, "transformer/config").get("guidance_embeds", False) else 256
 
 
@@ -44,7 +44,7 @@ def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":
-    """`text` (n, 512 or 256, T5's width), `pooled` (n, CLIP's width)."""
+    """The conditioning: `text` (n, 512 or 256, T5's width), `pooled` (n, CLIP's width)."""
     pipe, texts = parts.text_pipeline(loaded, FAMILY.pipeline), list(prompts)
     device = next(loaded.modules["text_encoder"].parameters()).device
     text = known["text"] if known else pipe._get_t5_prompt_embeds(texts, max_sequence_length=loaded.facts.text_length, device=device)
@@ -52,7 +52,7 @@ def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Ten
 
 
 def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mapping[str, Tensor]") -> "Tensor":
-    """Trained at guidance 1, drawn at what `conditioning` holds as `guidance` (n,). FLUX.1 [schnell] takes none, and no second pass either."""
+    """The denoiser's output at the `guidance` (n,) of `conditioning`, or at 1, as in training. FLUX.1 [schnell] takes none, and no second pass either."""
     import torch
     from diffusers import FluxPipeline
 

@@ -11,16 +11,16 @@ from raybooth.errors import RayboothError, reason
 INDEX = "model_index.json"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
-"""Of a tokenizer: any of these will do."""
+"""The files of a tokenizer's vocabulary: any of these sets will do."""
 _AGAIN = "copy or download the model again."
 _INCOMPLETE = "it is not complete, copy or download it again."
 _WITHOUT = "it is not complete, or was saved without that part, which raybooth needs: give the whole model."
-_SHARDS = ".safetensors.index."  # of a list of shards: model.safetensors.index.json, or .fp16.json
+_SHARDS = ".safetensors.index."  # in the name of a list of shards: model.safetensors.index.json, or .fp16.json
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<old>\w+))?(?:-\d{5}-of-\d{5})?(?:\.(?P<new>\w+))?\.safetensors(?:\.index(?:\.(?P<list>\w+))?\.json)?"
 )
-"""What diffusers and transformers call weights, and lists of their shards; with the places where a variant, as fp16, may be named."""
+"""How diffusers and transformers name weights and lists of their shards, with the places where a variant such as fp16 may be named."""
 _PREFERRED = ("", "fp32", "fp16", "bf16", "ema", "non_ema")  # variants, no variant first
 
 
@@ -55,7 +55,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The files of a model folder's parts, as "unet/config.json", also where a part is a link to a folder elsewhere.
+    """The files of a model folder's parts, such as "unet/config.json", also where a part is a link to a folder elsewhere.
 
     Raises:
         RayboothError: if a part cannot be looked into.
@@ -68,9 +68,9 @@ def names_in(folder: Path) -> list[str]:
 
 
 def needed_files(names: Iterable[str], weights: Iterable[str], settings: Iterable[str], source: str) -> list[str]:
-    """Of a folder's or repository's file names, those a pipeline of these parts needs: configurations and safetensors.
+    """The names, among those of a folder or repository, that a pipeline of these parts needs: configurations and safetensors.
 
-    Full-precision weights are preferred to variants; of a variant there is one.
+    Full-precision weights are preferred to variants, and only one variant is taken.
 
     Raises:
         RayboothError: if a part has no configuration, vocabulary or weights, or pickled ones only.
@@ -89,7 +89,7 @@ def needed_files(names: Iterable[str], weights: Iterable[str], settings: Iterabl
 
 
 def configuration_of(part: str) -> str:
-    """The name of a part's configuration; a tokenizer's is its own business."""
+    """The name of a part's configuration (not of a tokenizer's)."""
     return f"{part}/scheduler_config.json" if part == "scheduler" else f"{part}/config.json"
 
 
@@ -112,7 +112,7 @@ def _weights_of(part: str, own: list[str], source: str) -> list[str]:
         if (variant := _variant(name)) is not None:
             found.setdefault(variant, []).append(name)
     if found:
-        # A variant's file name is what from_pretrained(variant=...) looks for; it is renamed when it is copied.
+        # Only from_pretrained(variant=...) looks for a variant's file name: it is renamed when it is copied.
         chosen = found[next(v for v in (*_PREFERRED, *found) if v in found)]
         if not any(_SHARDS in n for n in chosen) and all(_SHARD.search(n) for n in chosen):
             raise RayboothError(f"The model {source} has weights in shards in {part}/ and no list of them (*.safetensors.index.json): {_AGAIN}")
@@ -145,7 +145,7 @@ def check_described(folder: Path, weights: Iterable[str], settings: Iterable[str
 
 
 def check_files(folder: Path, names: Iterable[str], source: str) -> None:
-    """Refuse configurations, vocabularies and lists of shards that are damaged, and lists of what is not among `names`.
+    """Refuse configurations, vocabularies and lists of shards that are damaged, and lists of shards that are not among `names`.
 
     Raises:
         RayboothError: naming the file.
@@ -176,13 +176,13 @@ def plain_name(name: str) -> str:
 
 
 def _variant(name: str) -> str | None:
-    """Of a file of weights or a list of them, "" if it is none; None of another file."""
+    """The variant of a file of weights or a list of shards, "" if it has none; None for any other file."""
     found = _WEIGHTS.fullmatch(name.rpartition("/")[2])
     return found and (found["old"] or found["new"] or found["list"] or "")
 
 
 def settle_shards(folder: Path, names: Iterable[str]) -> None:
-    """Lists of shards name them without their variant, as they are now."""
+    """Rewrite lists of shards to name these without their variant, as they are named now."""
     for name in names:
         if _SHARDS in name:
             held = read_object(folder / name)

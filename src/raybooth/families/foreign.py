@@ -1,4 +1,4 @@
-"""LoRA files of any layout that diffusers reads, in and out: its own, kohya's, PEFT's."""
+"""LoRA files in any layout that diffusers reads (its own, kohya's, PEFT's), and written in its own."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ UPS = ((".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.wei
 
 @contextlib.contextmanager
 def opened(file: Path, framework: str) -> Iterator[Any]:
-    """A LoRA file to read from, its tensors as those of a `framework`: "np" or "pt".
+    """Open a LoRA file for reading, with its tensors as those of a `framework`: "np" or "pt".
 
     Raises:
         RayboothError: if there is none, or it cannot be read.
@@ -56,10 +56,10 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def plain_rank(file: Path) -> int:
-    """The largest rank among the adapters of a file if all are plain ones of linear layers, else 0: DoRA and adapters of convolutions.
+    """The largest rank among the adapters of a file if all are plain ones of linear layers; 0 for DoRA and adapters of convolutions.
 
     Raises:
-        RayboothError: as `opened`; if there are no adapters in it, or those of a DoRA that diffusers would read wrong.
+        RayboothError: as `opened`; if there are no adapters in it, empty ones, or a DoRA that diffusers would misread.
     """
     held = tensor_shapes(file)
     downs = [shape for name, shape in held.items() if _is_down(name) and len(shape) > 1]
@@ -83,13 +83,13 @@ def is_dora(file: Path) -> bool:
 
 
 def write(family: Family, low: LowRank, target: Path) -> None:
-    """`pytorch_lora_weights.safetensors` in `target`, in diffusers' layout."""
+    """Write `pytorch_lora_weights.safetensors` to `target`, in diffusers' layout."""
     import diffusers
     from peft import LoraConfig
 
     layers: dict[str, Any] = {}
     for part, tensors in low.tensors().items():
-        # PEFT takes the ends of names, so these fit with `text_model.` and without.
+        # PEFT matches the ends of names, so these fit with `text_model.` and without.
         names = [layer.removeprefix("text_model.") for layer in low.parts[part]]
         layers[f"{part}_lora_layers"] = tensors
         layers[f"{part}_lora_adapter_metadata"] = described(LoraConfig(r=low.rank, lora_alpha=low.rank, target_modules=names))
@@ -128,7 +128,7 @@ def _shapes(part: str, module: "nn.Module") -> dict[str, tuple[int, ...]]:
 
 
 def matrices(family: Family, modules: "Modules", file: Path) -> "Matrices":
-    """A LoRA as `read` has it, by the layers' own names: part -> layer -> (down (rank, in), up (out, rank)), what its input is led through beside the layer."""
+    """What `read` returns, by the layers' own names: part -> layer -> (down (rank, in), up (out, rank)), applied to a layer's input beside it."""
     parts: Matrices = {}
     for part, layers in read(family, modules, file).parts.items():
         own = names_of(part, modules[part])
@@ -137,7 +137,7 @@ def matrices(family: Family, modules: "Modules", file: Path) -> "Matrices":
 
 
 def merge(family: Family, loaded: Loaded, file: Path) -> None:
-    """Add the LoRA of `file` to the weights of the loaded parts: drawing then costs what the base does. To those in bfloat16 as `load_adapters` does.
+    """Add the LoRA of `file` to the weights of the loaded parts: drawing then costs what the base does. For bfloat16 see `load_adapters`.
 
     Raises:
         RayboothError: as `read`.
@@ -163,7 +163,7 @@ def _magnitudes(names: Iterable[str]) -> list[str]:
 
 
 def _is_read(magnitude: str) -> bool:
-    """By diffusers: it drops those of kohya, does not know PEFT's own names, and transformers 5 reads none back."""
+    """Whether diffusers reads a magnitude: it drops kohya's, does not know PEFT's own names, and transformers 5 reads none back."""
     return "dora_scale" not in magnitude and not magnitude.startswith((PEFT, "text_encoder"))
 
 
@@ -172,7 +172,7 @@ def _dora(file: Path) -> RayboothError:
 
 
 def _of_a_part(family: Family, known: Shapes, file: Path, tensors: "State", how: dict[str, Any]) -> "tuple[State, dict[str, Any]]":
-    """PEFT's own files do not say which part they are of: the one that has such layers. What is said of them lies beside them."""
+    """The tensors and their metadata by part. PEFT's own files do not name theirs: it is the one that has such layers, and the metadata lies beside them."""
     if not all(k.startswith(PEFT) for k in tensors):
         return tensors, how
     bare = {k.removeprefix(PEFT): t for k, t in tensors.items()}
@@ -184,7 +184,7 @@ def _of_a_part(family: Family, known: Shapes, file: Path, tensors: "State", how:
 
 
 def _scaled(tensors: "State") -> "State":
-    """alpha / rank of each layer into its `up`: diffusers mistakes the names of those whose alpha is not the others'."""
+    """The tensors with alpha / rank of each layer multiplied into its `up`: diffusers mistakes the names of layers whose alpha differs from the others'."""
     rest = {k: t for k, t in tensors.items() if not k.endswith(".alpha")}
     for key, alpha in tensors.items():
         layer = key.removesuffix(".alpha")
@@ -203,7 +203,7 @@ def _in_diffusers_names(family: Family, modules: "Modules", tensors: "State") ->
 
 
 def _in_peft_names(part: str, state: "State") -> "State":
-    """Of one part, by diffusers' converters, both its layouts for text encoders one after the other: its guess fails where only some layers are adapted."""
+    """One part's tensors, by diffusers' converters, both for text encoders one after the other: its guess fails where only some layers are adapted."""
     from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
     from diffusers.utils.state_dict_utils import StateDictType
 
@@ -216,14 +216,14 @@ def _in_peft_names(part: str, state: "State") -> "State":
 
 
 def _pairs(part: str, own: "State", how: dict[str, Any]) -> "dict[str, Pair]":
-    """Scaled as what is said of them says."""
+    """One part's pairs of matrices, scaled as the metadata `how` says."""
     how = {k.removeprefix(f"{part}."): v for k, v in how.items() if k.startswith(f"{part}.")}
     downs = {k.removesuffix(".lora_A.weight"): t for k, t in own.items() if k.endswith(".lora_A.weight")}
     return {file_name(part, k): (down.float(), own[f"{k}.lora_B.weight"].float() * _scale(how, k, down.shape[0])) for k, down in downs.items()}
 
 
 def _scale(how: dict[str, Any], layer: str, rank: int) -> float:
-    """PEFT's patterns are regular expressions; a stranger's are not run: what LoRAs are saved with are names, or their ends."""
+    """A layer's scale by the metadata `how`. PEFT's patterns are regular expressions; a stranger's are not run: saved ones are names, or ends of names."""
     if "lora_alpha" not in how:
         return 1.0
     patterns: dict[str, float] = how.get("alpha_pattern") or {}

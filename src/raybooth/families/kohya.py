@@ -10,11 +10,14 @@ from raybooth.families.lowrank import LowRank
 from raybooth.families.original import Lineage
 
 _SIZES = {"lora_unet_add_embedding_linear_1": "lora_unet_label_emb_0_0", "lora_unet_add_embedding_linear_2": "lora_unet_label_emb_0_2"}
-"""SDXL's embedding of sizes, which its readers know by its original name only."""
+"""SDXL's embedding of sizes, which readers of this layout know by its original name only."""
 
 
 def to_kohya(family: Family, low: LowRank) -> dict[str, Tensor]:
-    """`lora_unet_...`; text encoders as `lora_te_...`, or `lora_te1_...` and `lora_te2_...` where there are two: `lora_down`, `lora_up`, `alpha` of each."""
+    """The tensors by kohya's names: `lora_unet_...`, text encoders as `lora_te_...`, or `lora_te1_...` and `lora_te2_...` where there are two.
+
+    Each layer has `lora_down`, `lora_up` and `alpha`.
+    """
     state = {f"{part}.{key}": tensor for part, tensors in low.tensors().items() for key, tensor in tensors.items()}
     return {_name(family, key): tensor.float() for key, tensor in convert_state_dict_to_kohya(state).items()}
 
@@ -26,7 +29,7 @@ def _name(family: Family, key: str) -> str:
 
 
 def header(line: Lineage, low: LowRank, name: str) -> dict[str, str]:
-    """What sd-scripts says in the header, without the trainer's own settings."""
+    """What sd-scripts writes in a file's header, without the settings of its training."""
     kernels = any(down.ndim == 4 and down.shape[-1] > 1 for layers in low.parts.values() for down, _ in layers.values())
     return {
         "ss_network_module": "networks.lora",

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The file that diffusers' load_lora_weights looks for."""
 TAKERS = (nn.Linear, nn.Conv2d)
-"""What adapters go on. PEFT adapts embeddings too, but diffusers' file has no names for these."""
+"""The layers that adapters go on. PEFT adapts embeddings too, but diffusers' files have no names for these."""
 
 
 def add_adapters(family: Family, loaded: Loaded, parts: Iterable[str], how: Lora, seed: int) -> None:
-    """Adapters in float32 on the targets of `parts`, which change nothing yet; only they require gradients afterwards.
+    """Put adapters in float32 on the targets of `parts`: they change nothing yet, and only they require gradients afterwards.
 
-    DoRA (Liu et al. 2024) is for the denoiser. What is random in them comes from `seed` alone.
+    DoRA (Liu et al. 2024) is for the denoiser only. All that is random in them comes from `seed`.
     """
     from peft import LoraConfig
 
@@ -52,9 +52,10 @@ def add_adapters(family: Family, loaded: Loaded, parts: Iterable[str], how: Lora
 
 
 def spare_copies(module: nn.Module) -> None:
-    """For a base in half precision, which is stepped under autocast: that casts what adapters take.
+    """Keep PEFT from casting the inputs of adapters on a base in half precision, which is trained under autocast: that casts them.
 
-    PEFT would cast it to their float32 first, and a copy more would be kept for the backward pass. DoRA goes by the precision of what it takes.
+    PEFT would cast them to the adapters' float32 first, and one more copy would be kept for the backward pass. DoRA goes by the precision of its
+    inputs, so there PEFT still casts.
     """
     for layer in module.modules():
         if _is_adapted(layer) and next(layer.get_base_layer().parameters()).dtype is not torch.float32:
@@ -63,7 +64,7 @@ def spare_copies(module: nn.Module) -> None:
 
 
 def _measure_again(module: nn.Module) -> None:
-    """DoRA's magnitudes, in float32: PEFT takes them in the base's precision, and rounded ones are another model."""
+    """Compute DoRA's magnitudes anew in float32: PEFT takes them in the base's precision, and rounded ones make another model."""
     for layer in module.modules():
         if _is_adapted(layer):
             how: Any = layer
@@ -73,7 +74,7 @@ def _measure_again(module: nn.Module) -> None:
 
 
 def check_targets(family: Family, folder: Path, how: Lora, text_encoder: bool) -> None:
-    """As add_adapters() does it, without weights.
+    """Check the targets as add_adapters() does, without weights.
 
     Raises:
         RayboothError: if a target is in none of the parts that are trained, or takes no adapter, or if diffusers would not read an encoder's.
@@ -102,7 +103,7 @@ def _check_targets(family: Family, modules: Mapping[str, nn.Module], how: Lora) 
 
 
 def _check_readable(family: Family, part: str, encoder: nn.Module, how: Lora) -> None:
-    """diffusers tells the layout of an encoder's file by the layers of its attention."""
+    """Refuse targets of an encoder whose file diffusers could not read: it tells the layout by the layers of attention."""
     targets = list(_targets(family, part, encoder, how))
     named = {name.rpartition(".")[2] for target in targets for name in _names(encoder, target)}
     if not named & set(family.encoder_lora_targets):
@@ -117,12 +118,12 @@ def _layers(module: nn.Module, target: str) -> list[nn.Module]:
 
 
 def _names(module: nn.Module, target: str) -> list[str]:
-    """Of layers, as PEFT finds them: by the end of their names."""
+    """The names of the layers that are a target, as PEFT finds them: by the end of their names."""
     return [name for name, _ in module.named_modules() if name and f".{name}".endswith(f".{target}")]
 
 
 def _targets(family: Family, part: str, module: nn.Module, how: Lora) -> Iterable[str]:
-    """Those asked for, where the part has them; an encoder that has none of them gets its own."""
+    """The targets that were asked for and that the part has; if it has none of them, the family's usual ones."""
     usual = family.lora_targets if part == family.denoiser else family.encoder_lora_targets
     return [t for t in how.targets or () if _layers(module, t)] or usual
 
@@ -133,7 +134,7 @@ def has_adapters(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The base model, for as long as it lasts; modules without adapters stay as they are."""
+    """Switch the adapters off for the length of the context, which leaves the base model; modules without adapters stay as they are."""
     adapted: list[Any] = [module for module in modules if has_adapters(module)]
     for module in adapted:
         module.disable_adapters()
@@ -145,7 +146,7 @@ def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def save_adapters(family: Family, modules: Mapping[str, nn.Module], target: Path) -> None:
-    """`pytorch_lora_weights.safetensors` in `target`, with rank, alpha and targets in its header."""
+    """Write `pytorch_lora_weights.safetensors` to `target`, with rank, alpha and targets in its header."""
     import diffusers
     from peft import get_peft_model_state_dict
 
@@ -158,10 +159,10 @@ def save_adapters(family: Family, modules: Mapping[str, nn.Module], target: Path
 
 
 def described(how: Any) -> dict[str, Any]:
-    """A file's header of its adapters: the same for equal ones, whose targets PEFT has as a set, and without the folder that the base was in.
+    """What a file's header says of its adapters: the same for equal ones (PEFT keeps targets as a set), and without the folder of the base.
 
-    Only what is not PEFT's default: diffusers makes PEFT's configuration of it, and an older PEFT refuses what it does not know. But an older diffusers
-    (0.36) fails without `rank_pattern`.
+    Only what differs from PEFT's defaults: diffusers makes a PEFT configuration from it, and an older PEFT refuses what it does not know. But an older
+    diffusers (0.36) fails without `rank_pattern`.
     """
     from peft import LoraConfig
 
@@ -173,10 +174,10 @@ def described(how: Any) -> dict[str, Any]:
 def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:
     """Merge the adapters of `folder` (or of one file) into the loaded parts: drawing then costs what the base does.
 
-    They stay beside weights in bfloat16, whose rounding would swallow what is small in them: DoRA's in float32, for a rounded magnitude scales all of a row.
+    Beside weights in bfloat16 they stay unmerged, as rounding would swallow their small values; DoRA's in float32, as a rounded magnitude scales a whole row.
 
     Raises:
-        RayboothError: if none of them is of this model.
+        RayboothError: if none of them belongs to this model.
     """
     adapted_parts, state = _put_in(family, loaded.modules, folder)
     layers: dict[str, Any] = {f"{part}.{k}.": v for part, module in loaded.modules.items() for k, v in module.named_modules() if _is_adapted(v)}
@@ -190,7 +191,7 @@ def load_adapters(family: Family, loaded: Loaded, folder: Path) -> None:
 
 
 def _in_float32(layer: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A DoRA's layer, whose adapter diffusers has cast to the precision of the weights, with the file's own values."""
+    """Give a DoRA layer, whose adapter diffusers has cast to the precision of the weights, the file's own values again."""
     for name, magnitude in layer.lora_magnitude_vector.items():
         own = {"lora_A.weight": layer.lora_A[name], "lora_B.weight": layer.lora_B[name], "lora_magnitude_vector": magnitude}
         for key, module in own.items():
@@ -200,7 +201,7 @@ def _in_float32(layer: Any, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _put_in(family: Family, modules: Mapping[str, nn.Module], folder: Path) -> tuple[set[str], dict[str, torch.Tensor]]:
-    """Returns the parts that the file has adapters for, those of `modules` have them now; and its tensors."""
+    """Put a file's adapters into `modules`; return the parts that it has adapters for, loaded or not, and its tensors."""
     import diffusers
 
     source, name = (folder.parent, folder.name) if folder.suffix == ".safetensors" else (folder, WEIGHTS)

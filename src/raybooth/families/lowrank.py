@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Updates of layers, `up @ down`: alpha is the rank. A convolution's kernel is part of `down`.
+    """Low-rank updates of layers, `up @ down`, with alpha equal to the rank. A convolution's kernel is part of `down`.
 
     Attributes:
-        parts: part -> layer -> (down (rank, in, ...), up (out, rank, ...)). A CLIP's layers are called as the files of others call them: `text_model.` first.
+        parts: part -> layer -> (down (rank, in, ...), up (out, rank, ...)). A CLIP's layers have the names of other programs' files, `text_model.` first.
     """
 
     rank: int
@@ -34,7 +34,7 @@ class LowRank:
 
 
 def even(parts: "Matrices") -> LowRank:
-    """Of one rank, padded with zeros: readers disagree about ranks and alphas that differ from layer to layer."""
+    """The updates at one rank, padded with zeros: readers disagree about ranks and alphas that differ from layer to layer."""
     import torch
 
     rank = max(down.shape[0] for layers in parts.values() for down, _ in layers.values())
@@ -60,7 +60,7 @@ def layers_of(part: str, module: "nn.Module") -> "dict[str, Any]":
 
 
 def file_name(part: str, name: str) -> str:
-    """transformers 5 has dropped the `text_model.` of a CLIP's names; what reads files elsewhere looks for it."""
+    """A layer's name in files: transformers 5 has dropped the `text_model.` of a CLIP's layers, and other programs look for it."""
     bare = part.startswith("text_encoder") and not name.startswith(("text_model.", "text_projection"))
     return f"text_model.{name}" if bare else name
 

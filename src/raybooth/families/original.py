@@ -39,14 +39,14 @@ _UNET, _FIRST_STAGE = reader.LDM_UNET_KEY, reader.LDM_VAE_KEYS[0]
 
 @dataclass(frozen=True)
 class Lineage:
-    """What others call the models that one descends from: sd-scripts, and Stability's ModelSpec; and what its denoiser predicts."""
+    """What sd-scripts and Stability's ModelSpec call the models that a model descends from, and what its denoiser predicts."""
 
     scripts: str
     spec: str
     prediction: str
 
     def header(self, title: str, phrase: str, side: int, lora: bool = False) -> dict[str, str]:
-        """ModelSpec 1.0.1: what model managers show, the phrase that calls the subject among it."""
+        """A header by ModelSpec 1.0.1, which model managers show, with the phrase that calls the subject."""
         values = {
             "sai_model_spec": "1.0.1",
             "architecture": f"{self.spec}/lora" if lora else self.spec,
@@ -60,10 +60,10 @@ class Lineage:
 
 
 def lineage(family: Family, folder: Path, wanted: str) -> Lineage:
-    """Of a model folder.
+    """The lineage of a model folder.
 
     Raises:
-        RayboothError: if this family has no such ancestors; `wanted` is what then cannot be written.
+        RayboothError: if this family has no such ancestors; `wanted` is what cannot be written then.
     """
     if family.denoiser != "unet":
         raise RayboothError(f"{wanted} is not written for {family.name}: use --to diffusers, or --to lora, which ComfyUI reads for this family.")
@@ -77,7 +77,7 @@ def lineage(family: Family, folder: Path, wanted: str) -> Lineage:
 
 
 def _is_openclip(config: Mapping[str, Any]) -> bool:
-    """OpenAI's CLIP approximates GELU, OpenCLIP does not."""
+    """Whether a text encoder is an OpenCLIP: OpenAI's CLIP approximates GELU, OpenCLIP does not."""
     return config.get("hidden_act", "quick_gelu") != "quick_gelu"
 
 
@@ -108,7 +108,7 @@ def to_original(family: Family, modules: Mapping[str, nn.Module]) -> dict[str, T
 
 
 def marks(family: Family, folder: Path) -> dict[str, Tensor]:
-    """Empty tensors by which ComfyUI tells an XL that predicts a velocity, and one whose noise ends in nothing but noise, from the usual one."""
+    """Empty tensors by which ComfyUI tells an XL that predicts a velocity, and one with zero terminal SNR, from the usual one."""
     held = parts.config(folder, "scheduler/scheduler_config")
     velocity = held.get("prediction_type") == "v_prediction"
     if len(family.encoders) == 1 or not velocity:
@@ -117,7 +117,7 @@ def marks(family: Family, folder: Path) -> dict[str, Tensor]:
 
 
 def original_unet(state: State, layers: int) -> dict[str, Tensor]:
-    """`layers` is their number in a block."""
+    """The UNet's tensors by their original names; `layers` is the number of layers in a block."""
     tables = reader.DIFFUSERS_TO_LDM_MAPPING["unet"]
     outer = tables["layers"] | tables["addition_embed_type"]
     crossed = {m[0] for k in state if (m := re.match(r"up_blocks\.\d+\.attentions", k))}
@@ -158,12 +158,12 @@ def _vae(state: State, levels: int) -> dict[str, Tensor]:
             key = re.sub(pattern, replacement, key)
         return key
 
-    # Its attention was of convolutions of one pixel.
+    # The original attention is made of 1 x 1 convolutions.
     return {_FIRST_STAGE + name(k): t[:, :, None, None] if ".attentions." in k and t.ndim == 2 else t for k, t in state.items()}
 
 
 def _openclip(state: State, prefix: str) -> dict[str, Tensor]:
-    """Queries, keys and values in one tensor, the projection transposed."""
+    """A text encoder's tensors by OpenCLIP's names: queries, keys and values in one tensor, the projection transposed."""
     tables = reader.DIFFUSERS_TO_LDM_MAPPING["openclip"]
     tensors = {}
     for key, tensor in state.items():
@@ -182,7 +182,7 @@ def _openclip(state: State, prefix: str) -> dict[str, Tensor]:
 
 
 def _prove(part: str, written: State, read: State) -> None:
-    """diffusers reads back what was meant, to the bit."""
+    """Refuse (RayboothError) what diffusers does not read back to the bit."""
     lost = [k for k, t in written.items() if k not in read or not torch.equal(t, read[k])]
     if lost or read.keys() - written.keys():
         what = (lost or sorted(read.keys() - written.keys()))[0]

@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 
 def config(folder: Path, name: str) -> dict[str, Any]:
-    """A part's parsed configuration, as "unet/config"."""
+    """A model folder's parsed configuration by its name, such as "unet/config"."""
     return read_object(folder / f"{name}.json")
 
 
 def configured(read: Callable[[Path], T]) -> Callable[[Path], T]:
-    """What `read` does not find in a model folder's configurations, or finds to be of another kind, in a sentence."""
+    """Wrap `read`: what it does not find in a model folder's configurations, or finds to be of another kind, becomes a RayboothError."""
 
     @functools.wraps(read)
     def checked(folder: Path) -> T:
@@ -46,7 +46,7 @@ def facts(folder: Path, denoiser: str) -> Facts:
 
 
 def load(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.dtype | None" = None) -> Loaded:
-    """The named parts and all tokenizers, in evaluation mode, without gradients; the VAE in float32 always: it overflows in less.
+    """The named parts and all tokenizers, in evaluation mode, without gradients; the VAE always in float32: it overflows in less.
 
     Raises:
         RayboothError: naming the part, if one cannot be opened or lacks weights.
@@ -65,7 +65,7 @@ def load(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.dtype
 
 
 def tokenizer(folder: Path, name: str, index: dict[str, Any]) -> Any:
-    """It reads no more tokens than its text encoder, if that counts them, has places for: its own files need not say how many.
+    """The named tokenizer. It reads no more tokens than its text encoder has places for, if that says how many: its own files need not.
 
     Raises:
         RayboothError: if it cannot be opened.
@@ -80,7 +80,7 @@ def tokenizer(folder: Path, name: str, index: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _explained(part: Path) -> Iterator[None]:
-    """Whatever the libraries say of files that do not fit together, with the part that they are of. Want of memory is another matter."""
+    """Raise whatever the libraries say of files that do not fit together as a RayboothError that names the part; lack of memory passes as it is."""
     try:
         yield
     except RayboothError:
@@ -92,7 +92,7 @@ def _explained(part: Path) -> Iterator[None]:
 
 
 def _weighted(kind: Any, folder: Path, dtype: "torch.dtype") -> "nn.Module":
-    """With all its weights: of those that are missing, the libraries draw some at random."""
+    """A part with all its weights; missing ones are refused (ValueError), as the libraries would draw them at random."""
     key = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
     module, found = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **{key: dtype})
     if missing := sorted(found["missing_keys"]):
@@ -102,7 +102,7 @@ def _weighted(kind: Any, folder: Path, dtype: "torch.dtype") -> "nn.Module":
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without a bar of transformers for every file read and written."""
+    """Keep transformers from showing a progress bar for every file that is read or written."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -125,13 +125,13 @@ def unloaded(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.d
             modules[part] = kind(kind.config_class.from_pretrained(folder / part))
         else:
             modules[part] = kind.from_config(kind.load_config(folder / part))
-        nn.Module.to(modules[part], dtype)  # diffusers' own warns that weights are better loaded so, and there are none
+        nn.Module.to(modules[part], dtype)  # diffusers' own warns that weights should be loaded in that precision, and there are none
         modules[part].eval().requires_grad_(False)
     return Loaded(folder, family.facts(folder), family.objective(folder), modules, {})
 
 
 def _kind(index: dict[str, Any], part: str) -> Any:
-    """The class that model_index.json names; of these two libraries, whatever it says."""
+    """The class that model_index.json names for a part, from one of these two libraries, whatever it says."""
     library, name = index[part]
     return getattr(importlib.import_module("transformers" if library == "transformers" else "diffusers"), name)
 
@@ -160,14 +160,14 @@ def text_pipeline(loaded: Loaded, name: str) -> Any:
     if "text" not in loaded.kept:
         kind = getattr(diffusers, name)
         have = {**loaded.modules, **loaded.tokenizers}
-        # Signature, not index: some parts are optional there, and none may be missing here.
+        # By the signature and not by the index, which may leave out optional parts: the call needs them all.
         wanted = [k for k, p in inspect.signature(kind.__init__).parameters.items() if k != "self" and p.default in (p.empty, None)]
         loaded.kept["text"] = kind(**{k: have.get(k) if k.startswith(("text_encoder", "tokenizer")) else None for k in wanted})
     return loaded.kept["text"]
 
 
 def save(base: Path, trained: "Mapping[str, nn.Module]", target: Path) -> None:
-    """A pipeline that plain diffusers opens: what was trained, and copies of the rest."""
+    """Write a pipeline that plain diffusers opens to `target`: what was trained, and copies of the rest."""
     index = read_index(base)
     for part in [k for k, v in index.items() if isinstance(v, list) and v[0] and (base / k).is_dir()]:
         if part in trained:
@@ -176,7 +176,7 @@ def save(base: Path, trained: "Mapping[str, nn.Module]", target: Path) -> None:
             _forget_origin(target / part / "config.json")
         else:
             shutil.copytree(base / part, target / part, dirs_exist_ok=True)
-    # No safety checker: its weights are no part of what was fine-tuned, nor of what was fetched.
+    # No safety checker: its weights are neither among what was fine-tuned nor among what was fetched.
     if "safety_checker" in index:
         index["requires_safety_checker"] = False
     index |= {k: [None, None] for k in ("safety_checker", "feature_extractor", "image_encoder") if k in index}
@@ -186,8 +186,9 @@ def save(base: Path, trained: "Mapping[str, nn.Module]", target: Path) -> None:
 
 
 def name_as_ever(folder: Path) -> None:
-    """transformers 5.6 names a CLIP's text tower without `text_model.`, but for one that it read so. Earlier ones, and what reads folders elsewhere, look
-    for that, and the former take random weights where they do not find it.
+    """Put `text_model.` back in front of the names in saved CLIP text encoders: transformers 5.6 leaves it out, unless it has read it.
+
+    Earlier versions and other programs look for it; the former take random weights where they do not find it.
     """
     from safetensors.torch import load_file, save_file
 
@@ -200,7 +201,7 @@ def name_as_ever(folder: Path) -> None:
 
 
 def _forget_origin(path: Path) -> None:
-    """The folder it was loaded from is nobody's business, and would make equal results differ."""
+    """Drop the folder that a part was loaded from: it is nobody's business, and would make equal results differ."""
     values = json.loads(path.read_text())
     values.pop("_name_or_path", None)
     path.write_text(json.dumps(values, indent=2) + "\n")

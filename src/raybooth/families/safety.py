@@ -13,7 +13,7 @@ PARTS = ("safety_checker", "feature_extractor")
 
 
 def needed(names: list[str]) -> list[str]:
-    """Of a repository's or folder's files, those of the checker: configurations and safetensors in full precision."""
+    """The checker's files among those of a repository or folder: configurations and safetensors in full precision."""
     own = [n for n in names if n.partition("/")[0] in PARTS and n.count("/") == 1]
     return [n for n in own if not n.endswith(PICKLED) and ".fp16." not in n and n.endswith((".json", ".safetensors"))]
 

@@ -15,25 +15,25 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
 }
 SAFE_STEPS = 100
-"""As many as a sampler takes with any model; with more, strides become short, and need a look."""
+"""As many steps as a sampler can take with any model; with more, strides become short and need a closer look."""
 _ANY_STRIDE = ("dpmsolver++", "euler")
-"""Samplers that read their strides from the timesteps; the others have whole ones of equal length."""
+"""Samplers that read their strides from the timesteps; the strides of the others are whole and of equal length."""
 
 
 def is_safe(name: str, steps: int) -> bool:
-    """Whether a sampler can take so many steps with any model, which need not be asked then (nor torch waited for)."""
+    """Whether a sampler can take that many steps with any model: then the model need not be looked at, nor torch imported."""
     return steps <= SAFE_STEPS and name != "pndm"
 
 
 def ddim(folder: Path) -> Any:
-    """diffusers' DDIMScheduler, which reads every such model's noise."""
+    """diffusers' DDIMScheduler of a model folder: it reads the noise of every such model."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler.from_pretrained(folder / "scheduler")
 
 
 def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], device: "torch.device") -> Any:
-    """Deterministic samplers only: a picture depends on its initial latents and on nothing drawn on the way.
+    """The named sampler with its timesteps set. All are deterministic: a picture depends on its initial latents and on nothing drawn on the way.
 
     Raises:
         RayboothError: if there are more steps than the model has timesteps, if they would begin too far from pure noise, or if the sampler cannot
@@ -53,7 +53,7 @@ def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], 
     except (ValueError, IndexError):
         raise RayboothError(f"{steps} steps are more than {name} can take with this model: lower prior.steps, or generate.steps.") from None
     noise = int(made.config.num_train_timesteps)
-    if steps > SAFE_STEPS and made.timesteps[0] < 0.9 * noise:  # strides are whole: of 1000, 501 steps leave out the first 499
+    if steps > SAFE_STEPS and made.timesteps[0] < 0.9 * noise:  # strides are whole: 501 steps out of 1000 leave out the noisiest 499
         fewer = next(n for n in range(steps, 0, -1) if (n - 1) * (noise // n) >= 0.9 * noise)
         raise RayboothError(f"{steps} steps of {name} would begin amid the noise: set prior.steps, or generate.steps, to {fewer}, or take dpmsolver++.")
     return made

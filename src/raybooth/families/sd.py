@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from raybooth.noise import Diffusion
 
-_OTHER_NOISE = ("EDM", "FlowMatch")  # schedulers of finetunes that are no DDPM; by their configurations' names read as one they would be taught nonsense
+_OTHER_NOISE = ("EDM", "FlowMatch")  # prefixes of scheduler classes that are not a DDPM's, as some finetunes have: read as one, they would be taught nonsense
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -53,7 +53,7 @@ def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def text_shape(folder: Path, *encoders: str) -> tuple[int, int]:
-    """(tokens, width) of what these make together.
+    """(tokens, width) of what these text encoders make together.
 
     Raises:
         RayboothError: if the UNet takes another width.
@@ -73,7 +73,7 @@ def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Ten
 
 
 def _tokens(loaded: Loaded, prompts: tuple[str, ...]) -> "Tensor":
-    """(n, length). The last ones are kept: a step of training has the prompts of the one before."""
+    """The prompts' tokens, (n, length). The last ones are kept: a training step has the prompts of the one before."""
     last, tokens = loaded.kept.get("tokens", (None, None))
     if last != prompts:
         tokenizer = loaded.tokenizers["tokenizer"]

@@ -22,7 +22,7 @@ POSITIONS = 96  # patches along a side, where the configuration does not say
 
 @parts.configured
 def facts(folder: Path) -> Facts:
-    """Its table of positions bounds the size of a picture."""
+    """What the configuration says; the table of positions bounds the size of a picture."""
     _shift(parts.config(folder, "scheduler/scheduler_config"))
     found, positions = parts.facts(folder, "transformer"), parts.config(folder, "transformer/config").get("pos_embed_max_size", POSITIONS)
     return replace(found, largest=positions * found.multiple, text_length=T5_LENGTH)
@@ -47,7 +47,7 @@ def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":
-    """`text` (n, 77 + 256, T5's width), CLIPs' and T5's one after the other; `pooled` (n, both CLIP widths)."""
+    """The conditioning: `text` (n, 77 + 256, T5's width), the CLIPs' tokens and then T5's; `pooled` (n, both CLIP widths)."""
     import torch
 
     pipe, texts = parts.text_pipeline(loaded, FAMILY.pipeline), list(prompts)
@@ -65,16 +65,17 @@ def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mappi
 
 
 def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], device: "torch.device") -> Any:
-    """Along the flow: Euler, as these models were published, or DPM-Solver++."""
+    """A scheduler along the flow: Euler, with which these models were published, or DPM-Solver++."""
     return flow_scheduler(folder, name, steps, device, shape[1] * shape[2] // 4, max_shift=1.16)
 
 
 def flow_scheduler(folder: Path, name: str, steps: int, device: "torch.device", patches: int, max_shift: float, **how: Any) -> Any:
-    """Sigmas are shifted towards noise, where the configuration has it so (dynamic shifting) the further the larger the picture is.
+    """A scheduler whose sigmas are shifted towards noise; with dynamic shifting in the configuration, the further the larger the picture.
 
     Args:
-        patches: of a picture, and `max_shift`: where the configuration does not say. As diffusers' pipelines have it.
-        how: goes to Euler's set_timesteps.
+        patches: the number of a picture's patches.
+        max_shift: of dynamic shifting, where the configuration does not say; as in diffusers' pipelines.
+        how: passed on to Euler's set_timesteps.
 
     Raises:
         RayboothError: if the sampler is not one for flows.
@@ -92,7 +93,7 @@ def flow_scheduler(folder: Path, name: str, steps: int, device: "torch.device", 
     elif name == "dpmsolver++":
         made = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=_shift(config) if mu is None else math.exp(mu))
         made.set_timesteps(steps, device=device)
-        made.set_begin_index(0)  # looked up by whole timesteps, of which hundreds of steps have two alike, it would be the second
+        made.set_begin_index(0)  # looked up by its whole timestep, which two of hundreds of steps may share, it would be the second
     else:
         raise RayboothError(f"The sampler '{name}' is not one for flow-matching models such as {folder}: choose euler or dpmsolver++.")
     return made

@@ -19,7 +19,7 @@ def conditioning(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":
-    """`text` (n, 77, both widths), `pooled` (n, width of the second)."""
+    """The conditioning: `text` (n, 77, both widths), `pooled` (n, width of the second encoder)."""
     import torch
 
     pipe = parts.text_pipeline(loaded, FAMILY.pipeline)
@@ -32,7 +32,7 @@ def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Ten
 
 
 def predict(loaded: Loaded, latents: "Tensor", t: "Tensor", conditioning: "Mapping[str, Tensor]") -> "Tensor":
-    # Original size, crop's corner, target size: uncropped at the size it is drawn. Filled in where it lies: a GPU need not be waited for.
+    # Original size, corner of the crop, target size: uncropped, at the size that is drawn. Filled in on the device, so that no GPU is waited for.
     ids = latents.new_zeros(len(latents), 6)
     for i, side in enumerate(latents.shape[-2:]):
         ids[:, i::4] = side * loaded.facts.downscale

@@ -1,4 +1,4 @@
-"""A checkpoint in one .safetensors file, as model sites hand them out, to a diffusers folder."""
+"""From a checkpoint in one .safetensors file, as model sites hand them out, to a diffusers folder."""
 
 import json
 from collections.abc import Collection
@@ -11,13 +11,14 @@ from raybooth.families import family_of, parts
 from raybooth.families.folder import read_index, read_object
 
 SUFFIX = ".safetensors"
-_ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.")  # of Stable Diffusion 1.x and 2.x, XL, and what came later
+_ENCODERS = ("cond_stage_model.", "conditioner.", "text_encoders.")  # prefixes in Stable Diffusion 1.x and 2.x, XL, and later models
 
 
 def check_kind(file: Path) -> None:
-    """
+    """Refuse a checkpoint that is not a .safetensors file.
+
     Raises:
-        RayboothError: if it is a checkpoint of another kind, which diffusers would open by pickle.
+        RayboothError: if it is of another kind: quantised, or such as diffusers would open by pickle.
     """
     if file.suffix == ".gguf":
         raise RayboothError(f"The checkpoint {file} has quantised weights, which are not trained further here: take the model's {SUFFIX} version.")
@@ -29,9 +30,10 @@ def check_kind(file: Path) -> None:
 
 
 def check_whole(file: Path) -> None:
-    """
+    """Refuse a file that does not hold a whole model of known noise.
+
     Raises:
-        RayboothError: if it is a LoRA, a part of a model, or a model of noise that is not known: from_single_file would take it for Stable Diffusion's.
+        RayboothError: if it is a LoRA, a part of a model, or a model of EDM's noise, which from_single_file would take for Stable Diffusion's.
     """
     names = _shapes(file)
     if any("lora" in name for name in names):
@@ -65,7 +67,7 @@ def unpack(file: Path, configuration: str | None, target: Path) -> None:
         raise RayboothError(
             f"base.configuration = '{folder}' is of a {name}, which diffusers does not read from single files: give the folder of another model."
         )
-    family_of(folder)  # or it is refused
+    family_of(folder)  # refuses what is not known
     kinds = {tensor.dtype for tensor in _shapes(file).values() if tensor.is_floating_point()}
     dtype = kinds.pop() if len(kinds) == 1 else None  # a file in half precision stays as small
     try:
@@ -80,7 +82,7 @@ def unpack(file: Path, configuration: str | None, target: Path) -> None:
 
 
 def _settle_prediction(names: Collection[str], scheduler: Path) -> None:
-    """Two empty tensors mark a file whose model predicts a velocity, and one whose noise ends in nothing but noise: no configuration knows of them."""
+    """Enter in the scheduler's configuration what two empty tensors of a file mark: that its model predicts a velocity, and that it has zero terminal SNR."""
     if "v_pred" not in names:
         return
     held = read_object(scheduler) | {"prediction_type": "v_prediction"}
@@ -90,7 +92,7 @@ def _settle_prediction(names: Collection[str], scheduler: Path) -> None:
 
 
 def _known_configuration(file: Path) -> Path:
-    """In the hub's cache: nothing is fetched that was not asked for."""
+    """The configuration files, in the hub's cache, of the model that diffusers takes a file for: nothing is fetched that was not asked for."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, infer_diffusers_model_type
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -113,7 +115,7 @@ def _known_configuration(file: Path) -> Path:
 
 
 def _shapes(file: Path) -> dict[str, Any]:
-    """Tensors without data, by name: enough to tell architectures apart. Those in half precision are so."""
+    """A file's tensors without data, by name: enough to tell architectures apart. Those in float16, bfloat16 and float32 keep their precision."""
     import torch
     from safetensors import SafetensorError, safe_open
 

@@ -12,18 +12,18 @@ from raybooth.errors import RayboothError
 from raybooth.families.base import Family
 from raybooth.families.parts import load
 
-END = "</w>"  # of a token that ends a word, in CLIP's vocabularies
+END = "</w>"  # ends the tokens that end a word, in CLIP's vocabularies
 LETTERS = range(3, 7)
 POOLS = {1: 2000, 2: 48, 3: 14}  # tokens in a sequence -> how many of the weakest are tried at each place
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A word, its tokens, and how much the model holds of it.
+    """A word, its tokens, and how much the model knows of it.
 
     Attributes:
-        norm: mean norm of the tokens' embeddings over the median one; training lengthens those of words that it sees.
-        nearest: the largest cosine of their mean to a word that is often seen, `neighbour`.
+        norm: the mean norm of the tokens' embeddings over the vocabulary's median; training lengthens those of words that it sees.
+        nearest: the largest cosine between their mean and a common word, `neighbour`.
     """
 
     word: str
@@ -34,7 +34,7 @@ class Proposal:
 
     @property
     def strength(self) -> float:
-        """Of the model's prior for it: the lower, the freer is the word to name a subject."""
+        """The strength of the model's prior for the word: the lower, the freer the word is to name a subject."""
         return self.norm + self.nearest
 
 
@@ -54,13 +54,13 @@ def propose(family: Family, folder: Path, n: int = 10) -> list[Proposal]:
     tried = [words for words in _sequences(vocabulary, norms) if _is_read_as(tokenizer, words)]
     if not tried:
         raise RayboothError(f"The tokenizer of {folder} has no tokens to make a rare word of: choose subject.token yourself.")
-    # Merges are learnt in the order of how often they are seen: the first whole words are the common ones.
+    # Merges are learnt in the order of frequency: the first whole words are the common ones.
     whole = [t for t in sorted(vocabulary, key=vocabulary.__getitem__) if t.endswith(END) and t[: -len(END)].isalpha() and len(t) > len(END) + 2]
     common = whole[: max(1, len(whole) // 4)]
     if not common:
         raise RayboothError(f"The tokenizer of {folder} knows no words of three letters, which rare ones are told from: choose subject.token yourself.")
     ids = torch.tensor([[vocabulary[t] for t in _padded(words)] for words in tried])
-    means = F.normalize(table[ids].mean(dim=1), dim=-1)  # one token thrice has its own mean, two tokens nearly theirs
+    means = F.normalize(table[ids].mean(dim=1), dim=-1)  # padded by repetition: one token keeps its own mean, two tokens nearly theirs
     nearest, index = (means @ F.normalize(table[[vocabulary[t] for t in common]], dim=-1).T).max(dim=1)
     found = [
         Proposal(_word(words), words, float(norms[[vocabulary[t] for t in words]].mean()), common[int(i)].removesuffix(END), float(near))
@@ -70,7 +70,7 @@ def propose(family: Family, folder: Path, n: int = 10) -> list[Proposal]:
 
 
 def _different(found: Sequence[Proposal]) -> list[Proposal]:
-    """Without those that share a token with two better ones: a choice, and not one word spelt in ten ways."""
+    """`found` without those that share a token with two better ones: a choice, not one word spelt in ten ways."""
     kept: list[Proposal] = []
     for proposal in found:
         if all(sum(token in other.tokens for other in kept) < 2 for token in proposal.tokens):
@@ -79,7 +79,7 @@ def _different(found: Sequence[Proposal]) -> list[Proposal]:
 
 
 def _sequences(vocabulary: dict[str, int], norms: torch.Tensor) -> list[tuple[str, ...]]:
-    """Of one to three tokens in plain small letters, the weakest at each place."""
+    """Sequences of one to three tokens in plain lower-case letters, made of the weakest tokens for each place."""
     plain = [t for t in vocabulary if t.removesuffix(END).isascii() and t.removesuffix(END).isalpha() and t.islower()]
     weakest = sorted(plain, key=lambda t: float(norms[vocabulary[t]]))
     last, other = [t for t in weakest if t.endswith(END)], [t for t in weakest if not t.endswith(END)]

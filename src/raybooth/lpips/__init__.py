@@ -24,12 +24,12 @@ SIDE = 256
 _BLOCKS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 """VGG16's convolutions by their places among its features: a ReLU follows each, and a block's last is compared. 2x2 maxima lie between the blocks."""
 _WIDTHS = (64, 128, 256, 512, 512)
-_FEW, _STRIP = 8, 16  # pictures through a block, lines of their features compared at once
+_FEW, _STRIP = 8, 16  # pictures that go through a block at once, lines of their features that are compared at once
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in [-1, 1]
 
 
 def lpips(weights: Path, device: str = "cpu") -> Callable[["Sequence[Image]"], Tensor]:
-    """Pictures of one size to their distances from one another, (n, n). `weights` is VGG16's file, with the names that torchvision and timm give."""
+    """A function from pictures of one size to their distances from one another, (n, n). `weights` is VGG16's file, with torchvision's and timm's names."""
     blocks, linear = _vgg(weights, device), load_file(Path(__file__).with_name("linear.safetensors"), device=device)
 
     @torch.inference_mode()
@@ -46,7 +46,7 @@ def lpips(weights: Path, device: str = "cpu") -> Callable[["Sequence[Image]"], T
 
 
 def check(weights: Path) -> None:
-    """Whether a safetensors file holds VGG16's convolutions, by its header.
+    """Refuse a safetensors file that does not hold VGG16's convolutions, by its header.
 
     Raises:
         RayboothError: naming what it lacks.
@@ -74,7 +74,7 @@ def _through(block: list[Layer], x: Tensor) -> Tensor:
 
 
 def _squares(x: Tensor, weight: Tensor) -> Tensor:
-    """Weighted squared distances of features (n, c, h, w), of length 1 at each place, summed over the places: (n, n) (equation 1)."""
+    """Weighted squared distances of features (n, c, h, w), scaled to length 1 at each place, summed over the places: (n, n) (equation 1)."""
     unit = x / (x.norm(dim=1, keepdim=True) + 1e-10)
     flat = (unit * weight.sqrt()[:, None, None]).flatten(1)
     squares = flat.square().sum(1)
@@ -82,7 +82,7 @@ def _squares(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _pixels(image: "Image") -> Tensor:
-    """(1, 3, h, w), as VGG16 was taught them."""
+    """A picture's pixels, (1, 3, h, w), scaled as VGG16 was trained with them."""
     import numpy as np
     from PIL.Image import Resampling
 

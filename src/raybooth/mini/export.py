@@ -1,4 +1,4 @@
-"""The trained parts to the folder that ships: a pipeline that plain diffusers opens, half precision, with its scorers and card."""
+"""From the trained parts to the folder that ships: a pipeline that plain diffusers opens, in half precision, with its scorers and card."""
 
 import json
 import re
@@ -48,20 +48,20 @@ It draws one thing ({kinds}) in one of eight places and knows nothing of the rea
 
 
 def export(work: Path, folder: Path) -> None:
-    """Write what `work` holds, complete, to `folder`."""
+    """Write what was trained in `work`, all of it complete, to `folder`."""
     clip = CLIPModel.from_pretrained(work / PHASES["clip"][-1])
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     text = CLIPTextModel(clip.config.text_config)
     learnt = {k.removeprefix("text_model."): v for k, v in clip.text_model.state_dict().items()}
     text.load_state_dict(learnt, strict=True)
     vae, unet = AutoencoderKL.from_pretrained(work / PHASES["vae"][-1]), UNet2DConditionModel.from_pretrained(work / PHASES["unet"][-1])
-    # The text encoder stays whole: transformers loads what it finds, diffusers makes the rest float32, and both must agree.
+    # The text encoder stays in float32: transformers loads what it finds, diffusers makes the rest float32, and both must agree.
     pipe = StableDiffusionPipeline(
         vae=vae.half(), text_encoder=text, tokenizer=tokenizer, unet=unet.half(), scheduler=networks.make_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder)
-    # Under the names that it always had: a transformers before 5.6 takes random weights where it does not find them.
+    # Under the names that it always had: transformers before 5.6 takes random weights where it does not find them.
     save_file({f"text_model.{k}": v for k, v in learnt.items()}, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
     clip.half().save_pretrained(folder / "clip")
     ViTModel.from_pretrained(work / PHASES["vit"][-1], add_pooling_layer=False).half().save_pretrained(folder / "vit")
@@ -76,7 +76,7 @@ def export(work: Path, folder: Path) -> None:
 
 
 def _losses(work: Path, card: Path) -> str:
-    """One line a phase: its name and the mean of its last logged losses. Of phases that were run before, what the card that is there says."""
+    """A line per phase: its name, its steps and the mean of its last logged losses. Phases that were not run here keep the line of the present card."""
     lines = {}
     if card.exists():
         lines = {m[1]: m[0] for m in re.finditer(r"^  - ([a-z-]+): \d+ steps.*$", card.read_text(), re.MULTILINE)}

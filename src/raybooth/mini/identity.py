@@ -75,7 +75,7 @@ def coat_pattern(pen: Pen, body: Oval, who: Identity, rng: random.Random) -> Non
 
 
 def wear(pen: Pen, pose: Pose, head: Oval, neck: tuple[float, float, float]) -> None:
-    """`neck` is (x, y, half width)."""
+    """Draw what the pose wears; `neck` is (x, y, half width)."""
     if pose.worn is None:
         return
     what, color = pose.worn[0], COLORS[pose.worn[1]]

@@ -53,7 +53,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_vit() -> ViTModel:
-    """Tells identities apart by its [CLS] token, as DINO's ViT-S/16 does for real pictures."""
+    """The ViT that tells identities apart by its [CLS] token, as DINO's ViT-S/16 does for real pictures."""
     config = ViTConfig(
         hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE, patch_size=8,
     )  # fmt: skip
@@ -61,7 +61,7 @@ def make_vit() -> ViTModel:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """Attention at 8x8 and 4x4 only: on a CPU it costs 40% of a step at 16x16 and adds little to pictures of one thing."""
+    """The UNet, with attention at 8x8 and 4x4 only: on a CPU it costs 40% of a step at 16x16 and adds little to pictures of one thing."""
     return UNet2DConditionModel(
         sample_size=SIZE // 4, in_channels=4, out_channels=4, block_out_channels=(64, 128, 192), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -79,7 +79,7 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def zero_init(unet: UNet2DConditionModel) -> None:
-    """Every residual branch starts as nothing (Goyal et al. 2017; Dhariwal and Nichol 2021): faster early training."""
+    """Start every residual branch as nothing (Goyal et al. 2017; Dhariwal and Nichol 2021): faster early training."""
     for name, module in unet.named_modules():
         if name.endswith(("conv2", "conv_out", "proj_out")):
             torch.nn.init.zeros_(module.weight)

@@ -1,6 +1,6 @@
 """Training mini from scratch: tokenizer, VAE, CLIP, identity ViT and, on the first three, the UNet.
 
-Each part is a file in the working folder when done, a checkpoint before; the same command goes on after a stop.
+Each phase of a part is a folder in the working folder when it is done, a checkpoint before; the same command goes on after a stop.
 """
 
 import random
@@ -24,8 +24,8 @@ from raybooth.mini.things import KINDS
 from raybooth.mini.trainer import Trainer
 from raybooth.mini.world import Scene, caption, make_identity, make_scene, make_worn, random_scene, render
 
-# Phases of a part go on from one another: whole pictures, then crops of the things, then whole ones again; random pairs, look-alikes, the
-# vision tower alone (the UNet is trained on the text tower). Every phase is a folder when it is done.
+# Phases of a part go on from one another. The VAE's: whole pictures, then crops of the things, then whole ones again; CLIP's: random pairs,
+# look-alikes, the vision tower alone (the UNet is trained on the text tower).
 STEPS = {
     "vae": 2400, "vae-detail": 1900, "vae-fine": 3000, "vae-whole": 2000, "vae-decoder": 2000,
     "clip": 700, "clip-kinds": 420, "clip-vision": 400,
@@ -34,11 +34,11 @@ STEPS = {
 }  # fmt: skip
 PHASES = {part: [name for name in STEPS if name.split("-")[0] == part] for part in ("vae", "clip", "vit", "unet")}
 HARD = {"dog": 3.0, "cat": 2.5, "bird": 1.5, "fish": 1.5}
-"""How often the UNet sees a kind, others 1: what bends is harder to draw than what is built."""
+"""How often the UNet sees a kind, against 1 for the others: what bends is harder to draw than what is built."""
 
 
 def pixels(scenes: list[Scene]) -> Tensor:
-    """(n, 3, 64, 64) in [-1, 1]."""
+    """The scenes' pictures, (n, 3, 64, 64) in [-1, 1]."""
     array = np.stack([np.asarray(render(s)) for s in scenes])
     return torch.from_numpy(array).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
 
@@ -53,7 +53,7 @@ def _captions(scenes: list[Scene], step: int, terse: float = 0.25) -> list[str]:
 
 
 def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """(n, 32) token numbers, padded."""
+    """The texts' token numbers, (n, 32), padded."""
     batch = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     return batch.input_ids
 
@@ -61,7 +61,7 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 def start_from(shipped: Path, work: Path, parts: Sequence[str]) -> None:
     """Set up `work` so that the last phase of `parts` goes on from the shipped weights, and everything else counts as done.
 
-    What has begun there is left alone: shipped weights in place of its last phase would pass for what was trained.
+    A part that has begun there is left alone: shipped weights in place of its last phase would pass for what was trained.
     """
     for part, phases in {**PHASES, "tokenizer": ["tokenizer"]}.items():
         if not any((work / name).exists() for name in phases):
@@ -135,7 +135,7 @@ def train_vae(work: Path, steps: dict[str, int] = STEPS, batch: int = 8) -> Auto
 
 
 def train_clip(work: Path, tokenizer: CLIPTokenizer, steps: dict[str, int] = STEPS, batch: int = 160) -> CLIPModel:
-    """Contrastive (Radford et al. 2021), pictures lightly blurred and noised so that drawn ones are read as well."""
+    """Train CLIP contrastively (Radford et al. 2021), on pictures lightly blurred and noised so that drawn ones are read as well."""
     torch.manual_seed(2)
     clip: Any = networks.make_clip(len(tokenizer))
 
@@ -187,7 +187,7 @@ def look_alikes(step: int, groups: int, alike: int = 4) -> list[Scene]:
 
 
 def roughened(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the pictures blurred by a reduction to 32 to 60 pixels, all with noise up to 0.1: scorers must not judge sharpness."""
+    """The pictures, half of them blurred by a reduction to 32 to 60 pixels, all with noise up to 0.1: scorers must not judge sharpness."""
     blurred = torch.rand(len(x), generator=generator) < 0.5
     side = int(torch.randint(32, 61, (1,), generator=generator))
     small = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
@@ -209,7 +209,7 @@ def identity_pairs(step: int, groups: int = 20, alike: int = 4) -> tuple[list[Sc
 
 
 def train_vit(work: Path, steps: dict[str, int] = STEPS, temperature: float = 0.1) -> ViTModel:
-    """Two scenes of one identity attract, all others repel (InfoNCE, van den Oord et al. 2018)."""
+    """Train the ViT: two scenes of one identity attract, all others repel (InfoNCE, van den Oord et al. 2018)."""
     torch.manual_seed(3)
     vit = networks.make_vit()
 
@@ -252,12 +252,12 @@ def min_snr(alpha: Tensor) -> Tensor:
 
 
 def structure_first(alpha: Tensor) -> Tensor:
-    """The same times what v-prediction's loss gives the noisy end over epsilon's, 1 + 1 / SNR, at most 10: there kind, posture and colours are settled."""
+    """min_snr times the weight of v-prediction's loss over epsilon's, 1 + 1 / SNR, at most 10: the noisy end settles kind, posture and colours."""
     return min_snr(alpha) * (1 / alpha).clamp(max=10)
 
 
 def train_unet(work: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip: CLIPModel, steps: dict[str, int] = STEPS) -> UNet2DConditionModel:
-    """epsilon, stratified timesteps, one prompt in ten empty; the text tower is frozen."""
+    """Train the UNet: epsilon, stratified timesteps, one prompt in ten empty; the text tower is frozen."""
     torch.manual_seed(4)
     unet = networks.make_unet()
     networks.zero_init(unet)
@@ -298,7 +298,7 @@ def _train(
     work: Path, name: str, net: Any, loss: Callable[[int], Tensor], finish: Callable[[str], None],
     *, steps: int, lr: float, only: tuple[str, ...] = ("",), **how: Any,
 ) -> Any:  # fmt: skip
-    """`net` trained and saved by `finish`, or read back in place if it is done. `only` are the beginnings of what is trained; `how` is for the trainer."""
+    """`net` trained and saved by `finish`, or read back in place if it is done. `only` are prefixes of the parameters to train; `how` is for the trainer."""
     if (work / name / "config.json").exists():
         done = type(net).from_pretrained(work / name)
         own = net.state_dict().keys()  # a ViT is read back with a pooling layer that it does not have

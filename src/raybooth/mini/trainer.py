@@ -16,13 +16,13 @@ LossFn = Callable[[int], Tensor]
 
 
 def learning_rate(step: int, steps: int, peak: float, decay: float = 0.3, warmup: int = 50) -> float:
-    """Warm-up, a plateau, then a linear way down over the last `decay` of the steps: a longer run shares its plateau."""
+    """The learning rate of a step: warm-up, a plateau, then linear decay over the last `decay` of the steps, so that a longer run shares the plateau."""
     down = (steps - step) / (decay * steps)
     return peak * min(1.0, (step + 1) / warmup, down)
 
 
 class Trainer:
-    """Steps `net` on `loss(step)`; keeps an exponential moving average; writes a checkpoint and goes on from it.
+    """Trains `net` on `loss(step)`; keeps an exponential moving average; writes a checkpoint and goes on from it.
 
     `loss` must draw all its randomness from `step`, so that a stopped run ends where an unbroken one does. `muon` is the learning rate of
     convolutions by Muon (Jordan et al. 2024; torch 2.9 and later), 0 for AdamW throughout. `bf16` is autocast for the loss.
@@ -36,7 +36,7 @@ class Trainer:
         self.path = folder / f"{name}.checkpoint.safetensors"
         self.log = folder / f"{name}.jsonl"
         self.params = {k: p for k, p in net.named_parameters() if p.requires_grad}
-        # Muon is for matrices: views of the kernels, in which it changes the kernels themselves.
+        # Muon is for matrices: it gets views of the kernels, through which it changes the kernels themselves.
         self.matrices = {k: nn.Parameter(p.detach().flatten(1)) for k, p in self.params.items() if muon and p.ndim == 4 and p.shape[0] >= 16}
         others = [p for k, p in self.params.items() if k not in self.matrices]
         self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [(torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True), lr)]
@@ -111,6 +111,6 @@ class Trainer:
             state |= {name.rpartition(".")[2]: v for name, v in tensors.items() if name.startswith(f"optimizer.{k}.")}
 
     def _states(self) -> dict[str, dict[str, Tensor]]:
-        """What the optimizers hold of each parameter."""
+        """The optimizers' state of each parameter, by its name."""
         of = {id(p): o.state[p] for o, _ in self.optimizers for group in o.param_groups for p in group["params"]}
         return {k: of[id(self.matrices.get(k, p))] for k, p in self.params.items()}

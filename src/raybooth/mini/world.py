@@ -36,7 +36,7 @@ def make_identity(rng: random.Random, kind: str | None = None) -> Identity:
 
 
 def make_scene(rng: random.Random, identity: Identity, worn: tuple[str, str] | None) -> Scene:
-    """A scene of `identity` wearing `worn`; place, posture, size and direction as chance has it."""
+    """A scene of `identity` wearing `worn`; place, posture, size and direction at random."""
     posture = rng.choice(KINDS[identity.kind].postures)
     size = rng.choices(list(SIZES), (1, 2, 1))[0]
     return Scene(identity, Pose(posture, worn), rng.choice(list(PLACES)), size, rng.random() < 0.5, rng.getrandbits(32))

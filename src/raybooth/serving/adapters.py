@@ -45,13 +45,13 @@ class Stacked(nn.Module):
 
 
 def slot_bytes(parts: Iterable[nn.Module], rank: int) -> int:
-    """What a slot takes if adapters come for every linear layer of `parts`."""
+    """The bytes of a slot if every linear layer of `parts` gets adapters."""
     linear = [m for part in parts for m in part.modules() if isinstance(m, nn.Linear)]
     return sum(rank * (m.in_features + m.out_features) * m.weight.element_size() for m in linear)
 
 
 class Adapters:
-    """The adapters in memory: at most `slots`, the one that was not used for longest goes first.
+    """The adapters in memory: at most `slots`; the least recently used goes first.
 
     Args:
         modules: the parts of the base; their layers are replaced as adapters for them come.
@@ -68,7 +68,7 @@ class Adapters:
         return name in self.held
 
     def put(self, name: str, matrices: "Matrices") -> None:
-        """Into a free slot, or in place of the one that was not used for longest.
+        """Put adapters into a free slot, or in place of the least recently used.
 
         Raises:
             RayboothError: if they do not fit the base.
@@ -93,7 +93,7 @@ class Adapters:
             self.modules[part].set_submodule(name, self.layers[key])
 
     def use(self, names: Sequence[str]) -> None:
-        """One adapter for each row of the passes that follow; "" is the base."""
+        """Choose an adapter for each row of the passes that follow; "" is the base."""
         for name in dict.fromkeys(n for n in names if n):
             self.held.move_to_end(name)
         device = next((layer.down.device for layer in self.layers.values()), None)

@@ -36,11 +36,11 @@ def create_app(
 
     Args:
         subjects: what can be drawn, looked at anew with every request.
-        draw: draws a job's pictures, as they are ready.
-        keys: API keys, one of which /v1, /api and /metrics need then.
+        draw: draws a job's pictures, and yields them as they are ready.
+        keys: API keys; if there are any, /v1, /api and /metrics need one of them.
         hosts: names under which it may be asked; None: any.
         healthy: whether something is there that draws.
-        routers: more that it answers.
+        routers: further routes.
         page: a folder that is shown at /.
     """
     # /docs without a CDN: the machines that draw are often not on the internet.
@@ -96,7 +96,7 @@ def _models(subjects: Subjects, metrics: Metrics) -> APIRouter:
         """A picture that the model has learnt the subject from."""
         photographs = (await one(model)).photographs
         try:
-            path = dict(enumerate(photographs))[number]  # of a list -1 would be the last
+            path = dict(enumerate(photographs))[number]  # in a list, -1 would be the last
             return Response(await anyio.to_thread.run_sync(path.read_bytes), media_type="image/png")
         except (KeyError, OSError):  # gone, or being written anew
             raise ApiError(404, f"The model '{model}' has no photograph {number}.", "not_found", "number") from None
@@ -128,7 +128,7 @@ def _generations(subjects: Subjects, requests: RequestQueue, limits: Limits) -> 
         if not asked.stream:
             return await requests.answer(job, request, asked, lambda name: str(request.url_for("picture", name=name)))
         pictures = requests.drawn(job, request)
-        first = await anext(pictures, None)  # what goes wrong before it is still an answer of its own
+        first = await anext(pictures, None)  # an error before it is still an answer of its own
         return StreamingResponse(
             _closed_after(requests.events(first, pictures, job), pictures), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )

@@ -13,7 +13,7 @@ from raybooth.sections import Sampling
 from raybooth.serving.engine import Engine, Look, Row
 
 Unsafe = Callable[[list[Image.Image]], list[bool]]
-"""Which of the pictures are not to be shown."""
+"""Tells of each picture whether it must not be shown."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Job:
     """What one request wants: a picture for each row.
 
     Attributes:
-        partials: pictures in progress, of each, before it is complete.
+        partials: how many pictures in progress each row gets before the complete one.
         labelled: whether pictures carry prompt, seed and model as PNG text.
     """
 
@@ -33,10 +33,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture of row `row`, as PNG; None where the safety checker keeps it back.
+    """A picture of row `row` as PNG, or None if the safety checker keeps it back.
 
     Attributes:
-        partial: its number among the pictures in progress; None of a complete one.
+        partial: its number among the pictures in progress; None for a complete one.
         batch: how many were drawn together.
     """
 
@@ -84,7 +84,7 @@ class Batcher:
     _work: asyncio.Task[None] | None = None
 
     async def draw(self, job: Job) -> AsyncGenerator[Drawn, None]:
-        """Pictures as they are ready. Whoever stops listening frees their places.
+        """The job's pictures as they are ready. A caller that stops listening frees their places.
 
         Raises:
             RayboothError: if a subject cannot be loaded.
@@ -136,7 +136,7 @@ class Batcher:
                 place.told.put_nowait(error)
 
     def _drawn(self, batch: list[_Place], tell: Callable[[_Place, Drawn | Exception], None]) -> None:
-        """In the thread."""
+        """Draw a batch, and tell each place its picture or error. Runs in a thread."""
         ready = []
         for place in batch:  # one that cannot be loaded is no reason for the others to fail
             try:
@@ -156,7 +156,7 @@ class Batcher:
             if ready:
                 pictures = self.engine.draw([p.row for p in ready], ready[0].job.sampling, watch)
                 self._hand_out(ready, pictures, len(ready), None, tell)
-        except NotFiniteError as error:  # nor is one whose pictures are none
+        except NotFiniteError as error:  # nor is one whose picture is not finite
             good = [place for i, place in enumerate(ready) if i not in error.rows]
             for place in set(ready) - set(good):
                 tell(place, error)

@@ -25,10 +25,10 @@ from raybooth.serving.adapters import Adapters, slot_bytes
 from raybooth.serving.subjects import Subject
 
 Look = Callable[[Sequence[int]], np.ndarray]
-"""Indices of rows -> (n, h, w, 3) uint8: what they will be, as far as one can see by now."""
+"""Indices of rows -> (n, h, w, 3) uint8: their pictures, as far as they can be told by now."""
 MEMORY = 2 << 30  # bytes of all adapters together
 Watch = Callable[[int, Look], None]
-"""Hears after each step how many are done, and may look. What it raises ends the drawing."""
+"""Called after each step with the number of steps done, and may look. What it raises ends the drawing."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,15 @@ class Engine:
         self._models: OrderedDict[str, Sampler] = OrderedDict()
 
     def shared(self, subject: Subject) -> bool:
-        """Whether it is drawn on the common base."""
+        """Whether a subject is drawn on the common base."""
         return subject.base == self.base.base and (subject.kind == "base" or 0 < subject.rank <= self.rank)
 
     def group(self, row: Row) -> tuple[str, int]:
-        """Rows of one group and of equal settings may be drawn together; and how many of them."""
+        """A row's group, and how many rows of it make a batch: those of one group and of equal settings may be drawn together."""
         return ("", self.batch) if self.shared(row.subject) else (_key(row.subject), row.subject.batch)
 
     def draw(self, rows: Sequence[Row], sampling: Sampling, watch: Watch | None = None) -> np.ndarray:
-        """(n, h, w, 3) uint8 pictures of rows of one group, at most a batch.
+        """Draw rows of one group, at most a batch: (n, h, w, 3) uint8 pictures.
 
         Raises:
             RayboothError: if a subject's weights are gone or damaged.
@@ -86,7 +86,7 @@ class Engine:
         return sampler.draw_batch([r.prompt for r in rows], [r.seed for r in rows], adapters, sampling, look if watch else None)
 
     def ready(self, subject: Subject) -> None:
-        """Have its weights in memory.
+        """Make sure that a subject's weights are in memory.
 
         Raises:
             RayboothError: if they are gone, damaged, or do not fit the base.
@@ -95,12 +95,12 @@ class Engine:
             if not self.shared(subject):
                 self._load_whole(subject)
             elif subject.kind == "lora" and subject.model in self.adapters:
-                self.adapters.held.move_to_end(subject.model)  # not to go for one of its own batch
+                self.adapters.held.move_to_end(subject.model)  # so that it does not make way for another of its own batch
             elif subject.kind == "lora":
                 pairs = matrices(self.family, self._hollow, subject.weights if _is_file(subject) else subject.weights / WEIGHTS)
                 _check(subject)
                 self.adapters.put(subject.model, pairs)
-        except Exception as error:  # whatever libraries make of files that go, change under them or do not fit: nobody else's pictures shall fail by it
+        except Exception as error:  # whatever libraries raise on files that go, change under them or do not fit: nobody else's pictures may fail by it
             raise RayboothError(f"The model '{subject.id}' cannot be loaded: {error}") from error
 
     def _load_whole(self, subject: Subject) -> None:
@@ -121,17 +121,17 @@ class Engine:
 
 
 def _key(subject: Subject) -> str:
-    """Of a model of its own: the same adapters may lie on several bases."""
+    """The key of a model of its own: the same adapters may be used on several bases."""
     return f"{subject.base} {subject.model}"
 
 
 def _is_file(subject: Subject) -> bool:
-    """Adapters alone, and not a run's; whether they are still there or not."""
+    """Whether a subject is a file of adapters and not a run, whether it is still there or not."""
     return subject.weights.suffix == ".safetensors"
 
 
 def _check(subject: Subject) -> None:
-    """Whether what was read is what was found: a run that is made anew replaces its files one by one."""
+    """Refuse weights that are not those that were found: a run that is made anew replaces its files one by one."""
     if _is_file(subject):
         return
     manifest = read_manifest(subject.weights)
@@ -141,7 +141,7 @@ def _check(subject: Subject) -> None:
 
 
 def _without_its_folder(loaded: Loaded) -> Loaded:
-    """With its few settings in a folder of its own: the storage that it came from may go."""
+    """The model with its few settings in a folder of its own: the storage that it came from may go."""
     scratch: Any = tempfile.TemporaryDirectory(prefix="raybooth-")
     loaded.kept["scratch"] = scratch  # goes with the model
     shutil.copyfile(loaded.folder / INDEX, Path(scratch.name) / INDEX)

@@ -31,7 +31,7 @@ class ApiError(Exception):
 
     Args:
         param: the field that is to blame.
-        retry_after: seconds after which it is worth to try again.
+        retry_after: seconds after which it is worth trying again.
     """
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None, retry_after: int | None = None):
@@ -51,12 +51,12 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, {**again, **challenge, **(headers or {})})
 
     async def send(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """From within a middleware."""
+        """Answer from within a middleware."""
         await self.answer()(scope, receive, send)
 
 
 def of_validation(error: RequestValidationError) -> ApiError:
-    """The first complaint, as OpenAI would put it."""
+    """The first complaint as an ApiError, worded as OpenAI would put it."""
     first = error.errors()[0]
     param = ".".join(str(p) for p in first["loc"][1:]) or None
     if first["type"] == "json_invalid":

@@ -26,7 +26,7 @@ from raybooth.serving.subjects import BASE, Subject
 
 Drawing = AsyncGenerator[Drawn, None]
 Draw = Callable[[Job], Drawing]
-"""Draws what a job wants. Raises RayboothError where it cannot be drawn, UnavailableError where nobody can draw it now."""
+"""Draws what a job wants. Raises RayboothError if it cannot be drawn, UnavailableError if nobody can draw it now."""
 log = logging.getLogger("raybooth.serving")
 
 
@@ -39,18 +39,18 @@ class ClientGoneError(Exception):
 
 
 class Pace:
-    """Seconds between pictures, of late, in the times when some were waited for."""
+    """The recent mean of the seconds between pictures, over the times when some were waited for."""
 
     def __init__(self) -> None:
         self._gaps: deque[float] = deque([0.5], maxlen=64)  # more than a batch, whose pictures come together
         self._last = 0.0
 
     def begin(self) -> None:
-        """Somebody waits again, after nobody has."""
+        """Note that somebody waits again, after nobody did."""
         self._last = time.monotonic()
 
     def note(self) -> None:
-        """A picture is done."""
+        """Note that a picture is done."""
         now = time.monotonic()
         self._gaps.append(now - self._last)
         self._last = now
@@ -62,11 +62,11 @@ class Pace:
 
 @dataclass
 class RequestQueue:
-    """Takes requests in, up to the queue's length, and sees to it that each ends in time.
+    """Takes in requests, up to the queue's length, and makes sure that each ends in time.
 
     Attributes:
         pending: pictures that are waited for.
-        pace: for what Retry-After says.
+        pace: of the pictures, for Retry-After.
     """
 
     draw: Draw
@@ -85,11 +85,11 @@ class RequestQueue:
         return max(1, min(60, math.ceil(self.pending * self.pace.seconds / 2)))
 
     async def drawn(self, job: Job, request: Request) -> Drawing:
-        """The job's pictures. Ends with a ApiError when there are too many, it takes too long, or something breaks; with ClientGoneError when nobody listens.
+        """The job's pictures.
 
         Raises:
-            ApiError: with the status to answer.
-            ClientGoneError: when the client has left.
+            ApiError: with the status to answer: if too many are waited for, it takes too long, one is kept back, or something breaks.
+            ClientGoneError: if the client has left.
         """
         n = len(job.rows)
         if self.pending + n > self.limits.queue:
@@ -115,7 +115,7 @@ class RequestQueue:
             raise problem from None
         except UnavailableError as error:
             raise ApiError(503, f"{error}", "unavailable", retry_after=self.retry_after) from error
-        except NotFiniteError as error:  # to try again would be of no use
+        except NotFiniteError as error:  # trying again would be of no use
             raise ApiError(400, f"{error}", "not_finite", param="model") from error
         except RayboothError as error:
             raise ApiError(503, f"{error}", "model_unavailable", param="model", retry_after=self.retry_after) from error
@@ -132,7 +132,7 @@ class RequestQueue:
         self.metrics.waiting.set(self.pending)
 
     async def answer(self, job: Job, request: Request, asked: ImageRequest, url: Callable[[str], str]) -> ImageAnswer:
-        """All pictures at once."""
+        """The answer with all pictures at once."""
         data: dict[int, Picture] = {}
         async with contextlib.aclosing(self.drawn(job, request)) as pictures:
             async for drawn in pictures:
@@ -145,7 +145,7 @@ class RequestQueue:
         return ImageAnswer(created=int(time.time()), data=[data[i] for i in sorted(data)], size=_size(job))
 
     async def events(self, first: Drawn | None, pictures: Drawing, job: Job) -> AsyncIterator[bytes]:
-        """Server-sent events, one for each picture in progress and each that is complete. What goes wrong by now can only be the last event."""
+        """Server-sent events, one for each picture in progress and each that is complete. An error can by now only be the last event."""
         created = int(time.time())
         try:
             while first is not None:
@@ -169,10 +169,10 @@ def _size(job: Job) -> str:
 
 
 def job_of(asked: ImageRequest, subjects: Mapping[str, Subject]) -> Job:
-    """What a request wants of whom.
+    """The job that a request asks for.
 
     Raises:
-        ApiError: if there is no such model, or it cannot be drawn so.
+        ApiError: if there is no such model, or it cannot draw that.
     """
     subject = _chosen(asked.model, subjects)
     own = f"{subject.sampling.resolution}x{subject.sampling.resolution}"
@@ -201,7 +201,7 @@ def _chosen(name: str | None, subjects: Mapping[str, Subject]) -> Subject:
 
 
 async def _while_there(pictures: Drawing, request: Request, seconds: float) -> Drawing:
-    """`pictures`, until the client leaves or the time is up. No asyncio.timeout: a stream is begun by one task and gone on with by another."""
+    """`pictures`, until the client leaves or the time is up. No asyncio.timeout: a stream begins in one task and goes on in another."""
     loop = asyncio.get_running_loop()
     left, until = asyncio.create_task(_left(request)), loop.time() + seconds
     try:

@@ -1,4 +1,4 @@
-"""What stands in front of every request: whose host, whose key, how large, how slow. Before anything is parsed."""
+"""The checks on every request before anything is parsed: its host, its origin, its key, its size, its speed."""
 
 import asyncio
 import contextlib
@@ -21,10 +21,10 @@ LOOPBACK = frozenset({"localhost"})
 
 
 def read_keys(file: Path) -> list[str]:
-    """One key a line; empty lines and those after a # do not count.
+    """The keys in a file, one a line; empty lines and those that begin with # do not count.
 
     Raises:
-        RayboothError: if there is none, or one that nobody can send.
+        RayboothError: if it cannot be read, or holds no key, or one that nobody can send.
     """
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
@@ -39,7 +39,7 @@ def read_keys(file: Path) -> list[str]:
 
 
 class Keys:
-    """Which keys are good. Each is compared, by its hash, in constant time, and all of them always."""
+    """The keys that are good. A given one is compared with all of them, by hash, in constant time."""
 
     def __init__(self, keys: Sequence[str]):
         self.hashes = [hashlib.sha256(k.encode()).digest() for k in keys]
@@ -52,11 +52,11 @@ class Keys:
 
 
 class Guard:
-    """ASGI middleware.
+    """ASGI middleware that refuses requests.
 
     Args:
-        keys: that open /v1, /api and /metrics; none: they are open.
-        hosts: names under which the server is asked, beside addresses, against pages elsewhere that point their own name at this machine; None: any.
+        keys: those that open /v1, /api and /metrics; if there are none, these are open.
+        hosts: names under which the server may be asked, besides addresses: against pages elsewhere that point a name at this machine; None: any.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], hosts: frozenset[str] | None, limits: Limits):
@@ -75,7 +75,7 @@ class Guard:
             await self.app(scope, self._measured(receive, most), self._patient(send))
 
     def _patient(self, send: Send) -> Send:
-        """Not for ever either: a client that does not read what it asked for must not hold its place."""
+        """`send`, but not for ever: a client that does not read what it asked for must not hold its place."""
 
         async def patient(message: Message) -> None:
             try:
@@ -105,7 +105,7 @@ class Guard:
         return None
 
     def _measured(self, receive: Receive, most: int) -> Receive:
-        """The body as it comes, no more of it than allowed, and not for ever."""
+        """`receive`, with no more than `most` bytes of a body, and not for ever."""
         loop = asyncio.get_running_loop()
         taken, complete, until = 0, False, loop.time() + self.limits.seconds
 

@@ -27,7 +27,7 @@ class Metrics:
 
 
 class Measured:
-    """ASGI middleware that counts requests and times them. Unknown paths are one, so that nobody can fill the memory with names."""
+    """ASGI middleware that counts requests and times them. Unknown paths count as one, so that nobody can fill the memory with names."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self.app, self.metrics = app, metrics
@@ -35,7 +35,7 @@ class Measured:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began, status = time.monotonic(), 499  # gone before there was an answer
+        began, status = time.monotonic(), 499  # the client left before there was an answer
         path = next((p for p in KNOWN if scope["path"].startswith(p)), "other")
 
         async def noted(message: Message) -> None:

@@ -19,7 +19,7 @@ from raybooth.workspace import LOCK
 
 State = Literal["queued", "running", "done", "failed", "stopped"]
 RUN_LOG = "run.log"
-"""What a run that was started here says; a storage without one was made elsewhere."""
+"""The output of a run that was started here; a storage without it was made elsewhere."""
 MOST_READINGS = 400  # of the losses: more than a line on a page can show
 SHOWN = {"class-images": 8, "checkpoint-images/*": 4, "output-images": 24}
 """Folders whose pictures are shown while a run goes on, and how many of each."""
@@ -53,10 +53,10 @@ class Progress(BaseModel):
 
 
 def progress(storage: Path, state: State | None = None) -> Progress:
-    """All that is to be known of the run in `storage`.
+    """All that is known about the run in `storage`.
 
     Args:
-        state: "queued" or "running", where whoever started it knows.
+        state: "queued" or "running", if the caller knows.
 
     Raises:
         RayboothError: if its configuration cannot be read.
@@ -85,21 +85,21 @@ def progress(storage: Path, state: State | None = None) -> Progress:
 
 
 def picture(storage: Path, name: str) -> bytes | None:
-    """The picture of one of Progress's addresses, whole; None of anything else, and of one that is gone."""
-    for _ in range(2):  # between the look and the reading it may have moved in
+    """The bytes of a picture that Progress gives the address of; None for any other name, and for a picture that is gone."""
+    for _ in range(2):  # between the look and the reading it may have moved into its place
         with contextlib.suppress(FileNotFoundError, KeyError):
             return _pictures(storage)[name][1].read_bytes()
     return None
 
 
 def marks(storage: Path) -> dict[str, int]:
-    """Times of what lies in a storage, by name: as long as they stay, a run that is over has come as far as it had."""
+    """Modification times of what lies in a storage, by name: as long as they stay, so does the progress of a run that is over."""
     with os.scandir(storage) as entries:
         return {entry.name: entry.stat(follow_symlinks=False).st_mtime_ns for entry in entries}
 
 
 def _pictures(storage: Path) -> dict[str, tuple[int, Path]]:
-    """`checkpoint-images/0000100/photo-of-...png` -> when it was made (for a name may be used again) and where it lies."""
+    """`checkpoint-images/0000100/photo-of-...png` -> when it was made (as a name may be used again) and where it lies."""
     found = {}
     for pattern, most in SHOWN.items():
         for folder in sorted(storage.glob(pattern)):
@@ -140,7 +140,7 @@ def _stages(storage: Path, config: Config, step: int) -> list[Step]:
 
 
 def _state(storage: Path) -> tuple[State, str | None]:
-    """Of a run that nobody here has started, and what went wrong with it."""
+    """The state of a run that this server is not working on, read from its storage, and what went wrong with it."""
     if is_locked(storage / LOCK):
         return "running", None
     if read_manifest(storage / "output-images"):

@@ -27,11 +27,11 @@ def command(storage: Path) -> list[str]:
 
 
 class Queue:
-    """At most `running` at a time, at most `waiting` behind them.
+    """Runs, at most `running` at a time and at most `waiting` behind them.
 
     What it knows dies with the server; what has become of a run is told by its storage and its log.
     A run outlives a server that is killed (its lock tells), and ends with one that is closed.
-    A storage may go at any time, with whatever was to be done in it: the others are not kept from their turn.
+    A storage may go at any time, with whatever was to be done in it: the others still have their turn.
     """
 
     def __init__(self, command: Command = command, running: int = 1, waiting: int = 8, grace: float = 20):
@@ -46,7 +46,7 @@ class Queue:
         return len(self._live) >= self.running and len(self._waiting) >= self.waiting
 
     def put(self, storage: Path) -> bool:
-        """Whether there was room for it."""
+        """Queue the run in `storage`; return whether there was room for it."""
         with self._lock:
             if self.full:
                 return False
@@ -62,7 +62,7 @@ class Queue:
         return "queued" if storage in self._waiting else None
 
     def stop(self, storage: Path) -> None:
-        """Ctrl-C, and SIGKILL for what does not listen to it; returns at once."""
+        """Stop a run by Ctrl-C, and by SIGKILL if it does not end by that; returns at once."""
         with self._lock:
             with contextlib.suppress(ValueError):
                 self._waiting.remove(storage)
@@ -117,7 +117,7 @@ class Queue:
                 said.write("\nraybooth: stopped.\n")
             elif status < 0:
                 said.write(f"\nraybooth: the run was ended by {signal.Signals(-status).name}, perhaps for lack of memory. Resumed, it goes on from there.\n")
-        (storage / RUN_LOG).touch()  # its end, whatever it said
+        (storage / RUN_LOG).touch()  # its time is when the run ended, whatever it said
 
     def _end(self, pid: int, gone: Callable[[], bool]) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -24,7 +24,7 @@ from raybooth.workspace import LOCK
 
 ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorAnswer} for code in (400, 401, 403, 404, 408, 409, 413, 429)}
 MOST_UPLOADS = 4
-"""At once: each may hold as many bytes in memory as one request may have."""
+"""How many uploads may come at once: each may hold as many bytes in memory as one request may have."""
 
 
 class Runs(BaseModel):
@@ -35,12 +35,12 @@ class Runs(BaseModel):
 
 @dataclass(frozen=True)
 class ServerContext:
-    """What a run that is started here has to know of the server.
+    """What a run that is started here has to know about the server.
 
     Attributes:
         base: the base model, as a section of the configuration.
         folder: where it lies now, if that is known.
-        names: that other subjects have.
+        names: those that are taken.
     """
 
     base: dict[str, Any]
@@ -68,7 +68,7 @@ class RunManager:
         return storage
 
     def told(self, storage: Path) -> Progress:
-        """Of a run that is over as it was read: the page asks every second for all that ever were."""
+        """The progress of a run. That of one that is over is kept: the page asks every second for all that ever were."""
         with _explained(), _there(storage):
             state = self.queue.state(storage)
             if state or is_locked(storage / LOCK):
@@ -81,7 +81,7 @@ class RunManager:
 
     def every(self) -> Iterator[Progress]:
         for storage in sorted((log.parent for log in self.root.glob(f"*/{RUN_LOG}")), key=_news, reverse=True):
-            with contextlib.suppress(ApiError):  # one whose settings another version wrote, say; asked for by its name it says so
+            with contextlib.suppress(ApiError):  # such as one whose settings another version wrote; asked for by its name, it says so
                 yield self.told(storage)
 
     def take_in(self, fields: dict[str, str], photos: list[Photo]) -> Progress:
@@ -94,7 +94,7 @@ class RunManager:
             uploads.store(storage, config, photos, self.served.folder())
         try:
             self._put(storage)
-        except ApiError:  # others have the last place: the name stays free
+        except ApiError:  # others took the last place: the name stays free
             shutil.rmtree(storage, ignore_errors=True)
             raise
         return self.told(storage)
@@ -119,7 +119,7 @@ class RunManager:
 
 
 def runs_router(manager: RunManager) -> APIRouter:
-    """Runs of subjects on the base that is served, each in a folder of its own."""
+    """The routes under /api/runs: runs on the base that is served, each in a folder of its own."""
     uploading = asyncio.Semaphore(MOST_UPLOADS)
 
     @contextlib.asynccontextmanager
@@ -193,7 +193,7 @@ def _explained() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _there(storage: Path) -> Iterator[None]:
-    """Somebody may remove it at this moment, or have made its files unreadable."""
+    """Answer 404 for a storage that somebody is just removing, or whose files cannot be read."""
     try:
         yield
     except OSError:

@@ -1,4 +1,4 @@
-"""Where the safety checker of a base model lies, which a run does not keep."""
+"""Finds the safety checker of a base model, which a run does not keep."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ def checker_folder(base: Path) -> Path | None:
     """A folder with the safety checker of the base model in folder `base`; None if that model has none.
 
     Raises:
-        RayboothError: if it has one that cannot be had.
+        RayboothError: if it has one that cannot be found or fetched.
     """
     index = read_index(base)
     if not all((index.get(part) or [None])[0] for part in PARTS):
@@ -32,7 +32,7 @@ def checker_folder(base: Path) -> Path | None:
 
 
 def _fetched(repo: str, commit: str) -> Path:
-    """From the hub, kept for the next time."""
+    """The checker's folder, fetched from the hub and kept for the next time."""
     from raybooth import hub
 
     cache = cache_folder() / f"safety-{digest([repo, commit])[:16]}"

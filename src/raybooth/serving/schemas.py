@@ -12,12 +12,12 @@ MAX_SEED = 2**53 - 1
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and all together.
+    """What one request may ask for, and all of them together.
 
     Attributes:
         queue: pictures that are waited for at once, over all requests.
         body: bytes of a request to /v1; `upload`: to anything else.
-        seconds: for a request, from its arrival to its last picture.
+        seconds: time for a request, from its arrival to its last picture.
         kept_bytes, kept_seconds: of the pictures that are handed out as URLs.
     """
 
@@ -52,7 +52,7 @@ class ImageRequest(BaseModel):
     guidance: Annotated[float | None, Field(ge=0, le=100, allow_inf_nan=False, description="classifier-free guidance scale; default: the run's")] = None
     metadata: Annotated[bool | None, Field(description="whether pictures carry prompt, seed and model as PNG text")] = True
     output_format: Literal["png"] | None = "png"
-    # What OpenAI's own models take and these have no use for.
+    # What OpenAI's own models take, and these do not use.
     background: Annotated[Literal["auto", "opaque"] | None, Field(description="opaque, whatever is asked for")] = "auto"
     complexity: Annotated[Literal["low", "medium", "high"] | None, Field(description="ignored")] = None
     moderation: Annotated[Literal["auto", "low"] | None, Field(description="ignored")] = "auto"
@@ -135,7 +135,7 @@ class Health(BaseModel):
 
 
 def event(kind: str, index: int, b64: str, size: str, created: int, **more: Any) -> dict[str, Any]:
-    """One of the events of a stream, as OpenAI's are; `index` is the picture's number among the n."""
+    """One event of a stream, in the shape of OpenAI's; `index` is the picture's number among the n."""
     usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}}
     return {
         "type": f"image_generation.{kind}", "b64_json": b64, "created_at": created, "index": index, "size": size, "background": "opaque",

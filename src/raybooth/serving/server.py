@@ -1,4 +1,4 @@
-"""`raybooth serve`: finds the subjects, puts up replicas that draw, and answers until it is stopped."""
+"""`raybooth serve`: finds the subjects, starts replicas that draw, and answers until it is stopped."""
 
 import contextlib
 import ipaddress
@@ -35,9 +35,9 @@ class Options:
     """What the command line says.
 
     Attributes:
-        set: settings of the runs that are started here.
-        timeout: seconds for a request, from its arrival to its last picture.
-        allow_host: names under which it may be asked, beside its own: those of a reverse proxy.
+        set: settings for the runs that are started here.
+        timeout: seconds that a request may take, from its arrival to its last picture.
+        allow_host: names under which it may be asked, besides its own, such as a reverse proxy's.
         replicas: as "2", or "1-4" for fewest and most; None: as many as there are GPUs, or cores for small models.
     """
 
@@ -56,7 +56,7 @@ class Options:
 
 
 def serve(options: Options) -> None:
-    """Until Ctrl-C.
+    """Serve until Ctrl-C.
 
     Raises:
         RayboothError: if it may not or cannot start.
@@ -77,7 +77,7 @@ def serve(options: Options) -> None:
     fixed = _range(options.replicas)
     subjects = Subjects(options.paths, _base_folder(options.base), say=_say)
     base = subjects.base
-    uploads.settings(Path("run"), _section(base), {"class": "thing"}, options.set)  # what is wrong with them shows now, and not to who uploads
+    uploads.settings(Path("run"), _section(base), {"class": "thing"}, options.set)  # what is wrong with them shows now, and not to whoever uploads
     safety = _safety_folder(base, options.safety)
     rank = slot_rank(subjects)
     make = partial(make_batcher, options.paths, base, rank, safety)
@@ -102,7 +102,7 @@ def serve(options: Options) -> None:
 
 
 def make_batcher(paths: Sequence[str], base: Subject, rank: int, safety: Path | None) -> "Batcher":
-    """What a replica is made of. The base model is the same whichever run's folder it is read from: its own may have gone meanwhile."""
+    """What a replica draws with. The base model is the same in every run's folder, and the one that it was found in may be gone by now."""
     import torch
 
     from raybooth.families.safety import checker
@@ -119,13 +119,13 @@ def make_batcher(paths: Sequence[str], base: Subject, rank: int, safety: Path | 
 
 
 def slot_rank(subjects: Subjects) -> int:
-    """Of the largest adapters, rounded up to a power of two: last bits depend on it, so it should seldom change. Larger ones that come later go alone."""
+    """The largest adapters' rank (16 or more), rounded up to a power of two: last bits depend on it, so it should rarely change. Later larger ones go alone."""
     most = max((s.rank for s in subjects.found().values()), default=0)
     return max(16, 1 << (most - 1).bit_length()) if most else 16
 
 
 def _runs(options: Options, subjects: Subjects) -> "list[APIRouter]":
-    """Runs may be started where a folder of runs is served: they go into the first one."""
+    """The routes to start runs, if a folder of runs is served: new ones go into the first such folder."""
     from raybooth.serving.runs import RunManager, ServerContext, runs_router
 
     local = [path_of(p, "PATH") for p in options.paths if "://" not in p]
@@ -136,7 +136,7 @@ def _runs(options: Options, subjects: Subjects) -> "list[APIRouter]":
 
 
 def _section(base: Subject) -> dict[str, Any]:
-    """The base model in a configuration: as the run that it was found in names it, and not by that run's folder, which may go."""
+    """The base model as a section of a configuration: as the run that it was found in names it, and not by that run's folder, which may go."""
     if of_base(mini_folder()).base == base.base:
         return {"model": "mini"}  # by its name, which brings its own settings along
     config = base.weights.parent / CONFIG_FILE
@@ -146,7 +146,7 @@ def _section(base: Subject) -> dict[str, Any]:
 
 
 def drawing(drawers: "Served") -> "Draw":
-    """The replicas as the API wants them."""
+    """The function by which the API has the replicas draw."""
     from raybooth.cluster.serving import LostError
     from raybooth.serving.generations import UnavailableError
 
@@ -185,7 +185,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _hosts(options: Options) -> frozenset[str] | None:
-    """Names under which it may be asked; None: any. Where keys are needed, a page elsewhere that has its name point here does not have one."""
+    """Names under which it may be asked; None: any, where keys are needed, which a page elsewhere that points a name here does not have."""
     from raybooth.serving.guard import LOOPBACK
 
     if options.api_key_file and not options.allow_host and not _is_loopback(options.host):
@@ -194,14 +194,14 @@ def _hosts(options: Options) -> frozenset[str] | None:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65535:  # the system would take what is left of it
+    if not 0 <= port <= 65535:  # the system would take only its lowest 16 bits
         raise RayboothError(f"--port {port} is not a port: give a number up to 65535, or 0 for any that is free.")
     try:
         family, kind, proto, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, proto)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(where)
-        made.listen()  # at once: two may bind to a port while neither listens. Whoever asks waits until the application runs
+        made.listen()  # at once: two may bind to a port while neither listens. Requests wait until the application runs
     except (OSError, UnicodeError) as error:
         raise RayboothError(
             f"--host {host} --port {port} cannot be listened at ({error}): check --host, or choose another --port, or 0 for any that is free."
@@ -210,7 +210,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _application(listening: socket.socket) -> str:
-    """Its name among those of a cluster: another server has another one, and this one again has the same, whatever it has left behind."""
+    """The name of this server's application on a cluster: no other server has it, and started again this one has the same, whatever it has left behind."""
     host, port, *_ = listening.getsockname()
     return re.sub(r"[^A-Za-z0-9.]+", "-", f"raybooth-{socket.gethostname()}-{host}-{port}")
 

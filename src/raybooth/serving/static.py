@@ -1,5 +1,7 @@
-"""The page's files, with what browsers may do with them. The page is made by hand, of a few files without a build step: Gradio, which its users know,
-would bring sixty megabytes of packages, and a server and a queue of its own beside Ray Serve's.
+"""The page's files, with headers that say what browsers may do with them.
+
+The page is made by hand, of a few files without a build step: Gradio, which its users know, would bring sixty megabytes of packages, and a server and
+a queue of its own beside Ray Serve's.
 """
 
 import os

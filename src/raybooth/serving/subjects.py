@@ -1,4 +1,4 @@
-"""The subjects that there are to draw: runs in their storages and files of adapters, found by looking, known by an id.
+"""The subjects that can be drawn: runs in their storages and files of adapters, found by looking, known by an id.
 
 An id is only ever looked up among those that were found, so that no name becomes a path.
 """
@@ -30,7 +30,7 @@ ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 BASE = "base"
 """The id of the base model itself, which is a model too."""
 MARKS = (CONFIG_FILE, "fine-tuned-model", WEIGHTS)
-"""What tells the storage of a run, or the folder of a LoRA, from a folder of them: nothing in such a folder may be called so."""
+"""Names that tell the storage of a run, or the folder of a LoRA, from a folder of these: nothing in such a folder may be called so."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Subject:
 
     Attributes:
         weights: the folder of the model, or the folder or file of the adapters.
-        base_folder: what adapters belong to; None of a file that does not say.
+        base_folder: the folder of the base model.
         base, model: digests of the base model and of the weights.
-        rank: the largest of its adapters; 0 where it cannot share a pass with others (a whole model, DoRA).
-        batch: pictures in one forward pass, of which its bits depend.
+        rank: the largest of its adapters; 0 where it cannot share a pass with others (a whole model, DoRA, adapters of convolutions).
+        batch: pictures in one forward pass, on which a picture's last bits depend.
         photographs: files of the instance images.
         created: when its weights were made, in seconds since 1970.
     """
@@ -63,7 +63,7 @@ class Subject:
 
     @property
     def drawn_by(self) -> str:
-        """Digest of all that its pictures follow from, as those of `raybooth generate` carry it: of adapters, the base model too."""
+        """Digest of all that its pictures follow from, as those of `raybooth generate` carry it; with adapters, of the base model too."""
         return digest([self.model, self.base]) if self.kind == "lora" else self.model
 
     @property
@@ -82,7 +82,7 @@ class Subject:
 
 
 def of_base(folder: Path, config: Config | None = None, base: str | None = None) -> Subject:
-    """A base model, with the settings of a run that was made on it, or the defaults."""
+    """The subject of a base model, with the settings of a run that was made on it, or the defaults."""
     if base is None:
         base = digest({plain_name(n): file_digest(folder / n) for n in needed_of_folder(folder)})  # as the manifest of a run's base-model has it
     if config is None:
@@ -132,7 +132,7 @@ def _sampling(config: Config, base_folder: Path) -> Sampling:
 
 
 def of_file(file: Path, base: Subject) -> Subject:
-    """Adapters alone, of whatever layout, taken to belong to `base`.
+    """The subject of a file of adapters, in whatever layout, taken to belong to `base`.
 
     Raises:
         RayboothError: if the file is damaged, or holds no adapters that can be drawn with.
@@ -142,13 +142,13 @@ def of_file(file: Path, base: Subject) -> Subject:
 
 
 def folder_of(base: Subject, found: Mapping[str, Subject]) -> Path | None:
-    """Where a base model lies now: it is the same in every run's folder, and the one that it was found in may have gone meanwhile."""
+    """A folder that holds a base model now, if any: it is the same in every run's, and the one that it was found in may be gone by now."""
     places = [base.weights, *(s.base_folder for s in found.values() if s.base == base.base and s.base_folder)]
     return next((p for p in places if p.is_dir()), None)
 
 
 class Subjects:
-    """What is to be found under `paths`: each a run's storage, a file of adapters, or a folder of either.
+    """The subjects under `paths`, each of which is a run's storage, a file of adapters, or a folder of either.
 
     Args:
         base: the base model to serve, a folder; default: that of the first run found.
@@ -169,7 +169,7 @@ class Subjects:
 
     @property
     def base(self) -> Subject:
-        """The base model that is served, the same from the first time that one is found.
+        """The base model that is served, the same from when one was first found.
 
         Raises:
             RayboothError: if there is none yet.
@@ -210,7 +210,7 @@ class Subjects:
         return found
 
     def _read(self, path: Path) -> Subject | None:
-        """Anew only where its files have changed."""
+        """The subject at a path, read anew only if its files have changed; None if it has no model yet, or cannot be read."""
         before: tuple[int, ...] = ()
         held, subject = self._known[path]
         try:
@@ -254,7 +254,7 @@ _NAME = "is not one of letters, digits, dots, dashes and underscores, at most 64
 
 
 def _local(path: str) -> tuple[Path, str]:
-    """Where it lies on this machine, and its name. What is behind a URI is mirrored once, as the server starts."""
+    """Where a served path lies on this machine, and its name. What is behind a URI is mirrored once, as the server starts."""
     if "://" not in path:
         folder = path_of(path, "PATH").absolute()
         if not folder.exists():
@@ -285,6 +285,6 @@ _PARTS = ("fine-tuned-model/manifest.json", "base-model/manifest.json", "instanc
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """Times of the files that a subject is read from; those of a folder itself change too often."""
+    """Modification times of the files that a subject is read from; a folder's own changes too often."""
     files = [path] if _is_file_of_adapters(path) else [path / p for p in _PARTS]
     return tuple(f.stat().st_mtime_ns if f.exists() else 0 for f in files)

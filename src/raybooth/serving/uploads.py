@@ -1,4 +1,4 @@
-"""Photographs and a few words from a browser to a storage that `raybooth run` can start from."""
+"""From photographs and a few words sent by a browser to a storage that `raybooth run` can start from."""
 
 import json
 import os
@@ -37,9 +37,9 @@ FORM = {
     },
 }
 ADAPTERS: dict[str, Any] = {"finetune": {"method": "lora", "lr": 1e-4}}
-"""Adapters, because those of many subjects are drawn with in one batch."""
+"""Settings of runs started here: adapters, because those of many subjects can draw in one batch."""
 # Tried on the demo's dog: DINO 0.79 (0.92 among the photographs), CLIP-T 0.52 (the base's 0.48), PRES as the base's.
-# In float32, for adapters of so small a model learn in two thirds of the time that they take in bfloat16 on a CPU that has it.
+# In float32: adapters of so small a model learn in two thirds of the time that bfloat16 takes on a CPU that has it.
 ADAPTERS_ON_MINI: dict[str, Any] = {"finetune": {"method": "lora", "lr": 2e-3, "text_encoder_lr": 1e-3, "steps": 400, "precision": "fp32"}}
 
 
@@ -47,7 +47,7 @@ async def read(request: Request) -> tuple[dict[str, str], list[Photo]]:
     """The fields and photographs of a multipart request.
 
     Raises:
-        ApiError: if it is none, or too much.
+        ApiError: if it is not one, cannot be read, or holds too much.
     """
     if not _is_form(request.headers.get("content-type", "")):
         raise ApiError(400, "Send the photographs as multipart/form-data in UTF-8, with the fields photos, name and class.", "invalid_content_type")
@@ -63,13 +63,13 @@ async def read(request: Request) -> tuple[dict[str, str], list[Photo]]:
 
 
 def _is_form(content_type: str) -> bool:
-    """In no other encoding than UTF-8: some of Python's fail in ways of their own, others decode to what is no text."""
+    """Whether it is a form in UTF-8: some of Python's other encodings fail in ways of their own, or decode to what is not text."""
     kind, told = parse_options_header(content_type)
     return kind == b"multipart/form-data" and told.get(b"charset", b"utf-8").lower() in (b"utf-8", b"utf8")
 
 
 def check_name(name: str, taken: Container[str]) -> None:
-    """Raises: ApiError, if it is not one that a folder and a model may have, or another has it."""
+    """Refuse (ApiError) a name that a folder or a model may not have, or that is taken."""
     if not ID.fullmatch(name):
         message = f"The name {name!r} is not possible: use letters, digits, dots, dashes and underscores, at most 64, a letter or digit first."
         raise ApiError(400, message, "invalid_value", "name")
@@ -93,13 +93,13 @@ def settings(storage: Path, base: dict[str, Any], fields: dict[str, str], overri
 
 
 def store(storage: Path, config: Config, photos: list[Photo], base: Path | None = None) -> None:
-    """A storage with the photographs, under numbers (the names that came with them go nowhere), and the configuration: whole or not at all.
+    """Make a storage with the photographs, numbered (the names that came with them are dropped), and the configuration: whole or not at all.
 
     Args:
         base: where the base model lies now. Another storage's is copied, as it is: the run need not fetch what the server has.
 
     Raises:
-        RayboothError: if a photograph is none, is too small, or is there twice.
+        RayboothError: if there are no photographs, or one cannot be read, is too small, or is there twice.
         ApiError: if there is a storage of that name already.
     """
     if not photos:
@@ -127,7 +127,7 @@ def store(storage: Path, config: Config, photos: list[Photo], base: Path | None 
 
 
 def _copy_base(folder: Path, target: Path) -> None:
-    """What its manifest names, as it is."""
+    """Copy what the manifest of a run's base model names, as it is."""
     manifest = read_manifest(folder)
     if manifest is None or manifest.get("stage") != target.name:
         return  # a model of the user's: the run copies it by itself
@@ -135,7 +135,7 @@ def _copy_base(folder: Path, target: Path) -> None:
         for name in [*manifest["outputs"], MANIFEST]:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(folder / name, target / name)
-    except FileNotFoundError:  # that storage is just being removed: the run has the base from where it came from
+    except FileNotFoundError:  # that storage is just being removed: the run gets the base from where it came from
         shutil.rmtree(target)
 
 

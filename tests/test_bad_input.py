@@ -276,7 +276,7 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a missing component", no_vae, [], "no vae/ folder"),
     ("weights cut off", cut_weights, [], "diffusion_pytorch_model.safetensors are cut off"),
     ("empty weights", hollow_weights, [], "diffusion_pytorch_model.safetensors are cut off"),
-    ("weights that are none", garbage_weights, [], "not safetensors"),
+    ("weights that are none", garbage_weights, [], "are cut off or damaged"),
     ("weights whose header makes no sense", header('{"a": {"data_offsets": []}}'), [], "are cut off or damaged"),
     ("weights whose offsets are none", header('{"a": {"data_offsets": [0, "x"]}}'), [], "are cut off or damaged"),
     ("a shard too few", sharded(SHARDS), [], "has no unet/diffusion_pytorch_model-00002-of-00002.safetensors"),

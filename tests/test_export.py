@@ -274,9 +274,9 @@ def test_the_card_says_what_it_is(tmp_path: Path):
         rows, model = output_rows(run), drawing_digest(run.workspace, "fine-tuned-model")
         stage = run.workspace.stage("output-images", {"model": model})
         for row in rows:
-            stage.write(row["name"], png(Image.new("RGB", (64, 64)), prompt=row["prompt"]))
+            stage.write(row["name"], png(Image.new("RGB", (64, 64))))
         names = [r["name"] for r in rows]
-        stage.finish({"pictures": names})
+        stage.finish({"pictures": names, "rows": {r["name"]: {"prompt": r["prompt"], "seed": r["seed"]} for r in rows}})
         outputs = run.outputs("output-images")
         drawn = [outputs[n] for n in names]
         stage = run.workspace.stage("scores", {"pictures": {"output": drawn}})

@@ -17,6 +17,7 @@ from fastapi import APIRouter
 from PIL import Image
 
 from raybooth.errors import NotFiniteError, RayboothError
+from raybooth.jobs import drawing_digest
 from raybooth.serving.api import create_app
 from raybooth.serving.batcher import Batcher, Drawn, Job
 from raybooth.serving.engine import Engine
@@ -26,6 +27,7 @@ from raybooth.serving.runs import MOST_UPLOADS
 from raybooth.serving.schemas import Limits
 from raybooth.serving.server import Options, _hosts, slot_rank
 from raybooth.serving.subjects import Subjects
+from raybooth.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def test_the_openai_client_works_unchanged(subjects: Subjects, batcher: Batcher)
         assert len(answer.data) == 2
         image = picture(answer.data[1].b64_json or "")
         assert (image.size, image.info["prompt"], image.info["seed"]) == ((32, 32), "photo of unqtkn dog", "6")
-        assert image.info["model"] == subjects.found()["rex"].model
+        assert image.info["model"] == drawing_digest(Workspace(str(subjects.found()["rex"].weights.parent)), "fine-tuned-model")  # as `generate` says it
         other = api.images.generate(model="lassie", prompt="photo of {subject}", extra_body={"seed": 6, "steps": 2})
         assert other.data is not None
         assert picture(other.data[0].b64_json or "").tobytes() != image.tobytes()

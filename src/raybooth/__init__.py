@@ -28,7 +28,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Imported on first use: `raybooth --help` must not wait for Ray."""
+    """Import a name on first use: `raybooth --help` must not wait for Ray."""
     if name not in __all__:
         raise AttributeError(f"module 'raybooth' has no attribute '{name}'")
     from importlib import import_module

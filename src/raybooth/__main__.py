@@ -8,7 +8,7 @@ def run() -> None:
     from raybooth.cli import STOPPED, main
 
     status = main()
-    if status == STOPPED:  # all has ended by now; but Ray's threads, stopped as they start workers, can crash the interpreter as it ends
+    if status == STOPPED:  # Ray's threads, stopped while they start workers, can crash the interpreter as it exits; all else has ended by now
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -25,7 +25,7 @@ def connect(address: str | None = None) -> None:
 
 
 Given = Config | str | Path
-"""A configuration: itself, the TOML file that has it, or the storage (a folder or URI) of a run that was begun with it."""
+"""A configuration: a Config, the TOML or JSON file that holds it, or the storage (a folder or URI) of a run begun with it."""
 
 
 def _config(given: Given) -> Config:
@@ -61,10 +61,10 @@ report = _verb("report")
 
 
 def plan(config: Given) -> "Plan":
-    """What a run of `config` will need, in bytes and FLOPs. Its base must be in its storage (`prepare`), in a local folder, or mini.
+    """What a run of `config` will need, in bytes and FLOPs. Its base model must be in its storage (`prepare`), in a local folder, or mini.
 
     Raises:
-        RayboothError: if it is not, or cannot do what the configuration asks of it.
+        RayboothError: if the base model is not there, or cannot do what the configuration asks of it.
     """
     from raybooth import planning
 
@@ -80,10 +80,10 @@ def token(config: Given) -> list[dict[str, Any]]:
 
 
 def export(run: Given, to: str, output: str | Path | None = None, rank: int | None = None, repo: str | None = None) -> str:
-    """The fine-tuned model of a run, by its storage or its configuration, as "diffusers", "lora", "kohya", "single-file" or "hub".
+    """Export the fine-tuned model of a run, given by its storage or configuration, as "diffusers", "lora", "kohya", "single-file" or "hub".
 
     Returns:
-        Where it lies.
+        The path of its folder, or the address of its repository.
 
     Raises:
         RayboothError: if there is no such run, or it is not complete, or its model cannot have that form.

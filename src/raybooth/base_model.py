@@ -1,4 +1,4 @@
-"""The base model of a run, into its storage: from the hub, a local folder, one checkpoint file, or mini."""
+"""Brings the base model of a run into its storage: from the hub, a local folder, one checkpoint file, or mini."""
 
 import os
 import shutil
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 def prepare_base(run: Run) -> None:
-    """The base model into the storage: from the hub, a local folder, or mini."""
+    """Bring the base model into the storage: from the hub, a local folder, one checkpoint file, or mini."""
     source = local_source(run.config.base.model)
     with explained_if_unreadable(source, "base.model"):
         _prepare(run, source)
 
 
 def keep_base(run: Run) -> None:
-    """As prepare_base(), of who wants a look at the model: it does not take the place of the one that a run was made from.
+    """Prepare the base model for a look at it, as prepare_base() does, but never in place of the one that a run was made from.
 
     Raises:
-        RayboothError: if the storage holds a run on another one.
+        RayboothError: if the storage holds a run on another model.
     """
     if kept_config(run.config.storage) and (other := other_base(run.config.base, run.manifest_of("base-model"))):
         raise RayboothError(f"The storage {run.config.storage} holds a run on {other}, and not on {_named(run.config.base)}: give another --storage.")
@@ -38,7 +38,7 @@ def keep_base(run: Run) -> None:
 
 
 def refuse_other_base(run: Run) -> None:
-    """Of what works with the base model that a storage holds: it would take that for the one that is asked for, and draw with the defaults of this one.
+    """Refuse a base model other than the one in the storage, which would be used in its place, with the defaults of the one asked for.
 
     Raises:
         RayboothError: if they are not the same.
@@ -54,7 +54,7 @@ def refuse_other_base(run: Run) -> None:
 
 
 def _is_a_copy(source: Path | None, held: dict[str, Any]) -> bool:
-    """Whether a folder holds what the storage's model, of another place, is made of: as on another machine. Lists of shards are written anew in a storage."""
+    """Whether a folder holds the files of the storage's model, prepared elsewhere, as on another machine. Shard lists, which storages rewrite, are skipped."""
     from raybooth.families.folder import plain_name
 
     if source is None or not source.is_dir():
@@ -109,10 +109,10 @@ def _prepare(run: Run, source: Path | None) -> None:
 
 
 def _inputs(base: Base, source: Path | None) -> dict[str, Any]:
-    """From what the base model in a storage follows."""
+    """What the base model in a storage is made from: the inputs of its stage."""
     if source is None:
         return {"repo": base.model, "revision": base.pinned_revision}
-    if base.model == "mini":  # by content: installed anew it is the same
+    if base.model == "mini":  # by content: reinstalled, it is still the same
         return {"files": {name: file_digest(source / name) for name in needed_of_folder(source)}}
     if source.is_file():
         return {"files": stats(source.parent, [source.name]), "configuration": _configuration_files(base)}
@@ -120,7 +120,7 @@ def _inputs(base: Base, source: Path | None) -> dict[str, Any]:
 
 
 def _configuration_files(base: Base) -> dict[str, str]:
-    """Digests of what a single checkpoint is opened by, if that is said."""
+    """Digests of the files in `base.configuration`, by which a single checkpoint is opened; none if that is not given."""
     from raybooth.families.folder import INDEX, names_in
 
     if not base.configuration:
@@ -131,7 +131,7 @@ def _configuration_files(base: Base) -> dict[str, str]:
 
 
 def _gone(base: Base, held: dict[str, Any] | None) -> str | None:
-    """What is no more of a local model that the storage, whose manifest of it is `held`, has a copy of."""
+    """The local model or configuration that no longer exists, if the storage, whose manifest of it is `held`, has a copy of the model; else None."""
     place = _place(base)
     if held is None or held["facts"].get("source") != place or not os.path.isabs(place):
         return None
@@ -140,12 +140,12 @@ def _gone(base: Base, held: dict[str, Any] | None) -> str | None:
 
 
 def _place(base: Base) -> str:
-    """Where a local model lies, or lay, seen from any folder; mini is mini."""
+    """The absolute path where a local model lies, or lay; "mini" for mini."""
     return base.model if base.model == "mini" else os.path.abspath(path_of(base.model, "base.model"))
 
 
 def other_base(base: Base, held: dict[str, Any] | None) -> str | None:
-    """What the model of a storage was made from, by its manifest, if that is not what `base` names."""
+    """What the storage's model was made from, by its manifest `held`, if that is not what `base` names; None if it is."""
     source = local_source(base.model)
     if held is None or _gone(base, held) or held["digest"] == digest(_inputs(base, source)):
         return None
@@ -159,7 +159,7 @@ def _named(base: Base) -> str:
 
 
 def check_fits(config: Config, folder: Path) -> None:
-    """Whether the model in `folder`, of which the configuration files suffice, is described whole and can do what is asked of it.
+    """Check that the model in `folder`, whose configuration files suffice, is fully described and can do what is asked of it.
 
     Raises:
         RayboothError: if not, naming the setting.
@@ -206,12 +206,12 @@ def _check_side(side: int, family: str, facts: "Facts") -> None:
 
 
 def stats(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:
-    """Name, size and time of files: whether they are still those that were copied."""
+    """Name, size (bytes) and modification time (ns) of files, which tell whether they are still those that were copied."""
     return [(n, (folder / n).stat().st_size, (folder / n).stat().st_mtime_ns) for n in names]
 
 
 def _unpack(run: Run, file: Path, target: Path) -> None:
-    """What is not needed of it (a safety checker, say) goes again."""
+    """Convert a checkpoint file to a model folder, `target`, without what is not needed (a safety checker, say)."""
     from raybooth.families.single import unpack
 
     run.say(f"base-model: reading {file}")
@@ -224,10 +224,10 @@ def _unpack(run: Run, file: Path, target: Path) -> None:
 
 
 def model_configuration(config: Config) -> Path:
-    """A folder with at least the model's configuration files: a local source, or what a storage has prepared.
+    """A folder with at least the model's configuration files: a local source, `base.configuration`, or what a storage has prepared.
 
     Raises:
-        RayboothError: if there is neither, or the storage has prepared another model.
+        RayboothError: if there is none, or the storage has prepared another model.
     """
     source = local_source(config.base.model)
     if source is not None and not source.is_file():
@@ -249,10 +249,10 @@ def model_configuration(config: Config) -> Path:
 
 
 def local_source(model: str, setting: str = "base.model") -> Path | None:
-    """The folder that `base.model` or an encoder names, or None where it is a repository of the hub, as owner/name or owner/name@revision.
+    """The path that `model` (base.model or an encoder) names, or None if it is a repository of the hub, as owner/name or owner/name@revision.
 
     Raises:
-        RayboothError: naming `setting`, if no path and no repository can be called so.
+        RayboothError: naming `setting`, if it can be neither a path nor a repository.
     """
     if model == "mini":
         from raybooth.families import mini_folder
@@ -265,7 +265,7 @@ def local_source(model: str, setting: str = "base.model") -> Path | None:
 
 
 def _licence(folder: Path) -> str | None:
-    """What the model card in a folder names, if there is one, or what a storage knows of the base model that lies in it."""
+    """The licence that a folder's model card names, or else its manifest, if it is the base model of a storage; None if neither does."""
     from huggingface_hub import ModelCard
 
     try:

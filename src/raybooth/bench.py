@@ -1,4 +1,4 @@
-"""The DreamBooth paper's protocol (Ruiz et al. 2023, section 4): many subjects, a row of mean scores a recipe."""
+"""The DreamBooth paper's protocol (Ruiz et al. 2023, section 4): many subjects, one row of mean scores per recipe."""
 
 import json
 import shutil
@@ -27,15 +27,15 @@ Results = dict[str, dict[str, dict[str, Score]]]
 
 NAMES = ("dino", "clip_i", "clip_t", "pres", "div", "class_div")
 FEWEST = 3
-"""Subjects, below which an interval over them says nothing."""
+"""Number of subjects below which an interval over them says nothing."""
 SHARED = ("base-model", "encoders", "class-images", "class-before-images", "before-images", "plain-images")
 
 
 def root_of(storage: str) -> Path:
-    """The folder of all runs, made if need be.
+    """The folder for all runs, made if need be.
 
     Raises:
-        RayboothError: if it is none, or may not be written to.
+        RayboothError: if it is not a folder, or cannot be written to.
     """
     if "://" in storage:
         raise RayboothError(f"--storage {storage} is not a folder: the runs of a bench share their files on one machine, give one of its folders.")
@@ -48,16 +48,16 @@ def bench(
     subjects: Sequence[Subject], recipes: Recipes, root: Path, overrides: Sequence[str], base: str | None = None, known: Callable[[], Results] = dict,
     published: bool = False,
 ) -> str:  # fmt: skip
-    """Run and score every recipe on every subject, as far as it is not done; writes `table.md` and `scores.json` into the folder `root`.
+    """Run and score every recipe on every subject, as far as not done; writes `table.md` and `scores.json` into the folder `root`, returns the table.
 
     Each run has a storage of its own, `<subject>/<recipe>`; what does not depend on the subject is shared within a class.
 
     Args:
-        recipes: the settings that make each row what its name says.
-        overrides: of all runs, before the recipes' own.
+        recipes: the settings of each row, by its name.
+        overrides: settings of all runs, applied before the recipes' own.
         base: the base model; default: the configuration's.
         known: gives rows of the table that need no runs.
-        published: whether the paper's rows stand below.
+        published: whether to add the paper's rows at the end.
     """
     from raybooth.cluster.session import connected
 
@@ -76,14 +76,14 @@ def bench(
                     results[recipe][subject.name] = evaluation.read(run)
                 done[subject.class_name, recipe] = Path(config.storage)
                 write_atomically(root / "scores.json", json.dumps(_plain(results), indent=1).encode())
-                write_atomically(root / "table.md", table(results, published).encode())  # of what is done, for who waits for days
+                write_atomically(root / "table.md", table(results, published).encode())  # of what is done so far: the rest may take days
     text = table(results | known(), published)
     write_atomically(root / "table.md", text.encode())
     return text
 
 
 def config_of(subject: Subject, settings: Sequence[str], storage: Path, overrides: Sequence[str], base: str | None) -> Config:
-    """Of one run of a subject, in which the recipe's own `settings` count for more than the `overrides` of all."""
+    """The configuration of one run of a subject, in which the recipe's own `settings` take precedence over the `overrides` of all runs."""
     values: dict[str, Any] = {"base": {"model": base}} if base else {}
     return configuration.load(
         None, [*overrides, *settings], subject={"photos": [str(subject.photos)], "class": subject.class_name},
@@ -92,7 +92,7 @@ def config_of(subject: Subject, settings: Sequence[str], storage: Path, override
 
 
 def _share(other: Path | None, storage: Path) -> None:
-    """Links to what another run has made; whether it holds here the digests tell."""
+    """Link the stages that another run may share into `storage`; the digests decide whether they hold there."""
     for stage in SHARED if other else ():
         assert other is not None
         if (other / stage).is_dir() and not (storage / stage).exists():
@@ -104,9 +104,9 @@ def _plain(results: Results) -> dict[str, Any]:
 
 
 def table(results: Results, published: bool = False) -> str:
-    """Markdown: means over the subjects, beside them the photographs' own or the base model's.
+    """The results as a Markdown table: means over the subjects, and beside them the photographs' own or the base model's.
 
-    Under the first row its bootstrap 95% intervals, under the others those of what they differ by from the first, subject by subject.
+    Below the first row are its bootstrap 95% intervals, below each other row those of its differences from the first, subject by subject.
     """
     lines = [
         "| | DINO (of the photographs' own) | CLIP-I (same) | CLIP-T (of the base's) | PRES (base's) | DIV (of the base's) | DIV of the class (same) |",
@@ -126,7 +126,7 @@ def table(results: Results, published: bool = False) -> str:
 
 
 def _interval(by: Mapping[str, Mapping[str, Score]], name: str, other: Mapping[str, Mapping[str, Score]] | None = None) -> str:
-    """Of the mean over the subjects, or of its difference from another recipe's for the same subjects."""
+    """The 95% interval, as text, of the mean over the subjects, or of its difference from another recipe's for the same subjects."""
     if other is None:
         values = [s[name].value for s in by.values() if name in s]
     else:

@@ -1,4 +1,4 @@
-"""The model card that goes with an export: what it is, from what, by which licence, how it scored, how it is used."""
+"""The model card that goes with an export: what the model is, what it was made from, its licence, its scores, how to use it."""
 
 import json
 from pathlib import Path
@@ -23,11 +23,12 @@ KINDS = {
 
 
 def files(run: Run, to: str, name: str, said: list[str], repo: str | None = None) -> dict[str, bytes]:
-    """The card and up to three pictures, by their names beside the model.
+    """The card and up to three pictures, by the file names they get beside the model.
 
     Args:
-        to: the form of the model; `name`: of its file; `repo`: where it will lie, if not in this folder.
-        said: what there is to know about how it was made.
+        to, name: the form of the model, and the name of its file.
+        said: notes on how it was made.
+        repo: the repository that it goes to, if it does not stay in a folder.
     """
     shown = _pictures(run)
     pictures = {f"picture-{i}.png": prompt for i, prompt in enumerate(shown)}
@@ -36,19 +37,19 @@ def files(run: Run, to: str, name: str, said: list[str], repo: str | None = None
 
 
 def _drawn(run: Run) -> dict[str, Any] | None:
-    """The manifest of the pictures, if they are of this very model."""
+    """The manifest of the output pictures, if this very model drew them."""
     drawn = run.manifest_of("output-images")
     return drawn if drawn and drawn["inputs"].get("model") == drawing_digest(run.workspace, "fine-tuned-model") else None
 
 
 def _pictures(run: Run) -> dict[str, Path]:
-    """Three prompts, and the first picture of each."""
+    """Up to three prompts, with the path of the first picture of each."""
     first = {prompt: names[0] for prompt, names in by_prompt(run, "output-images").items()} if _drawn(run) else {}
     return {prompt: run.workspace.root / "output-images" / name for prompt, name in list(first.items())[:3]}
 
 
 def _header(run: Run, to: str, pictures: dict[str, str]) -> str:
-    """The YAML that the hub reads."""
+    """The card's YAML header, which the hub reads."""
     from huggingface_hub import ModelCardData
 
     config, licence = run.config, run.facts("base-model").get("license")
@@ -97,7 +98,7 @@ def _facts(run: Run) -> dict[str, str]:
 
 
 def _base_name(run: Run) -> str:
-    """A folder's place on somebody's machine is nobody's business."""
+    """The base model as the card names it; of a local one without its path, which is nobody's business."""
     model, facts = run.config.base.model, run.facts("base-model")
     if local_source(model) is not None:
         return model if model == "mini" else Path(model).name
@@ -105,7 +106,7 @@ def _base_name(run: Run) -> str:
 
 
 def _scores(run: Run) -> list[str]:
-    """If they are of the pictures as they are."""
+    """The card's section on scores; empty unless they are of the pictures as they are now."""
     scores, drawn = run.manifest_of("scores"), _drawn(run)
     if scores is None or drawn is None or scores["inputs"]["pictures"]["output"] != [drawn["outputs"][n]["sha256"] for n in drawn["facts"]["pictures"]]:
         return []

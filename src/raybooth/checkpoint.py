@@ -1,4 +1,4 @@
-"""Checkpoints of a fine-tuning: complete or passed over, written and uploaded beside the steps, the newest few kept."""
+"""Checkpoints of a fine-tuning: written and uploaded in the background, used only if complete, the newest few kept."""
 
 import json
 import os
@@ -24,13 +24,13 @@ PARTIAL = ".partial-"
 
 
 class Checkpoints:
-    """Those of one configuration in a storage. `key` is the configuration's digest; others' checkpoints are left alone.
+    """The checkpoints of one configuration in a storage. `key` is the configuration's digest; those of others are left alone.
 
-    A checkpoint is a folder `<key>-<step>` with its tensors and, written last, a manifest that names their digest. It is written here first; where
-    the storage is remote, those that are kept are then uploaded, the newest first: of more than the network can take, some never go.
+    A checkpoint is a folder `<key>-<step>` with its tensors and, written last, a manifest that names their digest. It is written here first; if
+    the storage is remote, those that are kept are then uploaded, the newest first: if the network is too slow for all, some are never sent.
 
     Args:
-        recipe: how the weights were trained, kept in the manifest for who opens them.
+        recipe: how the weights were trained, kept in the manifest for whoever opens them.
     """
 
     def __init__(self, workspace: Workspace, key: str, keep: int, recipe: dict[str, Any] | None = None):
@@ -39,20 +39,20 @@ class Checkpoints:
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
         self.uploader = Background(self._upload, "upload") if workspace.remote else None
-        self.lock = threading.Lock()  # of the next three
+        self.lock = threading.Lock()  # guards the next three
         self.written = self.uploading = ""
         self.to_upload: list[str] = []  # oldest first
 
     def newest(self, least: Callable[[int], int] = lambda step: step) -> "tuple[State | None, list[str]]":
-        """The newest complete one that all workers of the group can read, and a sentence for everything that was passed over.
+        """The newest complete checkpoint that all workers of the group can read, and a sentence for everything that was passed over.
 
-        Machines may hold different ones, where one was lost while it was written or pushed; workers that went on from
+        Machines may hold different ones, if one was lost while it was written or pushed; workers that continued from
         different steps would average gradients of different weights, and wait for each other at the end.
 
         Args:
-            least: the least of what the workers give; every one calls it as often.
+            least: returns the least of the values that the workers pass to it; all of them call it equally often.
         """
-        # What was cut off while it was written. Of this configuration it is written anew, and a worker that outlives its driver a moment may still be at it.
+        # Cut off while they were written. This configuration's are written anew, and a worker that briefly outlives its driver may still be writing one.
         for partial in self.folder.glob(f"{PARTIAL}*"):
             if not partial.name.startswith(f"{PARTIAL}{self.key[:16]}-"):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -65,7 +65,7 @@ class Checkpoints:
                 return state, notes
 
     def upload_what_is_left(self) -> None:
-        """Those that were written here, and of which the remote storage has none: a stop came before."""
+        """Upload the newest checkpoints that were written here but, because of a stop, did not reach the remote storage."""
         if self.uploader is None or self.workspace.remote is None:
             return
         there = {name.partition("/")[0] for name in self.workspace.remote.names(FOLDER) if name.endswith(f"/{MANIFEST}")}
@@ -77,7 +77,7 @@ class Checkpoints:
             self.uploader.ask()
 
     def _newest(self, most: int | None) -> "tuple[State | None, list[str]]":
-        """Up to step `most`, where others have none that is newer."""
+        """The newest complete checkpoint that this machine can read, up to step `most` if other workers have no newer one, and the sentences of newest()."""
         notes, own = [], self._own()
         others = sorted(self.workspace.folders(FOLDER) - set(own))
         if others:
@@ -94,7 +94,7 @@ class Checkpoints:
         return None, notes
 
     def complete(self) -> "tuple[dict[int, str], list[str]]":
-        """The folder in the storage of each step that has a complete one, oldest first, and a sentence for everything that was passed over."""
+        """The folder in the storage of each complete checkpoint, by step, oldest first, and a sentence for everything that was passed over."""
         found, notes = {}, []
         for name in reversed(self._own()):
             self.workspace.pull(f"{FOLDER}/{name}")
@@ -109,7 +109,7 @@ class Checkpoints:
         """Copy `state`, write it while the steps go on, and upload it; waits until the one before is written (one copy is enough).
 
         Raises:
-            RayboothError: if something went wrong with those before.
+            RayboothError: if something went wrong with an earlier one.
         """
         if self.writing:
             self.writing.result()
@@ -119,7 +119,7 @@ class Checkpoints:
         self.writing = self.writer.submit(self._write, state.step, tensors, state.scalars)
 
     def wait(self) -> None:
-        """Until all that are kept are in the storage."""
+        """Wait until all checkpoints that are kept are in the storage."""
         if self.writing:
             self.writing.result()
         if self.uploader:
@@ -140,7 +140,7 @@ class Checkpoints:
                 manifest = {"stage": FOLDER, "digest": self.key, "step": step, "scalars": scalars, "recipe": self.recipe, "outputs": outputs}
                 write_atomically(partial / MANIFEST, json.dumps(manifest).encode())
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)  # gigabytes, on a disk that is full perhaps
+            shutil.rmtree(partial, ignore_errors=True)  # gigabytes, perhaps on a full disk
             raise
         shutil.rmtree(target, ignore_errors=True)  # a torn one of that step
         os.replace(partial, target)
@@ -152,14 +152,14 @@ class Checkpoints:
             self.uploader.ask()
 
     def _forget_here(self) -> None:
-        """What the last one that was written makes too old; not while it is uploaded."""
+        """Delete local checkpoints that are too old since the last one was written, except one that is being uploaded."""
         for old in self._old((path.name for path in self.folder.iterdir()), self.written):
             if old != self.uploading:
                 shutil.rmtree(self.folder / old, ignore_errors=True)
         self.to_upload = [name for name in self.to_upload if (self.folder / name).exists()]
 
     def _upload(self) -> None:
-        """All that wait, the newest first; one there goes when newer ones are complete there."""
+        """Upload all that are waiting, the newest first; older ones are removed from the remote storage once newer ones are complete there."""
         newest, remote = "", self.workspace.remote
         assert remote is not None
         while True:
@@ -175,23 +175,23 @@ class Checkpoints:
                 self.workspace.remove(f"{FOLDER}/{old}")
 
     def _old(self, names: Iterable[str], name: str) -> list[str]:
-        """Of the folders' `names` those that go when `name` is complete: its own, but for the newest few; a newer one is another's, or torn."""
+        """The folders among `names` that go once `name` is complete: this configuration's up to it but the newest few. Newer ones are another's, or torn."""
         return [own for own in self._of_this(names) if own <= name][self.keep :]
 
     def _name(self, step: int) -> str:
         return f"{self.key[:16]}-{step:07d}"
 
     def _own(self) -> list[str]:
-        """Here and there, the newest first."""
+        """Names of this configuration's checkpoints, here and in the remote storage, the newest first."""
         return self._of_this(self.workspace.folders(FOLDER))
 
     def _of_this(self, names: Iterable[str]) -> list[str]:
-        """Of this configuration, the newest first."""
+        """Those of `names` that are of this configuration, the newest first."""
         return sorted((name for name in names if name.startswith(f"{self.key[:16]}-")), reverse=True)
 
 
 def _whole(path: Path, key: str) -> tuple[dict[str, Any] | None, str]:
-    """The manifest of one that can be read, or what is wrong with it."""
+    """The manifest of a checkpoint that can be read, or else None and what is wrong with it."""
     manifest = read_manifest(path)
     if manifest is None:
         return None, "it has no manifest, it was cut off while it was written"
@@ -223,7 +223,7 @@ def _read(path: Path, key: str) -> "tuple[State | None, str]":
 
 
 def _sync(path: Path) -> None:
-    """To the disk itself, a file's content or a folder's names."""
+    """Flush a file's content, or a folder's entries, to the disk itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 STOPPED = 130
 """Exit status after Ctrl-C."""
 FIRST = ("prepare", "plan", "token", "import")
-"""Verbs beside `run` that a run may begin with: they need no storage that holds one."""
+"""Verbs besides `run` that a run may begin with: they need no storage that already holds one."""
 
 
 def config_of(args: argparse.Namespace) -> "Config":
@@ -33,7 +33,7 @@ def config_of(args: argparse.Namespace) -> "Config":
     from raybooth import config
     from raybooth.sources import refuse_configurations
 
-    refuse_configurations(args.photos or ())  # or what it says would seem not to be said
+    refuse_configurations(args.photos or ())  # or its settings would seem to be ignored
     storage = _storage(args)
     subject = {"photos": args.photos, "token": args.token, "class": args.class_name}
     values = {
@@ -53,9 +53,9 @@ def _storage(args: argparse.Namespace) -> str | None:
 
 
 def _kept_config(args: argparse.Namespace) -> Path | None:
-    """Given no file, a verb goes by what the storage was made with, and needs that unless it is told the one setting without a default.
+    """The storage's own configuration, for a verb that was given no file; None where it is not needed and not there.
 
-    `run` begins anew with what it is told of a subject or a base.
+    It is needed unless the verb may begin a run, or is told the class, the one setting without a default. `run` begins anew if told of a subject or a base.
     """
     from raybooth.config import Config
     from raybooth.session import config_in, kept_config
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         with _stopped_by(signal.SIGTERM):
             OTHER.get(args.verb, _run)(args)
     except RayboothError as error:
-        line = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(error))  # names and values may hold line ends, and codes that terminals obey
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(error))  # names and values may hold line breaks and terminal codes
         print(f"raybooth: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _stopped_by(number: signal.Signals) -> Iterator[None]:
-    """As by Ctrl-C: batch systems and containers send another signal."""
+    """Treat the signal `number` like Ctrl-C: batch systems and containers send that instead."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -100,7 +100,7 @@ def _stopped_by(number: signal.Signals) -> Iterator[None]:
 
 
 def _quieten() -> None:
-    """Libraries' own chatter off, unless asked for."""
+    """Turn the libraries' own chatter off, unless it is asked for."""
     for key, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "DIFFUSERS_VERBOSITY": "error",
@@ -142,7 +142,7 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _config_of_a_model(args: argparse.Namespace) -> "Config":
-    """As config_of(), of who asks about a model, and need not say what it shall learn."""
+    """The configuration as config_of() reads it, for verbs about a model, which need no class."""
     if not (args.config or _kept_config(args)):
         args.class_name = args.class_name or "subject"
     return config_of(args)
@@ -216,7 +216,7 @@ def _for_drawing(config: "Config", planned: "Plan", size: int, trains: bool) -> 
 
 
 def _for_less_memory(config: "Config") -> str:
-    """What of it (errors.LESS_MEMORY) is not set already."""
+    """Advice on using less memory (as errors.LESS_MEMORY), without what is set already."""
     how, workers = config.finetune, config.workers[0]
     steps = {
         "lower finetune.batch": how.batch > workers,
@@ -244,4 +244,4 @@ def _tell(run: "Run") -> None:
 OTHER = {
     "demo": _demo, "plan": _plan, "token": _token, "bench": _bench, "export": _export, "import": _import, "serve": _serve, "doctor": _doctor,
 }  # fmt: skip
-"""What is done for the verbs that are no stages."""
+"""The functions of the verbs that are not done by _run()."""

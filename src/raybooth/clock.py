@@ -1,4 +1,4 @@
-"""How long a stage took, over all its starts, and of work on one stage within another only once."""
+"""How long a stage took, over all its starts; work on one stage within another counts only once."""
 
 import time
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from raybooth.files import write_atomically
 
 CLOCK = ".seconds.tmp"
-"""In the work in progress: the seconds that it has taken."""
+"""The file in the work in progress that holds the seconds it has taken."""
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Worked:
 
 
 class Clock:
-    """Seconds of work on one stage: those that `path` holds of earlier starts, and those since this one, without the work on others in between."""
+    """Counts the seconds of work on one stage: those of earlier starts, kept in `path`, and those since this one, without work on other stages in between."""
 
     def __init__(self, worked: Worked, path: Path):
         self.worked, self.path = worked, path
@@ -35,7 +35,7 @@ class Clock:
         self._kept = time.monotonic()
 
     def stop(self) -> float:
-        """The seconds of all, of which those since the start are from now on no other stage's."""
+        """Return the seconds over all starts; those since this one no longer count for a stage around it."""
         since = self._since()
         self.worked.seconds += since
         return self.before + since

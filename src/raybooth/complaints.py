@@ -14,7 +14,7 @@ def sentence(error: ValidationError, known: Sequence[str]) -> str:
     where = ".".join(str(part) for part in problem["loc"][:2])  # deeper ones are pydantic's own names
     if problem["type"] == "extra_forbidden":
         inside = problem["input"] if isinstance(problem["input"], dict) else {}
-        where = ".".join([where, *list(inside)[:1]])  # of a section, the setting that was meant
+        where = ".".join([where, *list(inside)[:1]])  # of an unknown section, its first setting
         return f"{where} is not a known setting{_nearest(where, known)}"
     message = problem["msg"].removeprefix("Value error, ")
     if not where:
@@ -25,18 +25,18 @@ def sentence(error: ValidationError, known: Sequence[str]) -> str:
 def _shown(given: Any) -> str:
     try:
         text = str(given) if isinstance(given, date | time) else repr(given)
-    except RecursionError:  # keys in keys without end
+    except RecursionError:  # endlessly nested keys
         text = "settings in settings"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    """By the setting's own name first, then by its section's too."""
+    """The end of the sentence: the nearest known setting, by its own name first, then with its section's."""
     if name in known:
         return ": it stands under a quoted name, write it without the quotes."
     own = name.lower().rpartition(".")[2]
     alike = difflib.get_close_matches(own, {k.rpartition(".")[2] for k in known}, 1, 0.75)
-    if sum(k.endswith(f".{own}") for k in known) > 1 and "." not in name:  # of several sections
+    if sum(k.endswith(f".{own}") for k in known) > 1 and "." not in name:  # a setting of several sections
         return f"; did you mean {' or '.join(k for k in known if k.endswith(f'.{own}'))}?"
     near = [k for k in known if k.rpartition(".")[2] in alike] or difflib.get_close_matches(name.lower(), known, 1, 0.5)
     best = difflib.get_close_matches(name.lower(), near, 1, 0)

@@ -1,4 +1,4 @@
-"""What a run is: its sections together, and how they are read.
+"""The configuration of a run: its sections together, and how they are read.
 
 Layers, later ones win: the defaults (for SD 1.x), mini's own when the base is mini, the TOML file, `--set section.key=value`.
 """
@@ -19,15 +19,15 @@ from raybooth.prompts import filled, names_subject, unknown_words, without_token
 from raybooth.sections import RELATIVE, Base, Cluster, Evaluate, Finetune, Generate, Lora, Prior, Section, Subject
 
 MINI_DEFAULTS: dict[str, dict[str, Any]] = {
-    # Without guidance: what is to be kept is what the model draws of itself. Taught its guided pictures and drawn with guidance again, the class narrows.
+    # Without guidance: what is to be kept is what the model draws by itself. Taught by guided pictures and drawn with guidance again, the class narrows.
     # Half the paper's weight: at 1, four subjects were 5% less like themselves, and nothing was gained for the class (docs/dreambench.md).
     "prior": {"images": 64, "steps": 10, "guidance": 1.0, "weight": 0.5, "distill": True},
     "finetune": {"steps": 400, "batch": 4, "lr": 2e-4, "text_encoder_lr": 1e-4, "schedule": "cosine"},
-    "generate": {"steps": 20, "guidance": 2.0},  # at 3 no more of the subject, and pictures of one prompt are more alike
+    "generate": {"steps": 20, "guidance": 2.0},  # at 3 the subject is no more alike, and pictures of one prompt are more so
     "cluster": {"sample_batch": 4},
     "evaluate": {"dino": "mini", "clip": "mini"},
 }
-"""What mini brings of its own: a model forty times smaller than SD learns in larger steps and needs fewer of them."""
+"""mini's own defaults: a model forty times smaller than SD learns in larger steps and needs fewer of them."""
 
 
 class Config(Section):
@@ -57,7 +57,7 @@ class Config(Section):
         if not isinstance(values, dict) or setting(values, "base", "model") != "mini":
             return values
         own, optimizer = MINI_DEFAULTS, setting(values, "finetune", "optimizer")
-        if optimizer == "prodigy":  # its factor is no rate of mini's
+        if optimizer == "prodigy":  # its lr is a factor, not one of mini's rates
             own = {**own, "finetune": {k: v for k, v in own["finetune"].items() if not k.endswith("lr")}}
         if optimizer == "adafactor":
             times = RELATIVE["lora" if setting(values, "finetune", "method") == "lora" else "full"]
@@ -121,26 +121,26 @@ class Config(Section):
 
     @property
     def output_prompts(self) -> list[str]:
-        """What `generate` draws, filled in, each once."""
+        """The prompts that `generate` draws, filled in, each once."""
         return list(dict.fromkeys(self.fill(p) for p in self.generate.prompts))
 
     def shows_subject(self, prompt: str) -> bool:
-        """Whether a prompt, filled in, names the subject."""
+        """Whether a filled-in prompt names the subject."""
         return names_subject(prompt, self.subject.token, self.subject.class_name)
 
     def without_token(self, prompt: str) -> str:
-        """A prompt, filled in, for who does not know the token: CLIP, and the base model."""
+        """A filled-in prompt for models that do not know the token: CLIP, and the base model."""
         return without_token(prompt, self.subject.token, self.subject.class_name)
 
     @property
     def workers(self) -> tuple[int, int]:
-        """Fewest and most workers that fine-tune together. Each needs a row of every batch: an elastic group grows no further than these go."""
+        """Fewest and most workers that fine-tune together. Each needs a row of every batch, so an elastic group grows no larger than the batch."""
         fewest, most = self.cluster.worker_range
         return fewest, min(most, self.finetune.batch)
 
 
 def load(path: Path | None = None, overrides: Iterable[str] = (), **values: Any) -> Config:
-    """The configuration of a TOML file, or of the JSON that a storage keeps, (or none), with `values` (sections) and then `section.key=value` on top.
+    """The configuration in a TOML file, or the JSON that a storage keeps (or neither), with `values` (sections) and then the `overrides` on top.
 
     Raises:
         RayboothError: naming the field, what is wrong with it and what to do.
@@ -152,7 +152,7 @@ def load(path: Path | None = None, overrides: Iterable[str] = (), **values: Any)
     data: dict[str, Any] = {}
     for layer in (below, *layers):
         _check_sections(layer)
-        if setting(layer, "subject", "class_name") is not None:  # a field's name in Python alone
+        if setting(layer, "subject", "class_name") is not None:  # the field's name in Python only
             raise RayboothError("subject.class_name is not a known setting; did you mean subject.class?")
         data = merged(data, layer)
     return Config(**data)
@@ -168,27 +168,27 @@ def override(text: str) -> dict[str, Any]:
 
 
 def _is_text(annotation: Any) -> bool:
-    """Whether a setting of this type is text, a list of texts, or neither given."""
+    """Whether a setting of this type is text or a list of texts, optional or not."""
     inner = [a for a in get_args(annotation) if isinstance(a, type) or get_args(a)]
     return annotation in (str, NoneType) or (bool(inner) and all(map(_is_text, inner)))
 
 
 def _where_it_lies(kept: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A storage's config.json is of the folder that it lies in, wherever that was moved; one behind a URI lies in a mirror."""
+    """`kept` with the folder of its config.json as the storage, wherever that was moved; unchanged for a URI, whose config.json lies in a mirror."""
     storage = kept.get("storage")
     here = path.name == CONFIG_FILE and isinstance(storage, str) and "://" not in storage
     return {**kept, "storage": str(path.absolute().parent)} if here else kept
 
 
 def _for_layers(kept: dict[str, Any], layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a storage keeps names every setting, defaults too: those are left out that are others with the base, method or optimizer of `layers`."""
+    """`kept`, which names every setting, without those defaults that change with the base, method or optimizer of `layers`."""
     before, after = _usual(kept), _usual(kept, *layers)
     moved = {(k, n) for k, own in before.items() if isinstance(own, dict) for n in own if own[n] != after[k][n]}
     return {k: {n: v for n, v in of.items() if (k, n) not in moved or v != before[k][n]} if isinstance(of, dict) else of for k, of in kept.items()}
 
 
 def _usual(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Every setting's default, of the base and with the method and optimizer that `layers` name."""
+    """Every setting's default for the base, method and optimizer that `layers` name."""
     named: dict[str, Any] = {"subject": {"class": "thing"}}
     for section, key in (("base", "model"), ("finetune", "method"), ("finetune", "optimizer")):
         chosen = [value for layer in layers if (value := setting(layer, section, key))]
@@ -197,7 +197,7 @@ def _usual(*layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_sections(layer: dict[str, Any]) -> None:
-    """Of each layer by itself: a section in a later one would hide the mistake."""
+    """Refuse a value in place of a section, in each layer by itself: a section in a later one would hide the mistake."""
     for key, value in layer.items():
         keys = [name.partition(".")[2] for name in field_names() if name.startswith(f"{key}.")]
         if keys and not isinstance(value, dict | Section):

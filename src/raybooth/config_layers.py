@@ -12,7 +12,7 @@ from raybooth.errors import RayboothError
 
 
 def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `under`, section by section. Sections that are models already stand as they are."""
+    """`over` on top of `under`, section by section. Of a section that is a model, the fields that were set go over a dictionary; else it stays as it is."""
     result = dict(under)
     for key, value in over.items():
         below = result.get(key)
@@ -23,16 +23,16 @@ def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def setting(layer: dict[str, Any], section: str, key: str) -> Any:
-    """What a layer sets, whether its sections are dictionaries or models."""
+    """The value that a layer gives a setting, or None, whether its sections are dictionaries or models."""
     held = layer.get(section)
     return held.get(key) if isinstance(held, dict) else getattr(held, key, None)
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """What a TOML file, or a JSON file as a storage keeps it, holds.
+    """The content of a TOML file, or of a JSON file as a storage keeps it.
 
     Raises:
-        RayboothError: if it is not there, or neither.
+        RayboothError: if it cannot be read, or is neither.
     """
     kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
@@ -44,7 +44,7 @@ def read_file(path: Path) -> dict[str, Any]:
         raise RayboothError(f"{path} is a folder and no configuration file: name a storage with --storage {path}, photographs with --photos {path}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RayboothError(f"{path} cannot be read as a configuration: {error}.") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and brackets nested too deep
         raise RayboothError(f"{path} is not valid {kind}: {error}.") from None
     if not isinstance(held, dict):
         raise RayboothError(f"{path} is not a configuration: it holds {text.strip()[:20]!r}, where a JSON object of sections should be.")
@@ -52,7 +52,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def parsed_override(text: str, texts: Container[str] = ()) -> dict[str, Any]:
-    """`section.key=value` as the dictionary that it adds. The settings `texts` are text or lists of texts, though it looks like a number.
+    """`section.key=value` as the dictionary that it adds. The settings `texts` are text or lists of texts, even if they look like numbers.
 
     Raises:
         RayboothError: if it is not of that form.

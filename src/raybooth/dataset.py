@@ -1,4 +1,4 @@
-"""What is learnt from: weighted rows of latents, how they are dealt to steps, and what is drawn for each."""
+"""The training data: weighted rows of latents, how they are dealt to steps, and the random draws for each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,14 +12,14 @@ from raybooth.noise import Objective, generator, normal, to_device
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Rows of latents, the few-shot set whole on the device.
+    """Rows of latents; the whole set, being small, lies on the device.
 
     Attributes:
         mean, std: (n, c, h, w) of the posterior, as the denoiser sees it.
-        prompt: of each row, index into `prompts`; not on the device, which would have to be asked for it.
-        weight: (n,) of each row in the loss.
-        instances: how many of the rows, the first ones, are of the subject; the others are of the class.
-        conditioning: of the prompts by the base model, each tensor (prompts, ...); None where all the text encoders are trained.
+        prompt: index into `prompts` of each row; not on the device, so that reading it need not wait for that.
+        weight: (n,), that of each row in the loss.
+        instances: the number of rows of the subject, which come first; the others are of the class.
+        conditioning: the base model's, of the prompts, each tensor (prompts, ...); None where all the text encoders are trained.
         teacher: whether the target of a class row is the base model's prediction, and not the noise itself (or the velocity).
     """
 
@@ -40,7 +40,7 @@ class TrainingSet:
 
 
 def rows_of_step(data: TrainingSet, step: int, batch: int, seed: int) -> list[int]:
-    """`batch` instance rows, then as many class rows (none without prior preservation), for all workers together."""
+    """The rows of a step, for all workers together: `batch` instance rows, then as many class rows (none without prior preservation)."""
     classes = len(data.weight) - data.instances
     rows = [_row(seed, "instance", data.instances, step * batch + i) for i in range(batch)]
     if classes:
@@ -49,7 +49,7 @@ def rows_of_step(data: TrainingSet, step: int, batch: int, seed: int) -> list[in
 
 
 def dealt(rows: int, rank: int, workers: int, accumulate: int) -> list[range]:
-    """The places in a step of `rows` rows that worker `rank` has, a range for each of its passes: `accumulate` of them, or as many as it has rows."""
+    """The places in a step of `rows` rows that worker `rank` has, one range per pass: `accumulate` passes, or as many as it has rows if fewer."""
     mine = range(rank, rows, workers)
     passes = min(accumulate, len(mine))
     return [mine[i::passes] for i in range(passes)]

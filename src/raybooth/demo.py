@@ -1,4 +1,4 @@
-"""The whole way on mini: five pictures of one drawn dog, a personalised model, before and after."""
+"""The whole run on mini: five pictures of one drawn dog, a personalised model, before and after."""
 
 import shlex
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from raybooth.stages import STAGES
 from raybooth.verbs import do
 from raybooth.workspace import Workspace
 
-SUBJECT_SEED = 23  # of the dog: yellow, with black patches
+SUBJECT_SEED = 23  # of the dog, yellow with black patches
 PLACES = ("in the snow", "on the beach", "in the city", "at night", "in the desert", "on the water")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What mini's scorers say of a run. Similarities are cosines; `ceiling` is the photographs' among themselves, of prompts the base's without the token."""
+    """The scores of a run by mini's encoders. Similarities are cosines; ceilings are the photographs' own, and for prompts the base's without the token."""
 
     subject_before: float
     subject_after: float
@@ -35,7 +35,7 @@ class Scores:
 
     @property
     def subject_gain(self) -> float:
-        """How much of the way from the base model to the photographs' own similarity."""
+        """Share of the way from the base model's similarity to the photographs' own."""
         return (self.subject_after - self.subject_before) / (self.subject_ceiling - self.subject_before)
 
     @property
@@ -61,14 +61,14 @@ class Scores:
 
 
 def demo_config(storage: str, overrides: list[str]) -> Config:
-    """mini, its own defaults, a drawn dog if `overrides` bring no other subject, and places that mini knows."""
+    """The demo's configuration: mini, its own defaults, a drawn dog unless `overrides` bring another subject, and places that mini knows."""
     prompts = [f"photo of {{subject}} {place}" for place in PLACES]
     made = configuration.load(
         None,
         overrides,
         subject={"class": "dog"},
         base={"model": "mini"},
-        # A quarter fewer steps than mini's own, within five minutes on two cores of any age, at twice the rate: its patches are black and not brown.
+        # A quarter fewer steps than mini's own, to take less than five minutes on any two cores, at twice the rate, which makes its patches black, not brown.
         finetune={"steps": 300, "lr": 4e-4, "checkpoints": 4},
         generate={"prompts": prompts},
         evaluate={"select": "balance"},
@@ -79,7 +79,7 @@ def demo_config(storage: str, overrides: list[str]) -> Config:
 
 
 def photographs(folder: Path, seed: int = SUBJECT_SEED, kind: str = "dog", n: int = 5) -> None:
-    """Five pictures of one subject of mini's world, as a user would bring them."""
+    """Write `n` pictures of one subject of mini's world into `folder`, as a user would bring them, unless they are there."""
     from raybooth.mini.world import render, subject_scenes
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def photographs(folder: Path, seed: int = SUBJECT_SEED, kind: str = "dog", n: in
 
 
 def demo(storage: str, overrides: list[str], quiet: bool = False) -> Scores | None:
-    """Run it, write `before-after.png`, say where everything lies and how well it went, as far as that can be said of what was drawn."""
+    """Run the demo, write `before-after.png`, and print where everything lies and the scores, which are returned; None as in score()."""
     config = demo_config(storage, overrides)
     with Run(config, quiet) as run:
         drawn = run.workspace.root / "photographs"
@@ -107,7 +107,7 @@ def demo(storage: str, overrides: list[str], quiet: bool = False) -> Scores | No
 
 
 def score(run: Run) -> Scores | None:
-    """Of a run that was evaluated. None if no prompt shows the subject, or one photograph alone was given, which is like no other."""
+    """The scores of a run that was evaluated. None if no prompt shows the subject, or only one photograph was given: it has no other to compare it with."""
     scores, found = evaluation.read(run), evaluation.measured(run)
     dino, clip_t = scores.get("dino"), scores.get("clip_t")
     if not dino or not clip_t or dino.ceiling is None or dino.floor is None or clip_t.floor is None:

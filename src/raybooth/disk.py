@@ -1,4 +1,4 @@
-"""Paths that people give and disks that do not take what is written, in a sentence each."""
+"""What goes wrong with paths that people give, and with disks that do not take what is written, in a sentence each; and file locks."""
 
 import contextlib
 import errno
@@ -27,13 +27,13 @@ _SENTENCES = {
     errno.ESTALE: "is on a mount that has lost its server's folder (stale file handle): mount it again, and run the same command again",
 }
 _BELOW = {errno.ENOENT: "lacks a file that was there, or should be: 'raybooth run' makes again what is missing"}
-"""What an error means of a file in the storage, where that is something else."""
+"""What an error means for a file inside the storage, where that differs."""
 _FULL = {errno.ENOSPC: ("No space left", "os error 28"), errno.EDQUOT: ("Disk quota exceeded", "os error 122"), errno.EFBIG: ("File too large", "os error 27")}
-"""How a disk that takes no more reads where a library's own error hides the number (safetensors raises no OSError)."""
+"""Words in a library's own error that mean a disk takes no more, where the number is hidden (safetensors raises no OSError)."""
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-"""How flock() says that another process holds a file."""
+"""Errors by which flock() says that another process holds a file."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-"""How it says that the file system has no locks: some network mounts (Lustre, NFS without its lock daemon) and some in user space."""
+"""Errors by which it says that the file system has no locks: some network mounts (Lustre, NFS without its lock daemon) and some in user space."""
 
 
 def path_of(text: str, setting: str) -> Path:
@@ -43,13 +43,13 @@ def path_of(text: str, setting: str) -> Path:
         setting: where it was given, for the message.
 
     Raises:
-        RayboothError: if no path can be called so.
+        RayboothError: if it cannot be a path.
     """
     shown = text if len(text) <= 100 else f"{text[:60]}..."
     try:
         path = Path(text).expanduser()
         os.stat(path)
-    except RuntimeError:  # of expanduser
+    except RuntimeError:  # by expanduser
         raise RayboothError(f"{setting} = '{shown}' begins with a home folder that is not known on this machine: write the path in full.") from None
     except ValueError:
         raise RayboothError(f"{setting} = {shown!r} holds a character that no path may hold: write it without.") from None
@@ -63,7 +63,7 @@ def path_of(text: str, setting: str) -> Path:
 
 @contextlib.contextmanager
 def explained_if_unreadable(path: Path | None, setting: str) -> Iterator[None]:
-    """What may not be read at or below `path`, if it is a path, in a sentence that names `setting`."""
+    """Report what may not be read at or below `path`, if one is given, in a sentence that names `setting`."""
     try:
         yield
     except PermissionError as error:
@@ -74,7 +74,7 @@ def explained_if_unreadable(path: Path | None, setting: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(storage: str, root: Path) -> Iterator[None]:
-    """What goes wrong with the files of a storage, which lies at `root`. Other errors are left alone, but for a full disk's."""
+    """Report what goes wrong with the files of a storage at `root` in a sentence. Errors of other files are left alone, except a full disk's."""
     try:
         yield
     except OSError as error:
@@ -90,7 +90,7 @@ def explained(storage: str, root: Path) -> Iterator[None]:
 
 
 def _in_the_way(root: Path, place: Path) -> Path | None:
-    """What is no folder and stands below `root` where one on the way to `place` belongs, or `place` itself."""
+    """The first path below `root`, on the way to `place` or `place` itself, that exists but is not a folder; None if there is none."""
     way = [place, *place.parents]
     return next((p for p in reversed(way[: way.index(root)]) if os.path.lexists(p) and not p.is_dir()), None)
 
@@ -113,7 +113,7 @@ def lock(file: IO[Any], wait: bool) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock file `path`. No, where its file system has no locks."""
+    """Whether a process holds the lock file `path`. False if its file system has no locks."""
     try:
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -123,17 +123,17 @@ def is_locked(path: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """For what is kept on this machine between runs, and may be deleted at any time.
+    """The folder for what is kept on this machine between runs, and may be deleted at any time.
 
     Raises:
-        RayboothError: if the environment names none that can be.
+        RayboothError: if the environment names one that cannot be a path.
     """
     return path_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "raybooth"
 
 
 @contextlib.contextmanager
 def explained_if_full(place: str) -> Iterator[None]:
-    """A full disk as its sentence, also where a library's own error hides it.
+    """Report a full disk in its sentence, even if a library's own error hides it.
 
     Args:
         place: what is written to, as "The storage x".

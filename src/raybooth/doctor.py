@@ -17,7 +17,7 @@ SHOWN = ("torch", "ray", "diffusers", "transformers", "huggingface_hub", "safete
 
 
 def report() -> str:
-    """One line a fact, plain text."""
+    """The report on this machine as plain text, one line per fact."""
     lines = [
         f"python       {platform.python_version()} on {platform.platform(terse=True)}",
         f"versions     {', '.join(f'{name} {version(name)}' for name in SHOWN)}",
@@ -41,7 +41,7 @@ def _processors() -> str:
 
 
 def _memory() -> str:
-    """Of what can be had, which is more than is free: files that were read stay in memory until it is wanted. Linux tells."""
+    """The machine's memory, and on Linux what is available of it: more than is free, as cached files give way when memory is needed."""
     total = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
     told = Path("/proc/meminfo")
     found = re.search(r"^MemAvailable: +(\d+) kB", told.read_text(), re.MULTILINE) if told.exists() else None
@@ -77,7 +77,7 @@ def _hub() -> str:
             return f"{constants.ENDPOINT} answers ({answer.status})"
     except urllib.error.HTTPError as answer:
         return f"{constants.ENDPOINT} answers ({answer.code})"
-    except (http.client.HTTPException, OSError, ValueError) as error:  # the last where HF_ENDPOINT is no URL
+    except (http.client.HTTPException, OSError, ValueError) as error:  # the last if HF_ENDPOINT is not a URL
         return f"{constants.ENDPOINT} cannot be reached ({reason(getattr(error, 'reason', error))}); local models and mini work without it"
 
 

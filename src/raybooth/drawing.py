@@ -29,21 +29,21 @@ def resolution(run: Run) -> int:
 
 
 def class_rows(run: Run, n: int) -> list[dict[str, Any]]:
-    """The first `n` pictures of the class."""
+    """Rows for the first `n` pictures of the class."""
     return [{"name": f"{i:05d}.png", "prompt": run.config.class_prompt, "seed": picture_seed(run, "class", i)} for i in range(n)]
 
 
 def class_inputs(run: Run) -> dict[str, Any]:
-    """What makes a stage folder one of pictures of the class, beside the model and the sampler."""
+    """The inputs of a stage of class pictures, besides its model and sampler."""
     return {"prompt": run.config.class_prompt, "seed": run.config.seed}
 
 
 def output_rows(run: Run, purpose: str = "output", each: int | None = None, prompts: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """One row a picture: the same seeds for every prompt, so that columns compare. Names start with the prompt's words.
+    """One row per picture, with the same seeds for every prompt, so that columns compare. Names start with the prompt's words.
 
     Args:
-        purpose: another one has other seeds.
-        each: pictures a prompt, and of which `prompts`; default: the configuration's.
+        purpose: the seeds depend on it.
+        each, prompts: the number of pictures per prompt, and the prompts; default: the configuration's.
     """
     rows = []
     for prompt in run.config.output_prompts if prompts is None else prompts:
@@ -60,12 +60,12 @@ def picture_seed(run: Run, purpose: str, index: int) -> int:
 
 
 def photographs(run: Run) -> list[str]:
-    """Of the instance images those that are the photographs themselves: of each its first view, and no crop or mirror image."""
+    """The instance images that are the photographs themselves: the first view of each, without crops and mirror images."""
     return [name for name in run.facts("instance-images")["pictures"] if "-" not in name]
 
 
 def by_prompt(run: Run, name: str) -> dict[str, list[str]]:
-    """Prompt -> its pictures, of what stage folder `name` holds: as its manifest says, whatever the configuration says by now."""
+    """The pictures in stage folder `name` by their prompts, as its manifest says, whatever the configuration says by now."""
     found: dict[str, list[str]] = {}
     rows = run.facts(name)["rows"]
     for picture in run.facts(name)["pictures"]:
@@ -74,7 +74,7 @@ def by_prompt(run: Run, name: str) -> dict[str, list[str]]:
 
 
 def drawing(run: Run, name: str, model_stage: str, how: Prior | Generate, inputs: dict[str, Any]) -> Stage:
-    """Stage folder `name` for pictures by the model of `model_stage`."""
+    """The stage `name` of pictures by the model of `model_stage`."""
     from raybooth.jobs import drawing_digest
 
     return run.workspace.stage(name, {"model": drawing_digest(run.workspace, model_stage), **vars(sampling(run, how)), **inputs})
@@ -83,12 +83,12 @@ def drawing(run: Run, name: str, model_stage: str, how: Prior | Generate, inputs
 def sampling(run: Run, how: Prior | Generate) -> Sampling:
     from raybooth.families import family_of
 
-    side = resolution(run)  # first: it asks for the base model in a sentence
+    side = resolution(run)  # first: unless base.resolution is set, it reports a missing base model
     return family_of(run.base_folder).sampling(how, side)
 
 
 def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: list[dict[str, Any]], inputs: dict[str, Any]) -> None:
-    """The pictures of `rows` that are missing in stage folder `name`, and its contact sheet. Rows of one name are the same picture."""
+    """Draw the pictures of `rows` that are missing in stage folder `name`, and its contact sheet. Rows of one name are the same picture."""
     from raybooth import jobs
 
     rows = list({r["name"]: r for r in rows}.values())
@@ -110,10 +110,10 @@ def draw(run: Run, name: str, model_stage: str, how: Prior | Generate, rows: lis
 
 
 def map_into(stage: Stage, run: Run, make: Make, rows: list[dict[str, Any]], *, batch: int, title: str, unit: str, model_stage: str) -> None:
-    """The files that `make` makes of `rows`, written into `stage` as they are done, with a line of progress.
+    """Write the files that `make` makes of `rows` into `stage` as they are done, with a progress line.
 
     Args:
-        model_stage: the stage folder of the model that each worker has.
+        model_stage: the stage folder of the model that each worker loads.
     """
     cluster = run.config.cluster
     size = model_bytes(run, model_stage)
@@ -124,7 +124,7 @@ def map_into(stage: Stage, run: Run, make: Make, rows: list[dict[str, Any]], *, 
 
 
 def _titled(stage: Stage, rows: list[dict[str, Any]], columns: int = 8, most: int = 64) -> list[tuple[str, list[Image.Image]]]:
-    """Rows of a contact sheet: a prompt each, broken into lines of `columns`."""
+    """Rows of a contact sheet: the first `most` pictures of each prompt, in lines of `columns`."""
     by_prompt: dict[str, list[str]] = {}
     for row in rows:
         by_prompt.setdefault(row["prompt"], []).append(row["name"])
@@ -137,5 +137,5 @@ def _titled(stage: Stage, rows: list[dict[str, Any]], columns: int = 8, most: in
 
 
 def model_bytes(run: Run, stage: str) -> int:
-    """Of the model whose files the stage holds."""
+    """Size in bytes of the model whose files the stage holds."""
     return sum(o["bytes"] for o in run.workspace.manifest(stage)["outputs"].values())

@@ -43,14 +43,14 @@ class Subject:
 
 
 def subjects_of(folder: Path) -> list[Subject]:
-    """Of a copy of the DreamBooth dataset: a subfolder of photographs a subject, their classes in `prompts_and_classes.txt`.
+    """The subjects in a copy of the DreamBooth dataset: one subfolder of photographs each, their classes in `prompts_and_classes.txt`.
 
-    Its lines are `folder,class`; a third word, `live` or `object`, says which prompts a class has that is neither cat nor dog.
+    Its lines are `folder,class`; a third word, `live` or `object`, chooses the prompts (default: live for cat and dog, else object).
 
     Raises:
-        RayboothError: if there are none, or a subject's class is not said.
+        RayboothError: if there are none, or a subject's class is not given.
     """
-    if not (folder / LISTING).is_file() and (folder / "dataset" / LISTING).is_file():  # of a clone of google/dreambooth
+    if not (folder / LISTING).is_file() and (folder / "dataset" / LISTING).is_file():  # as in a clone of google/dreambooth
         folder = folder / "dataset"
     listing = folder / LISTING
     if not listing.is_file():
@@ -65,7 +65,7 @@ def subjects_of(folder: Path) -> list[Subject]:
 
 
 def _said(listing: Path) -> dict[str, list[str]]:
-    """Folder -> class and whatever follows it. Lines of another kind, such as the prompts in the paper's file, name no folder."""
+    """The class and whatever follows it, by folder. Lines of another kind, such as the prompts in the paper's file, name no folder."""
     try:
         lines = listing.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:

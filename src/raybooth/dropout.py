@@ -1,4 +1,4 @@
-"""Dropout whose mask is a row's own: the same on any worker, in any pass, and when activations are computed again."""
+"""Dropout with a mask for each row: the same on any worker, in any pass, and when activations are recomputed."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ class RowDropout(nn.Module):
         self.p, self.name, self.keys = p, name, keys
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and torch.is_grad_enabled()):  # without gradients it is the base model that is asked, as a teacher of other rows
+        if not (self.training and torch.is_grad_enabled()):  # without gradients the base model is being asked, as the teacher of other rows
             return x
         kept = torch.stack([self._mask(x[0], key) for key in self.keys])
         return x * kept / (1 - self.p)
@@ -34,7 +34,7 @@ class RowDropout(nn.Module):
 
 
 def key_dropout(module: nn.Module) -> list[Key]:
-    """Replace every nn.Dropout that drops anything; returns the list of keys that they go by, to be filled before a pass."""
+    """Replace every nn.Dropout that drops anything; returns the list of keys that the masks go by, to be filled before each pass."""
     keys: list[Key] = []
     for name, parent in module.named_modules():
         for child, layer in parent.named_children():

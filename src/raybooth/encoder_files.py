@@ -1,4 +1,4 @@
-"""The encoders of the scores, into the storage: from the hub, a folder, or mini."""
+"""Brings the encoders of the scores into the storage: from the hub, a folder, or mini."""
 
 import shutil
 from collections.abc import Iterable
@@ -15,16 +15,16 @@ from raybooth.session import Run
 
 WEIGHTS, SHARDED = "model.safetensors", "model.safetensors.index.json"
 KINDS = {"dino": ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit"), "clip": ("clip",)}
-"""What they may be, as config.json has it: those with a class token, and both towers of CLIP. LPIPS's VGG16 is known by its weights alone."""
+"""The `model_type` they may have in config.json: ViTs with a class token, and both towers of CLIP. LPIPS's VGG16 is known by its weights alone."""
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _AGAIN = "copy or download it again, or name another one in [evaluate]."
 
 
 def prepare_encoders(run: Run) -> None:
-    """The encoders into the storage. Of one whose folder has gone since, the copy is kept.
+    """Bring the encoders into the storage. If the folder of one has gone since, the copies are kept.
 
     Raises:
-        RayboothError: if one cannot be had, is not complete, or is of a kind that does not serve.
+        RayboothError: if one cannot be had, is not complete, or is of an unsuitable kind.
     """
     asked = run.config.evaluate
     models = {"dino": asked.dino, "clip": asked.clip} | ({"lpips": asked.lpips} if asked.lpips else {})
@@ -55,7 +55,7 @@ def prepare_encoders(run: Run) -> None:
 
 
 def _gone(run: Run, models: dict[str, str]) -> list[str]:
-    """Folders that are not there any more and of which the storage has a copy."""
+    """Folders of encoders that no longer exist and of which the storage has a copy."""
     held = run.manifest_of("encoders")
     if held is None or held["facts"].get("sources") != models:
         return []
@@ -80,7 +80,7 @@ def _source(part: str, model: str) -> Path | None:
 
 
 def _fetch(run: Run, part: str, model: str, target: Path) -> str:
-    """From the hub; returns the commit."""
+    """Download an encoder from the hub; returns the commit."""
     from raybooth import hub
 
     name, _, revision = model.partition("@")
@@ -92,7 +92,7 @@ def _fetch(run: Run, part: str, model: str, target: Path) -> str:
 
 
 def _needed(part: str, model: str, names: Iterable[str]) -> list[str]:
-    """Of a folder's or repository's files.
+    """The files that are needed of a folder's or repository's `names`.
 
     Raises:
         RayboothError: if some are missing.
@@ -117,7 +117,7 @@ def _needed(part: str, model: str, names: Iterable[str]) -> list[str]:
 
 
 def _check(part: str, model: str, folder: Path, names: Iterable[str]) -> None:
-    """What the files, but for the weights, say."""
+    """Refuse an encoder of an unsuitable kind, by its files other than the weights."""
     if part == "lpips":
         return
     for name in ("config.json", *_PREPROCESSORS):

@@ -1,4 +1,4 @@
-"""What pictures and prompts are compared by: a ViT with a class token, such as DINO, and CLIP, opened by transformers."""
+"""The encoders that pictures and prompts are compared by: a ViT with a class token, such as DINO, and CLIP, opened by transformers."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ _AGAIN = "copy or download it again, or name another one in [evaluate]."
 
 
 def vit(folder: Path, device: str = "cpu") -> Pictures:
-    """Pictures to `dino` (n, width), the class token, and `patches` (n, patches, width); rows of length 1."""
+    """A function from pictures to `dino` (n, width), the class token, and `patches` (n, patches, width); rows of length 1."""
     from transformers import AutoModel
 
     model, prepare = _opened(AutoModel, folder, device), _processor(folder, device)
@@ -28,14 +28,14 @@ def vit(folder: Path, device: str = "cpu") -> Pictures:
     @torch.inference_mode()
     def encode(images: "Sequence[Image]") -> dict[str, Tensor]:
         tokens = F.normalize(model(prepare(images)).last_hidden_state, dim=-1)
-        registers = getattr(model.config, "num_register_tokens", 0)  # of some DINOv2
+        registers = getattr(model.config, "num_register_tokens", 0)  # in some DINOv2 models
         return {"dino": tokens[:, 0], "patches": tokens[:, 1 + registers :]}
 
     return _checked(encode, folder)
 
 
 def clip(folder: Path, device: str = "cpu") -> tuple[Pictures, Words]:
-    """Pictures and prompts to `clip` (n, width), rows of length 1."""
+    """Functions from pictures and from prompts to `clip` (n, width), rows of length 1."""
     from transformers import AutoTokenizer, CLIPModel
 
     model, prepare = _opened(CLIPModel, folder, device), _processor(folder, device)
@@ -56,7 +56,7 @@ def clip(folder: Path, device: str = "cpu") -> tuple[Pictures, Words]:
 
 
 def _checked(encode: Callable[[Any], dict[str, Tensor]], folder: Path) -> Callable[[Any], dict[str, Tensor]]:
-    """Files that do not go together show when something is encoded. What the machine or CUDA raises is none of theirs."""
+    """`encode`, reporting files that do not go together, which shows only when something is encoded. Errors of the machine or CUDA are not put down to them."""
 
     def checked(things: Any) -> dict[str, Tensor]:
         with _explained(folder):
@@ -77,7 +77,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _opened(kind: Any, folder: Path, device: str) -> Any:
-    """In float32.
+    """The model in `folder`, in float32.
 
     Raises:
         RayboothError: if weights are missing, or of other shapes, which transformers would draw at random.
@@ -86,7 +86,7 @@ def _opened(kind: Any, folder: Path, device: str) -> Any:
         model, found = kind.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )  # fmt: skip
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))  # nothing is read of it, and DINO has none
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))  # it is not used, and DINO has none
     if missing:
         raise RayboothError(f"The encoder in {folder} lacks the weights of {missing[0]}: {_AGAIN}")
     if found["mismatched_keys"]:
@@ -96,7 +96,7 @@ def _opened(kind: Any, folder: Path, device: str) -> Any:
 
 
 def _processor(folder: Path, device: str) -> "Callable[[Sequence[Image]], Tensor]":
-    """Resizing and normalising as the model's own configuration says, by PIL, which needs no torchvision."""
+    """A function that resizes and normalises pictures as the model's own configuration says, by PIL, which needs no torchvision."""
     from transformers import AutoImageProcessor
 
     with _explained(folder):

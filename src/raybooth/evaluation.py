@@ -1,4 +1,4 @@
-"""The scores of a run: what the base model draws beside what the fine-tuned one does, as features, as numbers."""
+"""The scores of a run: pictures by the base model and by the fine-tuned one, their features, and the numbers."""
 
 import json
 from dataclasses import asdict
@@ -33,7 +33,7 @@ ALONE = "generate.images_per_prompt is 1: whether pictures of one prompt differ 
 
 
 def evaluate(run: Run) -> None:
-    """DINO, CLIP-I, CLIP-T, PRES and DIV (of the subject's pictures, and of the class's), each with its interval, the base model's and the photographs' own."""
+    """Score a run: DINO, CLIP-I, CLIP-T, PRES and DIV (of the subject and of the class), each with its interval, the base model's and the photographs' own."""
     for needed in ("instance-images", "fine-tuned-model"):
         run.outputs(needed)  # first: what is not there, or cannot be fetched, shows before anything is drawn
     prepare_encoders(run)
@@ -46,7 +46,7 @@ def evaluate(run: Run) -> None:
         "pictures": {kind: list(map(run.outputs(stage).__getitem__, names)) for kind, (stage, names) in pictures(run).items()},
         "prompts": _texts(run),
         "subject": _shows_subject(run),
-        "scores": [*NAMES, "intervals over pictures", "changes", "plain words"],  # what was scored otherwise is scored again
+        "scores": [*NAMES, "intervals over pictures", "changes", "plain words"],  # what was scored in another way is scored again
     }
     stage = run.workspace.stage("scores", inputs)
     if not stage.done():
@@ -58,7 +58,7 @@ def evaluate(run: Run) -> None:
 
 
 def _draw_comparisons(run: Run) -> None:
-    """By the base model, the prompts, the same in plain words and the class; by the fine-tuned one the class: the same seeds before and after."""
+    """Draw with the base model the prompts, these in plain words, and the class; with the fine-tuned one the class. Seeds are the same before and after."""
     config, rows, before = run.config, _class_rows(run), class_before(run)
     draw(run, "before-images", "base-model", config.generate, output_rows(run), {"seed": config.seed})
     draw(run, "plain-images", "base-model", config.generate, _plain_rows(run), {"seed": config.seed})
@@ -68,7 +68,7 @@ def _draw_comparisons(run: Run) -> None:
 
 
 def _plain_rows(run: Run) -> list[dict[str, Any]]:
-    """Of each of the output's pictures what CLIP is asked of it, which the base model, too, can draw: the word that it has never met is left out."""
+    """Rows for the text that CLIP is asked about each output picture. The base model can draw it too: the token, which it has never met, is left out."""
     return output_rows(run, prompts=[run.config.without_token(prompt) for prompt in by_prompt(run, "output-images")])
 
 
@@ -78,13 +78,13 @@ def _class_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def class_before(run: Run) -> str:
-    """The stage of what the base draws of the class: the class images, if they are those of this configuration."""
+    """The stage that holds the base model's pictures of the class: the class images, if they are those of this configuration."""
     stage = drawing(run, "class-images", "base-model", run.config.prior, class_inputs(run))
     return "class-images" if stage.done(r["name"] for r in _class_rows(run)) else "class-before-images"
 
 
 def pictures(run: Run) -> dict[str, tuple[str, list[str]]]:
-    """Stage and files of each of KINDS."""
+    """The stage and the file names of each of KINDS."""
     of_class = [r["name"] for r in _class_rows(run)]
     return {
         "instance": ("instance-images", photographs(run)),
@@ -96,17 +96,17 @@ def pictures(run: Run) -> dict[str, tuple[str, list[str]]]:
 
 
 def _prompts(run: Run) -> list[str]:
-    """Of each of the output's pictures."""
+    """The prompt of each output picture."""
     return [prompt for prompt, names in by_prompt(run, "output-images").items() for _ in names]
 
 
 def _texts(run: Run) -> list[str]:
-    """What CLIP is asked of each of the output's pictures."""
+    """The text that CLIP is asked about each output picture."""
     return [run.config.without_token(prompt) for prompt in _prompts(run)]
 
 
 def _shows_subject(run: Run) -> list[bool]:
-    """Which of the output's pictures are to show the subject."""
+    """Whether each output picture is to show the subject."""
     return [run.config.shows_subject(prompt) for prompt in _prompts(run)]
 
 
@@ -116,7 +116,7 @@ def measured(run: Run) -> dict[str, dict[str, Array]]:
 
 
 def _apart(run: Run, found: dict[str, dict[str, Array]]) -> dict[str, list[Distances]]:
-    """How far the pictures of one prompt are from one another, by kind: by LPIPS where `evaluate.lpips` is given, else by the ViT's patches."""
+    """Distances between the pictures of each prompt, by kind: LPIPS if `evaluate.lpips` is given, else by the ViT's patches."""
     shown, each = {kind: of for kind, of in pictures(run).items() if kind != "plain"}, run.config.generate.images_per_prompt
     parts = {}
     for kind, (_, names) in shown.items():
@@ -165,13 +165,13 @@ def read(run: Run) -> dict[str, Score]:
 
 
 def unscored(run: Run) -> list[str]:
-    """Why scores are missing, a sentence each."""
+    """Why scores are missing, one sentence for each."""
     scores = read(run)
     return ([] if "dino" in scores else [UNSHOWN]) + ([] if "div" in scores else [ALONE])
 
 
 def table(run: Run) -> str:
-    """A line a score, for people. What has changed stands beside, with a sign."""
+    """The scores as a text table, one line each, with the signed change since the base model."""
     scores = read(run)
     texts = {name: run.config.fill(text) for name, text in NAMES.items()}
     width = max(len(texts[name]) for name in scores)
@@ -185,7 +185,7 @@ def table(run: Run) -> str:
 
 
 def before_after(run: Run) -> Path:
-    """`before-after.png`: the photographs; prompts and seeds before and after; class pictures before and after."""
+    """Write `before-after.png` and return its path: the photographs; prompts and seeds before and after; class pictures before and after."""
     shown = pictures(run)
 
     def opened(kind: str, names: list[str] | None = None) -> list[Image.Image]:

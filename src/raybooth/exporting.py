@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from raybooth.families.lowrank import LowRank
 
 RANK = 32
-"""Of a LoRA that is extracted from a full fine-tuning: on mini the subject is still itself."""
+"""Default rank of a LoRA extracted from a full fine-tuning: on mini the subject is still itself."""
 
 
 @dataclass
 class Model:
-    """The fine-tuned model of a run: a pipeline folder, or adapters for the base's."""
+    """The fine-tuned model of a run: a pipeline folder, or adapters for the base model."""
 
     run: Run
     rank: int | None
@@ -58,11 +58,11 @@ class Model:
 
     @property
     def name(self) -> str:
-        """What its files are called, as "unqtkn-dog"."""
+        """The name of its files, such as "unqtkn-dog"."""
         return re.sub(r"[^a-z0-9]+", "-", self.run.config.subject.name.lower()).strip("-") or "model"
 
     def modules(self, *parts: str) -> dict[str, Any]:
-        """Parts of it with all that was learnt in their weights."""
+        """Parts of the model, with all that was learnt merged into their weights."""
         from raybooth.families.lora import load_merged
         from raybooth.families.parts import load
 
@@ -70,7 +70,7 @@ class Model:
         return dict(loaded.modules)
 
     def low_rank(self) -> "tuple[LowRank, list[str]]":
-        """Its adapters; of a model that has none, or whose adapters are no plain LoRA, what can be extracted. And what is to be said about that."""
+        """The model's adapters, or a LoRA extracted from it if it has none or they are not plain LoRA; and notes on the extraction."""
         from raybooth.families.foreign import is_dora, read
         from raybooth.families.lora import WEIGHTS
         from raybooth.families.lowrank import hollow
@@ -81,9 +81,10 @@ class Model:
         return self._extracted(self.rank or RANK)
 
     def keep_rank(self) -> None:
-        """
+        """Refuse a --rank for adapters, which keep their own.
+
         Raises:
-            RayboothError: if it is to have another.
+            RayboothError: if one was given.
         """
         if self.rank is not None:
             raise RayboothError("This run is a LoRA already and keeps its rank: leave --rank out.")
@@ -171,10 +172,10 @@ def export(run: Run, to: str, output: str | Path | None = None, rank: int | None
         rank: of a LoRA that is extracted from a full fine-tuning; default RANK.
 
     Returns:
-        Where it lies.
+        The path of the folder, or the address of the repository.
 
     Raises:
-        RayboothError: if the run is not complete, or its model cannot have that form, or the folder is somebody else's.
+        RayboothError: if the run is not complete, or its model cannot have that form, or the folder holds other files.
     """
     from raybooth.families.parts import quietly
 
@@ -217,7 +218,7 @@ def _write(model: Model, to: str, output: str | None) -> Path:
 
 
 def _stage(model: Model, to: str, output: str | None) -> Stage:
-    """The folder as a stage of the run's storage, or of the folder it lies in: written as a whole, and never over what is not its own."""
+    """The folder of the export as a stage of the storage, or of the folder that `output` lies in: written as a whole, and never over files not its own."""
     run = model.run
     inputs = {"export": to, "model": run.model_digest("fine-tuned-model"), "base": run.model_digest("base-model"), "rank": model.rank, "name": model.name}
     if output is None:
@@ -238,7 +239,7 @@ def _stage(model: Model, to: str, output: str | None) -> Stage:
 
 
 def _push(model: Model, repo: str | None, output: str | None) -> str:
-    """What the run is, a pipeline or a LoRA, with its card, as a repository that is private until its owner opens it."""
+    """Push the model as it is, a pipeline or a LoRA, with its card; a new repository is private until its owner opens it. Returns the address."""
     from raybooth import hub
 
     if repo is None:

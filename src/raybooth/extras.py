@@ -1,4 +1,4 @@
-"""Packages that only some settings need, each an extra of raybooth's by the name of what is set."""
+"""Packages that only some settings need, each an extra of raybooth's named after the setting's value."""
 
 import importlib.util
 
@@ -9,9 +9,10 @@ PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "wandb": "wand
 
 
 def check_installed(finetune: Finetune) -> None:
-    """
+    """Check that this machine has the packages that the fine-tuning needs.
+
     Raises:
-        RayboothError: if this machine lacks a package that the fine-tuning needs.
+        RayboothError: if it lacks one.
     """
     for setting, name in [("finetune.optimizer", finetune.optimizer), *(("finetune.trackers", name) for name in finetune.trackers)]:
         if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:

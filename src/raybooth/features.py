@@ -1,4 +1,4 @@
-"""Features of a run's pictures and prompts: what the encoders in its storage make of both."""
+"""Features of a run's pictures and prompts, by the encoders in its storage."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def features(run: Run, folder: str, pictures: Mapping[str, tuple[str, list[str]]], prompts: Sequence[str]) -> dict[str, dict[str, Array]]:
-    """Stacked in the order of the pictures, by kind; those of the prompts under "prompts". Only what is new is computed.
+    """The features of the pictures, by kind and stacked in their order, and of the prompts under "prompts". Only what is new is computed.
 
     Args:
-        folder: of the storage, for the features.
+        folder: the storage's folder for the features.
         pictures: by kind, a stage and names of its files.
-        prompts: as CLIP shall read them.
+        prompts: as CLIP is to read them.
     """
     from raybooth import jobs
 
@@ -39,7 +39,7 @@ def features(run: Run, folder: str, pictures: Mapping[str, tuple[str, list[str]]
 
 
 def lpips_distances(run: Run, groups: Mapping[str, Sequence[tuple[str, list[str]]]]) -> dict[str, list[Distances]]:
-    """Of each kind's groups of pictures (a stage and names of its files), the pictures' distances from one another (n, n). Only what is new is computed."""
+    """LPIPS distances (n, n) within each kind's groups of pictures (a stage and names of its files). Only what is new is computed."""
     from safetensors.numpy import load_file
 
     from raybooth import jobs
@@ -63,7 +63,7 @@ def _pictures(run: Run, stage: str, names: list[str]) -> dict[str, Any]:
 
 
 def _computed(run: Run, folder: str, work: "Callable[[str, str], Work]", rows: Mapping[str, Callable[[], dict[str, Any]]], batch: int, unit: str) -> Path:
-    """The storage's `folder` with the files that `work`, with the encoders, makes of `rows`; what there is already is not made again."""
+    """Make the files that `work`, with the encoders, makes of `rows`, unless they are there; returns their folder, `folder` of the storage."""
     stage = run.workspace.stage(folder, {"encoders": run.model_digest("encoders")})
     missing = stage.missing(rows)
     if missing:

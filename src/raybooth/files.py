@@ -12,7 +12,7 @@ from pathlib import Path
 
 BLOCK = 1 << 24
 """Bytes hashed at once. After every block a thread waits for Python's lock, 5 ms beside one that trains, and takes it away from that one:
-hashlib.file_digest with its quarter of a megabyte took 4.5 s in place of 0.3 for 144 MB beside a busy thread."""
+hashlib.file_digest, with blocks of a quarter of a megabyte, took 4.5 s instead of 0.3 for 144 MB beside a busy thread."""
 
 
 def file_digest(path: Path) -> str:
@@ -28,14 +28,14 @@ def file_digest(path: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
+    """Write a file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which is then synced and renamed; nothing is changed if that fails."""
+    """Yield a file beside `path` to write, which is then synced and renamed to it; nothing is changed if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".raybooth-{path.name}.{os.getpid()}.tmp")
     try:
@@ -49,16 +49,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def scratch(root: Path) -> tempfile.TemporaryDirectory[str]:
-    """A folder in a storage for work that is too large for the machine's own place for such."""
+    """A temporary folder in a storage, for work too large for the machine's own temporary folder."""
     return tempfile.TemporaryDirectory(dir=root, prefix=".raybooth-scratch-")
 
 
 _HALF_WRITTEN = re.compile(r"\.raybooth-(.+\.\d+\.tmp|scratch-.+)")
-"""Names of what replacing() and scratch() give to write to, and nobody else: a storage may be a folder with much else in it."""
+"""Names that only replacing() and scratch() give: a storage may be a folder with much else in it."""
 
 
 def sweep(root: Path, idle: float = 3600.0) -> None:
-    """Remove from a storage what was half written there by who was killed, if it was not touched for `idle` seconds: a worker may outlive its driver."""
+    """Remove from a storage what killed processes left half written, if untouched for `idle` seconds: a worker may outlive its driver."""
     since = time.time() - idle
     for folder, folders, files in os.walk(root):
         for name in [n for n in (*folders, *files) if _HALF_WRITTEN.fullmatch(n)]:
@@ -69,6 +69,6 @@ def sweep(root: Path, idle: float = 3600.0) -> None:
 
 
 def files_under(folder: Path) -> list[str]:
-    """Relative names of all files, but temporary ones."""
+    """Relative names of all files in a folder, sorted, except temporary ones."""
     names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return sorted(n for n in names if not n.rpartition("/")[2].endswith(".tmp"))

@@ -30,7 +30,7 @@ def finetuner(
     """The loop of one worker of the group; the first one writes checkpoints and saves the pipeline in the storage's folder `target`.
 
     Args:
-        key: digest of all that the weights follow from; checkpoints under another one are not gone on from.
+        key: digest of all that determines the weights; a run does not resume from checkpoints under another.
         keep_last: whether the last step becomes a checkpoint too, to be compared with the others.
         rows: names of the latents in the storage, under "instance" and "class".
         prompts: text under "instance" and "class".
@@ -71,7 +71,7 @@ def finetuner(
         due = (readings[-1]["step"] // every + 1) * every if readings else 0  # as if it had never stopped
         settings = Settings(how, seed, autocast_dtype(family, how.precision, group.device.type))
         training = fit(family, loaded, data, settings, parallel, start)
-        del start  # for fit() to let go of: a checkpoint is as large as what is trained
+        del start  # so that fit() can release it: a checkpoint is as large as what is trained
         with log, explained_if_full(f"The storage {storage}"):
             with out_of_memory_explained():
                 for step in training:
@@ -94,16 +94,16 @@ def finetuner(
 
 
 def in_common(family: Family, finetune: Finetune, group: Any) -> Finetune:
-    """With what precision "auto" is to the whole group: workers on unlike devices that each took their own would average gradients of unlike scale."""
+    """`finetune` with one precision for the whole group in place of "auto": unlike devices, each with its own, would average gradients of unlike scale."""
     if finetune.precision != "auto":
         return finetune
     own = str(autocast_dtype(family, "auto", group.device.type) or "fp32").removeprefix("torch.")
-    names = {"fp32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # each can do what stands before its own
+    names = {"fp32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # each worker can do those before its own
     return finetune.model_copy(update={"precision": [*names.values()][group.least([*names].index(own))]})
 
 
 def save_trained(family: Family, base: Path, modules: "dict[str, Any]", method: str, target: Path) -> None:
-    """As plain diffusers opens it: a pipeline, or adapters."""
+    """Save the trained parts in the form that plain diffusers opens: a pipeline, or adapters."""
     from raybooth.families.lora import save_adapters
     from raybooth.families.parts import save
 
@@ -114,7 +114,7 @@ def save_trained(family: Family, base: Path, modules: "dict[str, Any]", method: 
 
 
 def exporter(storage: str, checkpoint: str, target: str) -> Callable[[list[Row]], list[bytes]]:
-    """Saves a checkpoint as the fine-tuned model in the storage's folder `target`, as the training would have, had it ended there."""
+    """Work that saves a checkpoint as the fine-tuned model in the storage's folder `target`, as the training would have, had it ended there."""
     import torch
 
     from raybooth.families.parts import load
@@ -123,7 +123,7 @@ def exporter(storage: str, checkpoint: str, target: str) -> Callable[[list[Row]]
     def work(rows: list[Row]) -> list[bytes]:
         workspace, folder, base = Workspace(storage), stage_folder(storage, checkpoint), stage_folder(storage, "base-model")
         family, finetune = family_of(base), recipe_of(folder)
-        # Of adapters nothing of the base is saved, and a large one may have no room in float32.
+        # With adapters nothing of the base is saved, and a large base may not fit in float32.
         dtype = torch.bfloat16 if finetune.method == "lora" or finetune.precision == "bf16-weights" else torch.float32
         loaded = load(family, base, family.trainable(finetune.text_encoder), dtype)
         shutil.rmtree(workspace.root / target, ignore_errors=True)
@@ -139,9 +139,9 @@ out_of_memory_explained = partial(explained_if_out_of_memory, "Fine-tuning", LES
 
 
 def training_set(folder: Path, rows: dict[str, list[str]], prompts: dict[str, str], prior: Prior, known: bool) -> "TrainingSet":
-    """The encoded rows of a storage's latents, instances first; with the prompts' conditioning if it is `known` there.
+    """The encoded rows of a storage's latents, instances first, with the prompts' conditioning if it is `known` there.
 
-    Without pictures of their own, taught by the base model's predictions alone, class rows are the instance pictures under the class's prompt.
+    Where the base model's predictions alone teach them, class rows have no pictures of their own: they are the instance pictures under the class's prompt.
     """
     import torch
     from safetensors.torch import load

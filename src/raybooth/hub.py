@@ -25,14 +25,14 @@ from raybooth.tables import unpack
 Choose = Callable[[list[str], Path], list[str]]
 Check = Callable[[Path, list[str]], None]
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
-"""The hub's bot, and what it calls its pull requests, as transformers looks for them."""
+"""The hub's bot and the title of its pull requests, by which transformers looks for them too."""
 
 LARGEST_DATASET = 2 << 30
-"""Bytes of photographs that are fetched from the hub."""
+"""Most bytes of photographs that are fetched from the hub."""
 OF_THE_DISK = (
     errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE,
 )  # fmt: skip
-"""Errors that are not the hub's."""
+"""Errors of this machine's disk, not of the hub."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Repo:
 
 
 def resolve(repo: Repo) -> str:
-    """The commit that its revision stands for."""
+    """The commit that the repository's revision stands for."""
     return str(_info(repo).sha)
 
 
 def resolve_with(file: str, repo: Repo) -> str:
-    """As resolve(); where the main branch, asked for by no name, has no `file`, the commit in which the hub's converter to safetensors proposes it."""
+    """The commit as by resolve(); if no revision is given and the main branch lacks `file`, the one in which the hub's safetensors converter proposes it."""
     info = _info(repo)
     if repo.revision or any(f.rfilename == file for f in info.siblings or []):
         return str(info.sha)
@@ -78,7 +78,7 @@ def _info(repo: Repo) -> Any:
 
 
 def _converted(repo: str, main: str) -> str | None:
-    """The converter's open pull request on top of the commit `main`. Only its own, as transformers has it: weights of anybody's could be anything."""
+    """The commit of the converter's open pull request on top of `main`. Only its own count, as in transformers: weights from anybody could be anything."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -91,9 +91,9 @@ def _converted(repo: str, main: str) -> str | None:
 
 
 def fetch_model(repo: Repo, target: Path, choose: Choose, check: Check = lambda folder, names: None) -> str | None:
-    """Download the files that `choose(all names, folder with model_index.json)` names into `target`; a stop is gone on from.
+    """Download the files that `choose(all names, folder with model_index.json)` names into `target`; after a stop it is resumed.
 
-    `check(target, names)` may refuse the model when all but its weights have come.
+    `check(target, names)` may refuse the model when all but its weights are there.
 
     Returns:
         The licence that its card names.
@@ -121,12 +121,12 @@ def fetch_model(repo: Repo, target: Path, choose: Choose, check: Check = lambda 
 
 
 def _fetch(repo: Repo, name: str, lfs: Any, target: Path) -> None:
-    """One file, of which the hub states size and hash if it is a large one."""
+    """Download one file; the hub states size and hash of large ones."""
     from huggingface_hub import hf_hub_download, hf_hub_url
 
     if not lfs:
         hf_hub_download(repo.name, name, revision=repo.revision, local_dir=target)
-    elif not any(_is(target / had, lfs.size, lfs.sha256) for had in (name, plain_name(name))):  # of another commit, perhaps, which an earlier try was for
+    elif not any(_is(target / had, lfs.size, lfs.sha256) for had in (name, plain_name(name))):  # perhaps from an earlier try for another commit
         _fetch_large(hf_hub_url(repo.name, name, revision=repo.revision), target / name, lfs.size, lfs.sha256)
 
 
@@ -135,7 +135,7 @@ def _is(path: Path, size: int, sha256: str) -> bool:
 
 
 def _fetch_large(url: str, path: Path, size: int, sha256: str) -> None:
-    """From where an earlier try was cut off: huggingface_hub's own download starts such a file anew."""
+    """Download a large file, from where an earlier try was cut off: huggingface_hub's own download starts such a file anew."""
     part = path.with_name(f"{path.name}.{sha256[:16]}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
@@ -159,25 +159,25 @@ def _append(url: str, part: Path, have: int, arrived: Callable[[int], object]) -
     with get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
         hf_raise_for_status(answer)
         with part.open("ab" if answer.status_code == 206 else "wb") as f:
-            for chunk in answer.iter_bytes():  # as they come: what waits in a buffer is lost with the connection
+            for chunk in answer.iter_bytes():  # as they come: what is in a buffer is lost with the connection
                 f.write(chunk)
                 arrived(len(chunk))
 
 
 def _tidy(target: Path, names: list[str]) -> None:
-    """Under their plain names, and nothing else: no notes of huggingface_hub, nothing of an earlier try for another commit."""
+    """Give the files their plain names and delete all else: huggingface_hub's notes, and what an earlier try for another commit left."""
     shutil.rmtree(target / ".cache", ignore_errors=True)
     for other in set(files_under(target)) - {had for name in names for had in (name, plain_name(name))}:
         (target / other).unlink()
     for name in names:
-        if (target / name).exists():  # a stop after this keeps what it has named
+        if (target / name).exists():  # if not, it has its plain name already, from before a stop
             (target / name).rename(target / plain_name(name))
     settle_shards(target, map(plain_name, names))
 
 
 def fetch_dataset(spec: str, target: Path, suffixes: frozenset[str]) -> Path:
-    """The pictures of a dataset repository, "owner/name" or "owner/name@revision": its files with these suffixes, or without any those in its parquet
-    tables. Of each other file an empty one, which shows that it was passed over.
+    """Fetch the pictures of a dataset repository, "owner/name" or "owner/name@revision", into `target`, which is returned: its files with these suffixes, or
+    if there are none, the pictures in its parquet tables. Every other file is an empty one there, to show that it was passed over.
 
     Raises:
         RayboothError: if they are far too many for photographs of one subject.
@@ -206,7 +206,7 @@ def fetch_dataset(spec: str, target: Path, suffixes: frozenset[str]) -> Path:
 
 
 def _check_few(name: str, pictures: int, size: int) -> None:
-    """Before they come."""
+    """Refuse too many pictures, or too large ones, before they are fetched."""
     if pictures > MOST or size > LARGEST_DATASET:
         raise RayboothError(
             f"{HUB}{name} holds {pictures or 'tables of'} pictures, {size / 1e9:.1f} GB: this is no dataset of one subject's photographs, of which three to "
@@ -215,9 +215,10 @@ def _check_few(name: str, pictures: int, size: int) -> None:
 
 
 def check_may_write() -> None:
-    """
+    """Check that there is a token for the hub; whether it may write there shows at the push.
+
     Raises:
-        RayboothError: if there is no token to write to the hub with.
+        RayboothError: if there is none.
     """
     from huggingface_hub import get_token
 
@@ -226,7 +227,7 @@ def check_may_write() -> None:
 
 
 def push(repo: str, folder: Path) -> str:
-    """`folder` as the model repository `repo`, made private if it is new. Returns its address.
+    """Push `folder` as the model repository `repo`, made private if it is new. Returns its address.
 
     Raises:
         RayboothError: if the hub cannot be reached or does not let the token's owner write there.
@@ -247,7 +248,7 @@ def push(repo: str, folder: Path) -> str:
 
 @contextlib.contextmanager
 def _explained(repo: Repo) -> Iterator[None]:
-    """huggingface_hub's errors in a sentence each."""
+    """Report huggingface_hub's errors in a sentence each."""
     from huggingface_hub import constants, errors
 
     hub, it = constants.ENDPOINT, f"{repo.kind} {repo.name}"
@@ -275,7 +276,7 @@ def _explained(repo: Repo) -> Iterator[None]:
 
 
 def _sentence(error: Exception, repo: Repo, hub: str) -> str:
-    """By the status of the hub's answer, if it has answered: it may be the cause of another error."""
+    """The sentence for an error, by the status of the hub's answer, if it has answered; the error with the answer may be this one's cause."""
     it, reason = f"{repo.kind} {repo.name}", str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     answer = next((e.response for e in (error, error.__cause__) if getattr(e, "response", None) is not None), None)  # type: ignore[union-attr]
     match getattr(answer, "status_code", None):

@@ -12,7 +12,7 @@ from raybooth.session import Run
 
 
 def import_lora(run: Run, lora: str | Path) -> Path:
-    """Fetch the base model and take over `lora`, a file in any layout that diffusers reads, for it. What `generate` needs is then there.
+    """Fetch the base model and take over `lora` for it, a file in any layout that diffusers reads. Returns the model's folder; `generate` can then draw.
 
     Raises:
         RayboothError: if the file is not a plain LoRA or does not fit the base, or the storage holds a model of its own.
@@ -23,7 +23,7 @@ def import_lora(run: Run, lora: str | Path) -> Path:
     if "://" in str(lora):
         raise RayboothError(f"{lora} is an address: download it first, and give the file.")
     file = path_of(str(lora), "the LoRA")
-    plain_rank(file)  # what is no LoRA shows before a base model is fetched
+    plain_rank(file)  # refuses what is not a LoRA before a base model is fetched
     run.refuse_others_files()
     held = run.manifest_of("fine-tuned-model")
     if held and "imported" not in held["inputs"]:

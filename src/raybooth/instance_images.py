@@ -1,4 +1,4 @@
-"""People's photographs to a run's instance images."""
+"""Turns people's photographs into a run's instance images."""
 
 import os
 from functools import cached_property, partial
@@ -28,7 +28,7 @@ class Photographs:
 
     @property
     def have_gone(self) -> bool:
-        """Whether all that is left of those of this machine are the squares in the storage, as on another machine that goes on."""
+        """Whether all that is left of this machine's photographs are the squares in the storage, as when another machine continues the run."""
         known = self.held is not None and self.places and self.held["facts"].get("places") == self.places
         return bool(known) and not any(map(os.path.lexists, self.places))
 
@@ -42,7 +42,7 @@ class Photographs:
 
 
 def prepare_photos(run: Run, photos: Photographs) -> None:
-    """People's photographs to instance images: upright RGB squares of the base's resolution. Those of this machine come first."""
+    """Turn photographs into instance images, upright RGB squares of the base's resolution. Those of this machine come first."""
     subject, how = run.config.subject, views_of(run)
     if photos.have_gone and _are_as(run, photos, how):
         return run.say("instance-images: the photographs have gone; the pictures made of them are kept")
@@ -63,13 +63,13 @@ def prepare_photos(run: Run, photos: Photographs) -> None:
 
 
 def _are_as(run: Run, photos: Photographs, how: dict[str, Any]) -> bool:
-    """Whether the pictures in the storage are whole, of all remote sources too, and made in this way."""
+    """Whether the pictures in the storage are intact, from the same remote sources, and made as `how` says."""
     held = photos.held
     return held is not None and held["inputs"].items() >= {"remote": photos.remote, **how}.items() and run.workspace.intact("instance-images", held["outputs"])
 
 
 def views_of(run: Run) -> dict[str, Any]:
-    """By what photographs become instance images."""
+    """The settings by which photographs become instance images."""
     subject = run.config.subject
     return {"resolution": resolution(run), "crops": [subject.crops, run.config.seed if subject.crops else None, subject.flip]}
 
@@ -88,7 +88,7 @@ def _say_skipped(run: Run, found: Gathered, most: int = 20) -> None:
 
 
 def _write_instances(run: Run, stage: Stage, images: list[tuple[Photo, list[Image.Image]]], facts: dict[str, Any]) -> None:
-    """`02.png` is the third photograph, `02-1.png` its second view."""
+    """Write the instance images and their contact sheet: `02.png` is the third photograph, `02-1.png` its second view."""
     pictures = {f"{i:02d}{f'-{k}' if k else ''}.png": view for i, (_, views) in enumerate(images) for k, view in enumerate(views)}
     for name, image in pictures.items():
         stage.write(name, png(image))

@@ -29,10 +29,10 @@ Work = Callable[[list[Row]], list[bytes]]
 
 @contextlib.contextmanager
 def explained_if_out_of_memory(what: str, advice: str) -> Iterator[None]:
-    """`what` ran out of memory, of a GPU or of the machine, and `advice`, as one RayboothError; other errors as they are."""
+    """Raise one RayboothError with `advice` if `what` ran out of memory, of a GPU or of the machine; other errors are left as they are."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch's own is of the second kind
+    except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError
         if not lacks_memory(error):
             raise
         raise RayboothError(f"{what} ran out of memory. What needs less, in this order: {advice}") from error
@@ -41,12 +41,12 @@ def explained_if_out_of_memory(what: str, advice: str) -> Iterator[None]:
 FITS_NOT = (
     "fewer workers (cluster.samplers) where they share a machine, a smaller model, a machine or a GPU with more. 'raybooth plan' says what a model takes."
 )
-"""Where it is the model itself: nothing of how it is used makes that smaller."""
+"""Advice where the model itself does not fit: no way of using it makes it smaller."""
 SMALLER_ENCODERS = "fewer cluster.samplers where they share a machine, smaller models as evaluate.dino and evaluate.clip."
 
 
 def _explained(what: str, advice: str, too_large: str = FITS_NOT) -> Callable[[Callable[P, Work]], Callable[P, Work]]:
-    """Of a function that makes work: in the making, which loads a model, and in the work."""
+    """A decorator for a function that makes work: explains a lack of memory in the making, which loads a model, and in the work."""
 
     def decorated(make: Callable[P, Work]) -> Callable[P, Work]:
         @functools.wraps(make)
@@ -62,20 +62,20 @@ def _explained(what: str, advice: str, too_large: str = FITS_NOT) -> Callable[[C
 
 def stage_folder(storage: str, stage: str) -> Path:
     workspace = Workspace(storage)
-    workspace.pull(stage)  # where the storage is remote: once a machine
+    workspace.pull(stage)  # where the storage is remote: once per machine
     return workspace.root / stage
 
 
 def pipeline_stage(workspace: Workspace, model_stage: str) -> str:
-    """The stage whose pipeline the model of `model_stage` is drawn by: its own, or the base model's, which adapters and checkpoints are put on."""
+    """The stage whose pipeline draws for the model of `model_stage`: that one itself, or "base-model" for adapters and checkpoints, which are put on it."""
     return model_stage if INDEX in workspace.manifest(model_stage)["outputs"] else "base-model"
 
 
 def drawing_digest(workspace: Workspace, stage: str) -> str:
-    """Digest of all that the model of a stage draws with: of adapters and checkpoints the base model, on which they are put, too.
+    """Digest of all that the model of a stage draws with; for adapters and checkpoints that includes the base model, on which they are put.
 
     Raises:
-        RayboothError: if the base model in the storage is another than theirs.
+        RayboothError: if the base model in the storage is not theirs.
     """
     manifest, pipeline = workspace.manifest(stage), pipeline_stage(workspace, stage)
     if pipeline == stage:
@@ -90,12 +90,13 @@ def drawing_digest(workspace: Workspace, stage: str) -> str:
 
 
 def _check_shared(storage: str, stage: str, model: str) -> None:
-    """
+    """Refuse a storage that is not the driver's.
+
     Raises:
-        RayboothError: if the model of a stage is another on this machine than the driver's `model`.
+        RayboothError: if the stage's model on this machine is not the driver's `model` (its digest).
     """
     workspace = Workspace(storage)
-    workspace.pull(stage)  # what cannot be reached is another matter
+    workspace.pull(stage)  # a storage that cannot be reached is another error
     try:
         found = drawing_digest(workspace, stage)
     except RayboothError:
@@ -105,7 +106,7 @@ def _check_shared(storage: str, stage: str, model: str) -> None:
 
 
 def for_inference(folder: Path, parts: Iterable[str]) -> Loaded:
-    """A model to draw and to encode with, on the GPU if there is one."""
+    """The model in `folder` to draw and encode with, on the GPU if there is one."""
     import torch
 
     from raybooth.families.parts import load
@@ -116,7 +117,7 @@ def for_inference(folder: Path, parts: Iterable[str]) -> Loaded:
 
 
 def opened(storage: str, model_stage: str) -> tuple[Family, Loaded]:
-    """A stage's model for drawing: a pipeline, or adapters or a checkpoint on the base that they belong to."""
+    """The family and model of a stage for drawing: a pipeline, or adapters or a checkpoint on the base that they belong to."""
     from raybooth.checkpoint import TENSORS
     from raybooth.families.lora import WEIGHTS, load_adapters
     from raybooth.restore import restore
@@ -133,7 +134,7 @@ def opened(storage: str, model_stage: str) -> tuple[Family, Loaded]:
 
 @_explained("Drawing", "a smaller cluster.sample_batch, fewer cluster.samplers where they share a machine, a smaller base.resolution.")
 def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, model: str) -> Work:
-    """Draws rows of (prompt, seed) as PNG files that say what they are."""
+    """Work that draws rows of (prompt, seed) as PNG files, which carry prompt, seed and `model`, the digest of what draws."""
     from PIL import Image
 
     from raybooth.sample import Sampler
@@ -153,9 +154,9 @@ def sampler(storage: str, model_stage: str, sampling: Sampling, batch: int, mode
 
 @_explained("Encoding", "fewer cluster.samplers where they share a machine, a smaller base.resolution.")
 def encoder(storage: str, prompts: bool, model: str) -> Work:
-    """Encodes rows with a `picture` (PNG) to their posterior's mean and std, rows with a `prompt`, if there are any, to their conditioning.
+    """Work that encodes rows with a `picture` (PNG) to their posterior's mean and std, rows with a `prompt`, if there are any, to their conditioning.
 
-    `model` is its digest, for who keeps the work: with other weights it is another.
+    `model`, the model's digest, is there for whoever keeps the work: with other weights it is other work.
     """
     import torch
     from safetensors.torch import save
@@ -182,7 +183,7 @@ def encoder(storage: str, prompts: bool, model: str) -> Work:
 
 @_explained("Scoring", SMALLER_ENCODERS, too_large=SMALLER_ENCODERS)
 def featurizer(storage: str, model: str) -> Work:
-    """Rows with a `picture` to its features by both encoders, rows with a `prompt` to CLIP's, as safetensors. `model` as encoder() has it."""
+    """Work that encodes rows with a `picture` to its features by both encoders, rows with a `prompt` to CLIP's, as safetensors. `model` is as in encoder()."""
     import torch
     from PIL import Image
     from safetensors.torch import save
@@ -206,7 +207,7 @@ def featurizer(storage: str, model: str) -> Work:
 
 @_explained("Comparing pictures by LPIPS", f"fewer evaluate.class_images, {SMALLER_ENCODERS}")
 def comparer(storage: str, model: str) -> Work:
-    """Rows with several `pictures` to their LPIPS distances from one another, as safetensors. `model` as encoder() has it."""
+    """Work that turns rows with several `pictures` into their LPIPS distances from one another, as safetensors. `model` is as in encoder()."""
     import torch
     from PIL import Image
     from safetensors.torch import save
@@ -218,7 +219,7 @@ def comparer(storage: str, model: str) -> Work:
 
 
 def _pixels(data: bytes) -> "Tensor":
-    """(1, 3, h, w) in [-1, 1]."""
+    """The picture in `data` as (1, 3, h, w) in [-1, 1]."""
     import numpy as np
     import torch
     from PIL import Image
@@ -229,5 +230,5 @@ def _pixels(data: bytes) -> "Tensor":
 
 
 def prompt_name(prompt: str) -> str:
-    """Where a prompt's conditioning lies among the latents."""
+    """The file name of a prompt's conditioning among the latents."""
     return f"text-{digest(prompt)[:16]}.safetensors"

@@ -31,8 +31,8 @@ class Model:
     """A fine-tuned model in memory.
 
     Attributes:
-        config: of the run.
-        digest: of what draws, as pictures carry it.
+        config: the run's configuration.
+        digest: the digest of what draws, as pictures carry it.
     """
 
     def __init__(self, storage: str | Path):
@@ -87,7 +87,7 @@ class Model:
 
 @contextlib.contextmanager
 def _threads(n: int) -> Iterator[None]:
-    """As many as `raybooth generate` draws a picture with: its last bits depend on them."""
+    """Let torch use `n` threads, as many as `raybooth generate` draws a picture with: its last bits depend on them."""
     import torch
 
     before = torch.get_num_threads()

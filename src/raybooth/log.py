@@ -19,21 +19,21 @@ from raybooth.workspace import Workspace
 
 Row = dict[str, Any]
 Tracker = tuple[Callable[[int, Row], None], Callable[[bool], None]]
-"""What takes (step, numbers by name), and what ends it, well or not."""
+"""A function that takes (step, numbers by name), and one that ends the tracking, told whether the run went well."""
 
 
 class Log:
-    """Every worker has one, the first of them one that writes. A context manager: whatever ends the run, trackers are told, and the storage has all.
+    """The readings of one worker; only the first worker's are written. A context manager: whatever ends the run, trackers are told, and the storage has all.
 
-    A checkpoint holds the readings before it, and a run goes on with those of its checkpoint: the file may be another machine's, or
-    hold another configuration's. To a remote storage they go beside the steps, and a run does not end for those that do not arrive.
+    A checkpoint holds the readings before it, and a run continues with those of its checkpoint: the file may be another machine's, or
+    hold another configuration's. They go to a remote storage in the background, and a run does not end if some do not arrive.
 
     Args:
-        key: of the configuration, as checkpoints have it: each has records of its own with the trackers.
+        key: the configuration's, as checkpoints have it: each has records of its own with the trackers.
         trackers: names of `TRACKERS`; None for a log that does not write.
-        start: the step that the run goes on from.
+        start: the step that the run continues from.
         rows: the readings up to there.
-        images, flops: rows in a step, and its floating-point operations, over all workers.
+        images, flops: rows and floating-point operations of a step, over all workers.
         say: takes a note for people.
     """
 
@@ -69,7 +69,7 @@ class Log:
         return row
 
     def _push(self) -> None:
-        """What has grown since it was pushed."""
+        """Push the files that have grown since they were last pushed."""
         try:
             for name in (self.path.name, *(f"tensorboard/{file}" for file in files_under(self.workspace.root / "tensorboard"))):
                 size = (self.workspace.root / name).stat().st_size
@@ -81,7 +81,7 @@ class Log:
 
     @contextlib.contextmanager
     def _spared(self, tracker: str) -> Iterator[None]:
-        """What goes wrong with a tracker goes on the screen, and the run goes on."""
+        """Report what goes wrong with a tracker, and let the run go on."""
         try:
             yield
         except Exception as error:  # whatever its package raises
@@ -92,13 +92,13 @@ class Log:
             self._note("storage", f"readings do not arrive in the storage, and stay on this machine until they do: {self.trouble}")
 
     def _note(self, of: str, text: str) -> None:
-        """Once: it is tried again with every reading."""
+        """Say `text` once for each `of`: the same is tried again with every reading."""
         if of not in self.told:
             self.told.add(of)
             self.say({"note": text})
 
     def rate(self) -> float | None:
-        """Steps a second, after the first reading: what comes before it is warming up."""
+        """Steps per second since the first reading: what comes before it is warming up."""
         return _steps_per_second(self.times)
 
     def __enter__(self) -> Self:
@@ -115,7 +115,7 @@ class Log:
 
 
 def _steps_per_second(times: Sequence[tuple[int, float]]) -> float | None:
-    """Of readings (step, s); None before the second."""
+    """The rate over readings (step, s); None before the second."""
     if len(times) < 2:
         return None
     (first, began), (last, now) = times[0], times[-1]
@@ -123,7 +123,7 @@ def _steps_per_second(times: Sequence[tuple[int, float]]) -> float | None:
 
 
 def peak_memory() -> int:
-    """Bytes, of the GPU where there is one, else of this process."""
+    """Peak memory in bytes, of the GPU if there is one, else of this process."""
     import torch
 
     if torch.cuda.is_available():
@@ -141,7 +141,7 @@ def _started(name: str, workspace: Workspace, run: str, start: int) -> Tracker:
         return TRACKERS[name](workspace, run, start)
     except RayboothError:
         raise
-    except Exception as error:  # of a service that is not there, say: whatever its package raises
+    except Exception as error:  # whatever its package raises, if a service is not there, say
         raise RayboothError(
             f"finetune.trackers names '{name}', which does not start ({error}): set it up as its documentation says, or leave it out."
         ) from error
@@ -150,7 +150,7 @@ def _started(name: str, workspace: Workspace, run: str, start: int) -> Tracker:
 def _tensorboard(workspace: Workspace, run: str, start: int) -> Tracker:
     from tensorboardX import SummaryWriter
 
-    # At the beginning too: a run that was stopped before its first checkpoint says the same once more.
+    # At the beginning too: a run that was stopped before its first checkpoint logs the same once more.
     writer = SummaryWriter(str(workspace.root / "tensorboard" / run), purge_step=start + 1)
 
     def log(step: int, numbers: Row) -> None:
@@ -162,14 +162,14 @@ def _tensorboard(workspace: Workspace, run: str, start: int) -> Tracker:
 
 
 def _wandb(workspace: Workspace, run: str, start: int) -> Tracker:
-    """Steps that it has already are dropped by it: they are the same once more."""
+    """A tracker of Weights & Biases, which drops steps that it has already: they are the same once more."""
     wandb = _installed("wandb")
     going = wandb.init(project="raybooth", name=workspace.storage, id=run, resume="allow")
     return lambda step, numbers: going.log(numbers, step=step), lambda well: going.finish(exit_code=0 if well else 1)
 
 
 def _mlflow(workspace: Workspace, run: str, start: int) -> Tracker:
-    """It names its runs itself: ours is found by a tag."""
+    """A tracker of MLflow, which names its runs itself: ours is found by a tag."""
     mlflow = _installed("mlflow")
     mlflow.set_experiment("raybooth")
     found = mlflow.search_runs(filter_string=f"tags.raybooth = '{run}'", output_format="list") if start else []  # the newest first

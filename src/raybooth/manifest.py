@@ -12,7 +12,7 @@ from raybooth.files import BLOCK, file_digest, files_under
 
 MANIFEST = "manifest.json"
 CONFIG_FILE = "config.json"
-"""A storage's configuration."""
+"""The file with a storage's configuration."""
 
 
 def digest(value: Any) -> str:
@@ -21,7 +21,7 @@ def digest(value: Any) -> str:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """A file as a manifest names it."""
+    """A file's digest and size, as a manifest lists them."""
     return {"sha256": file_digest(path), "bytes": path.stat().st_size}
 
 
@@ -44,13 +44,13 @@ def parse_manifest(data: bytes) -> dict[str, Any] | None:
     """A manifest from its bytes; None if it is torn, or not ours: the stage is not done."""
     try:
         manifest = json.loads(data)
-    except (ValueError, RecursionError):  # brackets in brackets
+    except (ValueError, RecursionError):  # brackets nested too deep
         return None
     return manifest if isinstance(manifest, dict) and _is_ours(manifest) else None
 
 
 def _is_ours(manifest: dict[str, Any]) -> bool:
-    """Of a stage, or of a checkpoint, which says its step instead of inputs and facts."""
+    """Whether it is a manifest of a stage, or of a checkpoint, which has step and scalars instead of inputs and facts."""
     outputs, said = manifest.get("outputs"), ("inputs", "facts") if "step" not in manifest else ("scalars",)
     return (
         isinstance(manifest.get("digest"), str)
@@ -71,7 +71,7 @@ def holds_configuration(folder: Path) -> bool:
 
 
 def is_another(data: bytes) -> bool:
-    """Whether it is no manifest of ours: a user's file of that name. What is torn was ours if it begins like one, or holds nothing."""
+    """Whether `data` is not a manifest of ours but a user's file of that name. A torn one counts as ours if it begins like one, or is empty."""
     with contextlib.suppress(ValueError, RecursionError):
         json.loads(data)
         return parse_manifest(data) is None
@@ -80,20 +80,20 @@ def is_another(data: bytes) -> bool:
 
 
 def model_digest(manifest: dict[str, Any]) -> str:
-    """Of a model stage's outputs: what pictures say they are drawn by."""
+    """The digest of a model stage's outputs, by which pictures say what drew them."""
     return digest({name: o["sha256"] for name, o in manifest["outputs"].items()})
 
 
 def move_in(partial: Path) -> None:
-    """Put a complete work in progress in place of what its stage held. Idempotent: a stop in the middle is put right by the next start, and until then
-    the stage is not complete.
+    """Put a complete work in progress in place of what its stage held. Idempotent: after a stop in the middle the next start completes it, and until
+    then the stage is not complete.
     """
     folder, target = partial.parent, json.loads((partial / MANIFEST).read_text())
     old = read_manifest(folder)
     for name in set(old["outputs"]) - set(target["outputs"]) if old else ():
         (folder / name).unlink(missing_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    readable = (partial / MANIFEST).stat().st_mode & 0o777  # safetensors makes its files for their owner alone
+    readable = (partial / MANIFEST).stat().st_mode & 0o777  # safetensors lets only the owner read its files
     for name in files_under(partial):
         if name in target["outputs"]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

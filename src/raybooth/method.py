@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def make_ready(family: Family, loaded: Loaded, finetune: Finetune, lora: Lora, seed: int) -> None:
-    """The parts in training as `finetune` has them; with LoRA they get their adapters, and only these require gradients."""
+    """Make the parts ready for training as `finetune` says; with LoRA they get their adapters, and only these require gradients."""
     import torch
 
     denoiser: Any = loaded.modules[family.denoiser]
@@ -36,7 +36,7 @@ def make_ready(family: Family, loaded: Loaded, finetune: Finetune, lora: Lora, s
 
 
 def held_in(family: Family, finetune: Finetune, device: str) -> "torch.dtype":
-    """What weights are held in: float32 to be trained, what the forward pass is cast to under adapters, which are float32 themselves."""
+    """The dtype of the weights: float32 to be trained, but what the forward pass is cast to under adapters (float32 themselves) and with "bf16-weights"."""
     import torch
 
     frozen_or_rounded = finetune.method == "lora" or finetune.precision == "bf16-weights"
@@ -44,7 +44,7 @@ def held_in(family: Family, finetune: Finetune, device: str) -> "torch.dtype":
 
 
 def autocast_dtype(family: Family, precision: str, device: str) -> "torch.dtype | None":
-    """What the forward pass is cast to; None for plain float32, which "auto" is for a family that overflows in float16 on a GPU that has nothing else."""
+    """The dtype that the forward pass is cast to, None for plain float32: "auto" is that, too, if a GPU has only float16 and the family overflows in it."""
     import torch
 
     if precision == "auto":
@@ -60,7 +60,7 @@ def autocast_dtype(family: Family, precision: str, device: str) -> "torch.dtype 
 
 
 def drawing_dtype(family: Family, device: str, bfloat16: bool) -> "torch.dtype":
-    """The family's half precision on a GPU, where it halves the time; float32 on a CPU, where it does not, and on a GPU without `bfloat16` that needs it."""
+    """The dtype to draw in: on a GPU the family's half precision, which halves the time there; else, and on a GPU that lacks it, float32."""
     import torch
 
     possible = device == "cuda" and (bfloat16 or family.half == "float16")
@@ -76,7 +76,7 @@ def bfloat16_of_cpu() -> list[str]:
 
 
 def has_bfloat16() -> bool:
-    """Whether the GPU has it. Where there is none to ask, this is a plan for one, and today's do."""
+    """Whether the GPU has bfloat16. True without a GPU: plans then assume one of today's, which have it."""
     import torch
 
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)

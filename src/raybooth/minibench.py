@@ -16,13 +16,13 @@ from raybooth.score import Score, distances, diversity, pairwise_cosines, scored
 
 PICTURES, PHOTOGRAPHS = 4, 5
 PERFECT = "the world itself, a perfect model"
-# By the default's 24 pictures of the class, PRES of ten subjects is uncertain by a quarter of itself (95% interval), by 256 by a twelfth.
+# With the default 24 pictures of the class, PRES of ten subjects is uncertain by a quarter of itself (95% interval), with 256 by a twelfth.
 PROTOCOL = ["evaluate.class_images=256"]
 RECIPES: Recipes = {
     "raybooth": [],
     "raybooth without prior preservation": ["prior.images=0"],
-    # Its learning rate times forty, as raybooth's own defaults for mini are forty times those for Stable Diffusion. Of the class there are 24 pictures:
-    # it draws one in the time of ten.
+    # Its learning rate times forty, as raybooth's own defaults for mini are forty times those for Stable Diffusion. Only 24
+    # pictures of the class: each takes it ten times as long to draw.
     "2023 notebook": [
         "evaluate.class_images=24",
         "prior.scheduler=pndm", "prior.steps=50", "prior.guidance=7.5", "prior.weight=1", "prior.distill=false",
@@ -34,7 +34,7 @@ SUBJECTS = {"dog": (23, 1, 2), "cat": (1, 2, 3), "backpack": (1, 2), "car": (1, 
 
 
 def subjects_in(folder: Path) -> list[Subject]:
-    """Ten drawn ones of four classes, their photographs written below `folder`, with prompts of all places that mini knows."""
+    """Ten drawn subjects of four classes, their photographs written below `folder`, with prompts of all places that mini knows."""
     subjects = []
     for kind, seeds in SUBJECTS.items():
         for seed in seeds:

@@ -13,23 +13,23 @@ from raybooth.manifest import MANIFEST, describe, is_another, move_in, parse_man
 from raybooth.remote import Remote
 
 UNPUSHED = ".unpushed"
-"""In a stage's folder until the remote storage has all that was made, here and there: the work in progress that moves in, the manifest that was there
-before, and the names of all that is raybooth's there by then, for the next push, and another machine's, to know them by."""
+"""A mark in a stage's folder, here and in the remote storage, until all that was made is there: the work in progress that moves in, the manifest that
+was there before, and the names of all there that is raybooth's, by which the next push, even another machine's, knows them."""
 
 PUSHED = ".pushed"
-"""In the mirror: of each stage that the remote storage was seen to hold, the digest of its manifest. What is no longer there then was deleted there."""
+"""A folder in the mirror: for each stage that the remote storage was seen to hold, its manifest's digest. What is not there any more was deleted there."""
 
 
 class Mirror:
-    """Of `remote`, in the folder `root`."""
+    """The mirror of `remote` in the folder `root`."""
 
     def __init__(self, remote: Remote, root: Path):
         self.remote, self.root = remote, root
 
     def pull(self, stage: str) -> None:
-        """Bring what the remote storage holds of a stage and this machine does not; before that, push what was cut off on its way there.
+        """Bring what the remote storage holds of a stage and this machine does not; before that, complete a push that was cut off.
 
-        What the remote storage held and holds no longer goes from here too; what never came there stays.
+        What the remote storage held and no longer holds is deleted here too; what never got there stays.
         """
         with self._alone():
             self._push_unpushed(stage)
@@ -42,7 +42,7 @@ class Mirror:
             self._forget(stage)
         theirs = self.remote.read(f"{stage}/{MANIFEST}") if MANIFEST in found else b""
         manifest, same = parse_manifest(theirs), ours.exists() and theirs == ours.read_bytes()
-        outputs = manifest["outputs"] if manifest else {}  # what else lies there an earlier run has left, or it is not whole
+        outputs = manifest["outputs"] if manifest else {}  # anything else there was left by an earlier run, or is incomplete
         with contextlib.suppress(_TornError):
             for name in [n for n in found if not n or n in outputs or n.startswith(".partial-")]:
                 if not self._held(stage, name, outputs, same):
@@ -66,7 +66,7 @@ class Mirror:
                 raise _TornError
 
     def folders(self, folder: str) -> set[str]:
-        """Names of the folders in one of the storage, here or there."""
+        """Names of the folders in `folder`, here or in the remote storage; those deleted there are deleted here."""
         here = {p.name for p in (self.root / folder).glob("*") if p.is_dir()}
         was_there = {name for name in here if self._was_there(f"{folder}/{name}")}
         found = self.remote.names(folder)
@@ -77,14 +77,14 @@ class Mirror:
         return here - deleted | {name.partition("/")[0] for name in found if "/" in name}
 
     def push(self, name: str) -> None:
-        """Copy one file there; a manifest comes after what it names."""
+        """Copy one file to the remote storage; a manifest must come after what it names."""
         self.remote.put(name, self.root / name)
         folder, _, last = name.rpartition("/")
         if last == MANIFEST or not folder:
             self._note(folder or name)
 
     def _note(self, stage: str) -> None:
-        """The remote storage holds it as it is here."""
+        """Note that the remote storage holds a stage, or a file, as it is here."""
         write_atomically(self.root / PUSHED / stage, file_digest(self._whole(stage)).encode())
 
     def _was_there(self, stage: str) -> bool:
@@ -92,12 +92,12 @@ class Mirror:
         return note.is_file() and whole.is_file() and note.read_text() == file_digest(whole)
 
     def _whole(self, stage: str) -> Path:
-        """The file that says that a stage is complete; of a single file it is that file."""
+        """The file that shows that a stage is complete: its manifest, or a single file itself."""
         path = self.root / stage
         return path / MANIFEST if path.is_dir() else path
 
     def _forget(self, stage: str) -> None:
-        """All but work in progress, of which some may never have come there."""
+        """Delete all of a stage here except work in progress, some of which may never have reached the remote storage."""
         path = self.root / stage
         for each in sorted(path.iterdir()) if path.is_dir() else [path]:
             if each.is_dir() and not each.name.startswith(".partial-"):
@@ -108,7 +108,7 @@ class Mirror:
             path.rmdir()
 
     def foreign(self, stage: str, new: dict[str, dict[str, Any]]) -> list[str]:
-        """Files there in the way of a stage's outputs: neither named by a manifest, nor left by a push that was cut off, nor of the very content."""
+        """Files there in the way of a stage's outputs `new`: neither named by a manifest, nor left by a push that was cut off, nor of the same content."""
         found = self.remote.sizes(stage)
         ours = self._ours(stage, found)
         there = [n for n in new if n in found and n not in ours]
@@ -121,7 +121,7 @@ class Mirror:
             return describe(Path(folder) / "file")
 
     def _ours(self, stage: str, found: Iterable[str]) -> set[str]:
-        """What raybooth has put in a stage's folder there, by its manifest and by the mark of a push that is not complete."""
+        """Names of what raybooth has put in a stage's folder there, by its manifest and by the mark of an incomplete push."""
         manifest = parse_manifest(self.remote.read(f"{stage}/{MANIFEST}")) if MANIFEST in found else None
         names = set(manifest["outputs"]) if manifest else set()
         if UNPUSHED in found:
@@ -130,7 +130,7 @@ class Mirror:
         return names
 
     def take_in(self, stage: str, partial: Path) -> None:
-        """Make a stage's complete work in progress its outputs, here and there. A stop in the middle is put right by the next pull of the stage."""
+        """Make a stage's complete work in progress its outputs, here and there. After a stop in the middle the next pull of the stage completes it."""
         with self._alone():
             names = self._ours(stage, self.remote.names(stage)) | json.loads((partial / MANIFEST).read_text())["outputs"].keys()
             mark = {"partial": partial.name, "before": self._manifest_there(stage), "names": sorted(names)}
@@ -139,16 +139,16 @@ class Mirror:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Of this machine's processes: workers that start together want the same files, and the first of them brings these for all.
+        """Hold the mirror's own lock against this machine's other processes: of workers that start together and want the same files, the first fetches them.
 
-        Not the lock of a run, which holds that one all the while; whoever holds this one waits for the network and for no other lock.
+        It is not the lock that a run holds all the while; whoever holds this one waits for the network and for no other lock.
         """
         with (self.root / ".mirroring").open("a") as f:
-            lock(f, wait=True)  # without locks there, files come more than once, but whole: each is renamed into place
+            lock(f, wait=True)  # if its file system has no locks, files come more than once, but whole: each is renamed into place
             yield
 
     def _push_unpushed(self, stage: str) -> None:
-        """Not if another machine has put its own there in the meantime: that is newer, and comes with the pull."""
+        """Complete a push that was cut off, unless another machine has put its own there in the meantime: that is newer, and comes with the pull."""
         folder = self.root / stage
         if not (folder / UNPUSHED).exists():
             return
@@ -163,13 +163,13 @@ class Mirror:
         (folder / UNPUSHED).unlink()
 
     def _push(self, stage: str, outputs: dict[str, Any], before: dict[str, Any], ours: Iterable[str]) -> None:
-        """Copy a complete stage, its manifest last, then drop what was in progress, and what else of `ours` lies there.
+        """Copy a complete stage, its manifest last, then delete the work in progress there, and what else of `ours` lies there.
 
-        What lies there from `before` and is the same is not copied again.
+        What lies there from `before` and is unchanged is not copied again.
         """
         there = self.remote.sizes(stage)
         same = {n for n in outputs if n in there and before.get(n) == outputs[n] and there[n] == outputs[n]["bytes"]}
-        new = [n for n in outputs if n not in same or UNPUSHED in there]  # of which nobody knows how far it came
+        new = [n for n in outputs if n not in same or UNPUSHED in there]  # after a push that was cut off nobody knows what is whole
         for name in [UNPUSHED, *new, MANIFEST]:
             self.push(f"{stage}/{name}")
         for name in self.remote.names(stage):

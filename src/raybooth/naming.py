@@ -35,7 +35,7 @@ def settle_token(run: Run) -> None:
 
 
 def draw_proposals(run: Run, found: list[dict[str, Any]]) -> None:
-    """What the base model draws of each word, into `token-images/`. All have the same seeds: of a word that means nothing the seed alone decides."""
+    """Draw each word with the base model, into `token-images/`, all with the same seeds: if a word means nothing, the seed alone decides."""
     rows = [
         {"name": f"{p['word']}-{k}.png", "prompt": f"photo of {p['word']}", "seed": picture_seed(run, "token", k)} for p in found for k in range(PICTURES)
     ]  # fmt: skip
@@ -43,7 +43,7 @@ def draw_proposals(run: Run, found: list[dict[str, Any]]) -> None:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """A line a proposal, for people."""
+    """The proposals as a text table, one line each."""
     lines = [f"{'word':<10}{'prior':>6}{'norm':>7}  nearest common word"]
     lines += [f"{p['word']:<10}{p['strength']:>6.2f}{p['norm']:>7.2f}  {p['neighbour']} ({p['nearest']:.2f})" for p in found]
     return "\n".join(lines)

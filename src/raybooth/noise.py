@@ -31,7 +31,7 @@ def normal(shape: Sequence[int], seed: int, *key: str | int) -> Tensor:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """From the CPU to `device`, without waiting for what that has still to do. CUDA waits for more than a few KB that are not in pinned memory, which
+    """Copy from the CPU to `device` without waiting for its pending work. For more than a few KB, CUDA would wait unless they are in pinned memory, which
     torch keeps until they are there.
     """
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
@@ -39,10 +39,10 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 @contextlib.contextmanager
 def reseeded(device: torch.device, seed: int, *key: str | int) -> Iterator[None]:
-    """torch's own random state set from (seed, key), for layers that draw by themselves (dropout), and put back afterwards."""
+    """Set torch's own random state from (seed, key), for layers that draw by themselves (dropout), and put it back afterwards."""
     number = generator(seed, *key).initial_seed()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # Not torch.manual_seed: in a process without CUDA that takes down the stack each time, a millisecond a step.
+        # Not torch.manual_seed: in a process without CUDA that records the call stack each time, a millisecond per step.
         torch.default_generator.manual_seed(number)
         if device.type == "cuda":
             torch.cuda.manual_seed(number)
@@ -71,7 +71,7 @@ class Diffusion:
         return torch.randint(self.timesteps, (1,), generator=random)
 
     def weight(self, t: Tensor, gamma: float) -> Tensor:
-        """(n,) of the loss at timesteps (n,): min-SNR-gamma (Hang et al. 2023), or ones where gamma is 0."""
+        """Weights (n,) of the loss at timesteps (n,): min-SNR-gamma (Hang et al. 2023), or ones where gamma is 0."""
         if not gamma:
             return torch.ones(t.shape, device=t.device)
         alpha = self.alphas_cumprod.to(t.device)[t]
@@ -89,14 +89,14 @@ class Diffusion:
         return signal * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network is trained to say at x_t."""
+        """What the network is trained to predict at x_t."""
         if self.prediction == "epsilon":
             return noise
         signal, sigma = self._coefficients(t)
         return signal * noise - sigma * x0
 
     def clean(self, xt: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
-        """The clean latents that follow from x_t and what the network says of it; timesteps need not be whole."""
+        """The clean latents that follow from x_t and the prediction for it; timesteps need not be whole."""
         signal, sigma = self._coefficients(t.round().long())
         if self.prediction == "epsilon":
             return (xt - sigma * predicted) / signal
@@ -121,7 +121,7 @@ class Flow:
         return 1000 * self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
     def weight(self, t: Tensor, gamma: float) -> Tensor:
-        """Ones: drawing the times is how a flow weighs them.
+        """Ones (n,): drawing the times is how a flow weighs them.
 
         Raises:
             RayboothError: if min-SNR is asked for.

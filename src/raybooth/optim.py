@@ -18,7 +18,7 @@ Groups = list[dict[str, Any]]
 def make_optimizer(name: str, groups: Groups, weight_decay: float, seed: int) -> torch.optim.Optimizer:
     """One of torch's or an extra's optimizers over parameter groups that bring their own `lr`.
 
-    bf16 parameters get AdamW with stochastic rounding, whatever their optimizer is called.
+    With bf16 parameters "adamw" is AdamW with stochastic rounding.
 
     Raises:
         RayboothError: if its package is not installed, or bf16 weights are asked of another optimizer than adamw.
@@ -29,7 +29,7 @@ def make_optimizer(name: str, groups: Groups, weight_decay: float, seed: int) ->
         return StochasticAdamW(groups, weight_decay, seed)
     if name == "adamw":
         return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
-    if name == "adafactor":  # decay is by the rate as it is said, not as it is relative to weights
+    if name == "adafactor":  # torch decays by its rate, which is `relative` times AdamW's: decay is to be as AdamW's
         return torch.optim.Adafactor([{**g, "weight_decay": weight_decay / g.get("relative", 1)} for g in groups])
     try:
         if name == "adamw8bit":
@@ -44,9 +44,9 @@ def make_optimizer(name: str, groups: Groups, weight_decay: float, seed: int) ->
 
 
 def groups_of(optimizer: str, parameters: Mapping[str, nn.Parameter], lr: Mapping[str, float]) -> Groups:
-    """Parameter groups of `parameters`, by name: a group a part, whose names begin with it, with its rate from `lr`.
+    """Parameter groups of the named `parameters`: one for each part in `lr`, of the names that begin with it, with its rate.
 
-    Adafactor has the halves of adapters that do not start at zero in groups of their own: what its rate is relative to is not small with them.
+    For Adafactor, halves of adapters that do not start at zero are in groups of their own: what its rate is relative to is not small for them.
     """
     groups = []
     for part, rate in lr.items():
@@ -60,7 +60,7 @@ def groups_of(optimizer: str, parameters: Mapping[str, nn.Parameter], lr: Mappin
 
 
 def state_like(name: str, p: Tensor) -> dict[str, Tensor]:
-    """What the optimizer `name` holds of a parameter, for its size: torch's Adafactor, bitsandbytes' AdamW8bit (blocks of 256) and prodigyopt's Prodigy."""
+    """Tensors as the optimizer `name` holds them for `p`: torch's Adafactor, bitsandbytes' AdamW8bit (blocks of 256) and prodigyopt's Prodigy."""
     if name == "adamw8bit" and p.numel() >= 4096:
         moments = {k: torch.empty_like(p, dtype=torch.uint8) for k in ("state1", "state2")}
         return moments | {k: p.new_empty(-(-p.numel() // 256), dtype=torch.float32) for k in ("absmax1", "absmax2")}
@@ -71,12 +71,12 @@ def state_like(name: str, p: Tensor) -> dict[str, Tensor]:
 
 
 def laid_out_like(p: Tensor, value: Tensor) -> Tensor:
-    """A copy of what an optimizer holds of a parameter, in memory as the parameter is (channels_last): fused kernels walk over both at once."""
+    """A copy of an optimizer's `value` for a parameter, laid out in memory like the parameter (channels_last): fused kernels walk over both at once."""
     return torch.empty_like(p, dtype=value.dtype).copy_(value) if value.shape == p.shape else value.clone()
 
 
 class Outline(torch.optim.Optimizer):
-    """Takes the memory of an optimizer that cannot step on tensors without data, or whose package need not be here for a plan; and moves nothing."""
+    """Takes the memory of an optimizer but moves nothing: for a plan, if that cannot step on tensors without data, or its package may be missing."""
 
     def __init__(self, name: str, groups: Groups):
         super().__init__(groups, {})
@@ -91,7 +91,7 @@ class Outline(torch.optim.Optimizer):
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int, warmup: int) -> float:
-    """What the learning rate is multiplied by at `step` (from 0): a linear warm-up, then constant, cosine or linear to zero."""
+    """The factor on the learning rate at `step` (from 0): a linear warm-up, then constant, cosine or linear to zero."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -106,12 +106,12 @@ class Average:
         self.values = {k: p.detach().float().clone() for k, p in parameters.items()}
 
     def update(self, step: int) -> None:
-        """After optimizer step number `step`, counted from 1."""
+        """Update the averages after optimizer step number `step`, counted from 1."""
         keep = min(self.decay, (1 + step) / (10 + step))
         plain = [k for k, p in self.parameters.items() if p.dtype == torch.float32]
         if plain:
             torch._foreach_lerp_([self.values[k] for k in plain], [self.parameters[k].detach() for k in plain], 1 - keep)
-        for k in self.parameters.keys() - plain:  # one after the other: float32 copies of all bf16 weights at once are what these are to save
+        for k in self.parameters.keys() - plain:  # one by one: bf16 weights are there to save the memory that float32 copies of all would take
             self.values[k].lerp_(self.parameters[k].detach().float(), 1 - keep)
 
     def apply(self) -> None:
@@ -128,7 +128,7 @@ def round_stochastically(x: Tensor, random: torch.Generator) -> Tensor:
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019) over bf16 weights and moments, computed in float32 and rounded stochastically.
 
-    Rounded to nearest, an update below half a bf16 step of its weight is lost every time; so, it happens in proportion.
+    Rounded to nearest, an update below half a bf16 step of its weight is lost every time; this way, it takes effect in proportion.
     """
 
     def __init__(self, groups: Iterable[Any], weight_decay: float, seed: int, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):

@@ -115,7 +115,7 @@ def _rank(text: str) -> int:
 
 
 def _none(_: argparse.ArgumentParser) -> None:
-    """Takes nothing."""
+    """Add no options: the verb takes none."""
 
 
 OTHER_VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {

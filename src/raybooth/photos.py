@@ -1,4 +1,4 @@
-"""People's photographs to RGB squares: every format, orientation and colour space that cameras and phones write."""
+"""Turns people's photographs into RGB squares: every format, orientation and colour space that cameras and phones write."""
 
 import contextlib
 import hashlib
@@ -18,13 +18,13 @@ from raybooth.files import file_digest
 
 SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2"])
 FORMATS = frozenset(["JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "HEIF", "AVIF", "JPEG2000"])
-"""Whatever a file is called. Pillow knows others; PostScript it hands to another program."""
+"""Formats that are read, whatever a file is called. Pillow knows others, of which it hands PostScript to another program."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-"""EXIF's orientations."""
-WIDEST = 3  # times as long as wide is a photograph that loses little of its subject
+"""What turns a picture upright, by its EXIF orientation."""
+WIDEST = 3  # ratio of the sides, up to which the middle square loses little of the subject
 SMALLEST_SIDE = 32  # pixels; below it there is nothing to learn from
 
 
@@ -45,7 +45,7 @@ class Photo:
 
 
 def refuse_duplicates(contents: Iterable[tuple[Photo, str | bytes]]) -> None:
-    """Of photographs, each with what is the same only in its twin."""
+    """Refuse two of the same photograph; each comes with content that only its twin shares."""
     first: dict[str | bytes, Photo] = {}
     for photo, content in contents:
         twin = first.setdefault(content, photo)
@@ -63,7 +63,7 @@ def square(photo: Photo, side: int) -> Image.Image:
 
 
 def remarks(photos: Sequence[Photo], side: int) -> list[str]:
-    """What people should know of how their photographs become squares of `side` pixels."""
+    """What people should know about how their photographs become squares of `side` pixels."""
     lines, small, n = [], 0, len(photos)
     for photo in photos:
         _register_heif()
@@ -73,7 +73,7 @@ def remarks(photos: Sequence[Photo], side: int) -> list[str]:
             shorter, longer = sorted(image.size)
             small += shorter < side
             frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":  # cameras' own, of which the others are for programs
+        if frames > 1 and image.format != "MPO":  # cameras write MPO, and its other frames are for programs
             lines.append(f"{photo.name} has {frames} frames, of which the first is taken")
         if longer > WIDEST * shorter:
             lines.append(f"{photo.name} is {image.width} x {image.height} pixels, of which the middle {shorter} x {shorter} are taken")
@@ -103,7 +103,7 @@ def views(photo: Photo, side: int, crops: int, flip: bool, key: str) -> list[Ima
 def _opened(photo: Photo) -> Image.Image:
     _register_heif()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of EXIF, of which nothing is needed but the orientation
+        warnings.simplefilter("ignore", UserWarning)  # about EXIF, of which only the orientation is needed
         return _decoded(photo, photo.data)
 
 
@@ -132,15 +132,15 @@ def _decoded(photo: Photo, data: bytes) -> Image.Image:
 
 def _recognised(data: bytes) -> Image.Image:
     Image.init()
-    # Large profiles, and what programs note of their edits: for all of the process, Pillow has no other way.
+    # Allow large profiles and programs' notes on their edits, for the whole process: Pillow has no other way.
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused later
         return Image.open(io.BytesIO(data), formats=sorted(FORMATS & Image.OPEN.keys()))
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """By its EXIF orientation, where that can be read. Pillow's exif_transpose() writes all the rest anew too, and fails at what some cameras put there."""
+    """The picture turned by its EXIF orientation, if readable. Pillow's exif_transpose() also rewrites the rest, and fails on what some cameras put there."""
     orientation = 1
     with contextlib.suppress(Exception):
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -149,7 +149,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Pillow takes damage in the middle of a JPEG, which libjpeg only warns of, and shows grey or shifted blocks.
+    """Refuse a JPEG that is damaged in the middle: libjpeg only warns of it, and Pillow shows grey or shifted blocks.
 
     Raises:
         ValueError: in libjpeg's words.
@@ -159,7 +159,7 @@ def _check_jpeg(data: bytes) -> None:
     try:
         simplejpeg.decode_jpeg(data, colorspace="GRAY", min_factor=1, strict=True)
     except ValueError as error:
-        # Bytes too many after whole data come from some cameras. What this decoder does not know, as CMYK, Pillow may.
+        # Some cameras write extra bytes after whole data. What this decoder does not know, such as CMYK, Pillow may.
         if str(error).startswith("Corrupt JPEG data") and "extraneous bytes" not in str(error):
             raise
 
@@ -189,11 +189,11 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and floating-point greyscale to 8 bits over the range of its kind. Floats of 0 to 1 may have lights a little above."""
+    """16-bit, 32-bit or floating-point greyscale in 8 bits, over the range of its kind. Floats of 0 to 1 may have highlights a little above 1."""
     values = np.nan_to_num(np.array(image, dtype=np.float32), copy=False, posinf=0, neginf=0)
     top = values.max(initial=0)
     full = 1.0 if image.mode == "F" and top <= 2 else 255.0 if top <= 255 and image.mode != "I;16" else 65535.0 if top <= 65535 else top
     grey = Image.fromarray(np.clip(values / full * 255 + 0.5, 0, 255).astype(np.uint8))
-    if isinstance(clear := image.info.get("transparency"), int):  # the value that a PNG says is not there
+    if isinstance(clear := image.info.get("transparency"), int):  # the value that a PNG says is transparent
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey

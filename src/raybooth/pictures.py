@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 LONGEST_TITLE = 200  # characters
 FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "Arial.ttf", "arial.ttf")
-"""Of most letters first."""
+"""Those with the most letters first."""
 
 
 def png(image: Image.Image, **text: str) -> bytes:
@@ -21,7 +21,7 @@ def png(image: Image.Image, **text: str) -> bytes:
 
 
 def contact_sheet(rows: list[tuple[str, list[Image.Image]]], cell: int = 128) -> Image.Image:
-    """One picture of many: a row each, under its title, of which a long one is cut."""
+    """One picture made of many: each of `rows` under its title; long titles are cut."""
     gap, title = 6, 18
     columns = max((len(images) for _, images in rows), default=1)
     rows = [(" ".join(text.split()), images) for text, images in rows]
@@ -40,7 +40,7 @@ def contact_sheet(rows: list[tuple[str, list[Image.Image]]], cell: int = 128) ->
 
 
 def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own has the letters of English alone: for others one of this machine, if there is one."""
+    """A font for `text`: Pillow's own has only the letters of English, so for others one of this machine, if there is one."""
     for name in () if text.isascii() else FONTS:
         with contextlib.suppress(OSError):
             return ImageFont.truetype(name, 12)

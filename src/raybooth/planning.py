@@ -36,11 +36,11 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes at the peak of a step of one worker, by part; FLOPs of a step of all workers, and of all pictures together; counts.
+    """What a run needs: bytes at the peak of a step of one worker, by part; FLOPs of a step of all workers, and of all pictures together; counts.
 
     Attributes:
         drawing: bytes at the peak of drawing a batch, by part: all of the model is there, text encoders and VAE too.
-        stored: bytes in the storage when it holds most, but for the photographs and the models that score.
+        stored: bytes in the storage when it holds most, without the photographs and the encoders of the scores.
     """
 
     parameters: Mapping[str, int]
@@ -81,7 +81,7 @@ def _flop(n: int) -> str:
 
 
 def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
-    """Of `config` on the model in `folder`. `device` decides what precision "auto" means.
+    """The plan of `config` on the model in `folder`. `device` decides what precision "auto" means.
 
     Raises:
         RayboothError: if the model cannot do what the configuration asks of it.
@@ -119,25 +119,25 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
 
 
 def _drawing_flops(family: Family, loaded: Loaded, config: Config, side: int) -> int:
-    """Of the class pictures and of the result's, without the encoding of their prompts."""
+    """FLOPs of drawing the class pictures and the result's, without the encoding of their prompts."""
     flops, batch, shape = 0, config.cluster.sample_batch, loaded.facts.latent_shape(side)
     for n, section in ((config.prior.drawn, config.prior), (_results(config), config.generate)):
         if n:
             how = family.sampling(section, side)
             step, decoding = picture_flops(family, loaded, side, how.guidance > 1)
             with torch.device("cpu"):
-                passes = len(family.scheduler(loaded.folder, how.scheduler, how.steps, shape, torch.device("cpu")).timesteps)  # pndm's are one more
+                passes = len(family.scheduler(loaded.folder, how.scheduler, how.steps, shape, torch.device("cpu")).timesteps)  # pndm makes one more
             flops += math.ceil(n / batch) * batch * (passes * step + decoding)  # the last batch is filled up
     return flops
 
 
 def _results(config: Config) -> int:
-    """Pictures of the result: prompts that are filled to the same are one."""
+    """The number of pictures of the result: prompts that are the same once filled in count once."""
     return len(config.output_prompts) * config.generate.images_per_prompt
 
 
 def _weights(folder: Path, part: str, module: nn.Module) -> int:
-    """Bytes of a part's weights as they are copied: by their files, or a list of these; of float32 where neither is there to tell."""
+    """Bytes of a part's weights as they are copied, by their files or a list of these; if neither is there to tell, as float32."""
     try:
         names = needed_files(names_in(folder), [part], (), str(folder))
     except RayboothError:  # a plan can do without
@@ -149,13 +149,13 @@ def _weights(folder: Path, part: str, module: nn.Module) -> int:
 
 
 def _saved(module: nn.Module) -> Iterable[Tensor]:
-    """What a file of it holds, each once."""
+    """The tensors that a file of the module holds, each once."""
     return {id(t): t for t in module.state_dict(keep_vars=True).values()}.values()
 
 
 def _without_data(module: nn.Module) -> None:
-    """Meta tensors to tensors of the CPU that have no data; to be called under a FakeTensorMode."""
-    made: dict[nn.Parameter, nn.Parameter] = {}  # T5's word embeddings are two modules' own
+    """Turn the module's meta tensors into tensors of the CPU without data; to be called under a FakeTensorMode."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # two modules share T5's word embeddings
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
@@ -172,12 +172,12 @@ def count(module: nn.Module) -> int:
 
 
 class _Tracker(MemTracker):
-    """Keeps the peak of the whole: torch's looks at every module at every operation for theirs, minutes for a large model."""
+    """Keeps only the peak of the whole: torch's own looks at every module at every operation for their peaks, which takes minutes for a large model."""
 
     def __init__(self, held: Iterable[nn.Module]) -> None:
         super().__init__()
         for frozen in (p for module in held for p in module.parameters() if not p.requires_grad):
-            # It would put hooks on their gradients, which they do not have: it finds them there already.
+            # It would put hooks on their gradients, of which they have none: these handles tell it that the hooks are set.
             self._param_to_grad_hook_handles[frozen] = (RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict()))
 
     def _update_peak_stats(self, peak_state: Any) -> None:
@@ -197,8 +197,8 @@ def _copy_that_teaches(family: Family, loaded: Loaded, config: Config, trained: 
 def _step(
     family: Family, loaded: Loaded, held: list[nn.Module], config: Config, trained: tuple[str, ...], side: int, device: str
 ) -> tuple[dict[str, int], int]:  # fmt: skip
-    """Memory at the peak, by part, of the second step of one worker, which has `held` modules: the optimizer has its state then.
-    And the bytes of a checkpoint.
+    """Memory at the peak, by part, of the second step of one worker, when the optimizer has its state; and the bytes of a checkpoint.
+    `held` are the modules that the worker has.
     """
     finetune, tracker, workers = config.finetune, _Tracker(held), config.workers[0]
     passes = passes_of_step(config.prior, finetune, workers)[0]  # of the first worker: no other has more rows
@@ -249,7 +249,7 @@ def _drawing(family: Family, folder: Path, config: Config, side: int, device: st
 
 @contextlib.contextmanager
 def _norms_in_float32() -> Iterator[None]:
-    """CUDA's autocast computes them so, and float32 is what is kept of them for the backward pass; a CPU's leaves them in half precision."""
+    """Compute norms as CUDA's autocast does, in float32, which is also kept for the backward pass; a CPU's autocast leaves them in half precision."""
 
     def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def computed(*args: Any, **kwargs: Any) -> Tensor:
@@ -267,7 +267,7 @@ def _norms_in_float32() -> Iterator[None]:
 
 
 class _Buckets:
-    """What DistributedDataParallel holds of gradients, between the steps too. In a step's last pass, while they are `open`, gradients move in."""
+    """The gradients that DistributedDataParallel holds, between the steps too. In a step's last pass, while it is `open`, gradients move in."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
         self.held, self.open = {p: torch.empty_like(p) for p in parameters}, False
@@ -280,7 +280,7 @@ class _Buckets:
 
 
 def _optimizer(finetune: Finetune, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """That of the configuration: AdamW itself, of others what they hold."""
+    """The optimizer of the configuration: AdamW itself, or an Outline of what another holds."""
     groups: list[dict[str, Any]] = [{"params": parameters, "lr": finetune.lr}]
     return make_optimizer("adamw", groups, finetune.weight_decay, 0) if finetune.optimizer == "adamw" else Outline(finetune.optimizer, groups)
 

@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {"instance": "#d2691e", "prior": "#4583c4"}
-WIDTH = 7.5  # inches of 72 units: its letters, of 10, are as large as the page's own small ones where the page draws it 560 to 700 pixels wide
+WIDTH = 7.5  # inches of 72 units: letters of 10 units are as large as the page's small ones if it draws this 560 to 700 pixels wide
 UNITS = ((3600, "h", "hours"), (60, "min", "minutes"), (1, "s", "seconds"))
 
 
 def losses(history: list[dict[str, float]]) -> str:
-    """Of each kind of rows that there were, as trained on, and, dashed, at fixed noise."""
+    """The losses of each kind of rows that there were, as trained on and, dashed, at fixed noise, as SVG."""
     figure, axes = _figure(2.8)
     for name, colour in COLOURS.items():
         if not any(r[name] for r in history):
@@ -30,7 +30,7 @@ def losses(history: list[dict[str, float]]) -> str:
 
 
 def bars(seconds: dict[str, float]) -> str:
-    """A bar a stage, in what the longest is counted in."""
+    """The time of each stage as a bar, in the unit that suits the longest, as SVG."""
     figure, axes = _figure(0.6 + 0.28 * len(seconds))
     names = list(seconds)[::-1]
     size, _, unit = _unit(max(seconds.values()))
@@ -42,7 +42,7 @@ def bars(seconds: dict[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For people: 45 s, 3.5 min, 1.2 h."""
+    """A time for people to read: 45 s, 3.5 min, 1.2 h."""
     size, name, _ = _unit(seconds)
     return f"{seconds / size:.{0 if size == 1 else 1}f} {name}"
 
@@ -62,7 +62,7 @@ def _figure(height: float) -> "tuple[Figure, Any]":
 
 
 def _svg(figure: "Figure", name: str) -> str:
-    """With a name for those who cannot see it; letters and lines in the page's own colour, on its own paper, dark, light or printed."""
+    """The figure as SVG, with a name for those who cannot see it; letters and lines have the page's own colour, on its own paper, dark, light or printed."""
     import matplotlib
 
     text = io.StringIO()

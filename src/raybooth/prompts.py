@@ -1,4 +1,4 @@
-"""What a prompt says of the subject: the words in braces, {subject}, {token} and {class}, and the subject's name when they are filled in.
+"""What a prompt says about the subject: the words in braces, {subject}, {token} and {class}, and the subject's name when they are filled in.
 
 Nothing else in braces means anything, as prompts come from anybody.
 """
@@ -20,13 +20,13 @@ out outside over past petting plus riding round seeing showing than through to t
 watching wearing were with within without
 """
 TAKES_ARTICLE = frozenset(["", *_LINKS.split()])
-"""Words after which a noun wants its article, and the beginning of a prompt or of a part of it."""
+"""Words after which a noun needs its article; "" is the beginning of a prompt or of a part of it."""
 _WITHOUT_BLANKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\ua000-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef"
-"""Letters of scripts that do not part words: Thai, Lao, Burmese, Khmer, Chinese, Japanese, Yi; and Korean, which writes endings onto them."""
+"""Letters of scripts that do not separate words: Thai, Lao, Burmese, Khmer, Chinese, Japanese, Yi; and Korean, which writes endings onto them."""
 
 
 def asks_for_subject(prompt: str) -> bool:
-    """Whether there is something to fill in."""
+    """Whether a prompt has a word in braces to fill in."""
     return _WORD.search(prompt) is not None
 
 
@@ -42,18 +42,18 @@ def filled(prompt: str, token: str, class_name: str) -> str:
 
 
 def unknown_words(prompt: str) -> list[str]:
-    """What looks like such a word and is none: in a configuration a slip of the pen."""
+    """What looks like a word in braces to fill in but is none: in a configuration a slip of the pen."""
     single = [word for word in _LIKE_ONE.findall(prompt) if not _WORD.fullmatch(word)]
     return single + _UNCLOSED.findall(prompt) + _DOUBLE.findall(prompt)
 
 
 def names_subject(prompt: str, token: str, class_name: str) -> bool:
-    """Whether a prompt, filled in, names the subject."""
+    """Whether a filled-in prompt names the subject."""
     return _name(token, class_name).search(prompt) is not None
 
 
 def without_token(prompt: str, token: str, class_name: str) -> str:
-    """The prompt for a model that has not learnt the token, to which it means nothing. The class stays, or stands where the token stood alone.
+    """The prompt without the token, for a model that has not learnt it. The class stays, or takes the place of a token that stood alone.
 
     "a unqtkn dog", "photo of unqtkn dog" and "photo of unqtkn dogs" become "a dog", "photo of a dog" and "photo of dogs".
     """
@@ -71,8 +71,8 @@ def without_token(prompt: str, token: str, class_name: str) -> str:
 
 
 def _name(token: str, class_name: str) -> re.Pattern[str]:
-    """The subject in a prompt: the token, with "a" or "an" right before it, with the class or its plural behind it."""
+    """A pattern for the subject in a prompt: the token, with "a" or "an" right before it and the class or its plural behind it, if they are there."""
     token, noun = re.escape(token), r"[\s-]+".join(map(re.escape, class_name.split()))
-    near = rf"[^\W_{_WITHOUT_BLANKS}]"  # a letter that would go on with the word
+    near = rf"[^\W_{_WITHOUT_BLANKS}]"  # a letter that would continue the word
     plural = f"{noun}e?s" + (f"|{noun[:-1]}ies" if noun[-1] in "yY" else "")
     return re.compile(rf"(?:\b(?P<article>an?)\s+)?(?<!{near}){token}(?:[\s-]+(?:(?P<plural>{plural})|{noun})(?!{near}))?(?!{near})", re.IGNORECASE)

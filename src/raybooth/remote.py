@@ -1,4 +1,4 @@
-"""A storage behind a URI, by fsspec. Whatever its store or the network says against it becomes a sentence."""
+"""A storage behind a URI, by fsspec. Errors of its store or the network become sentences."""
 
 import contextlib
 import uuid
@@ -9,14 +9,14 @@ from raybooth.disk import explained_if_full
 from raybooth.errors import RayboothError, reason
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""raybooth's extra for the stores of a scheme."""
+"""raybooth's extra that the store of each scheme needs."""
 
 
 class Remote:
     """Files by their names below `uri`.
 
     Raises:
-        RayboothError: from every method, if the store does not do it.
+        RayboothError: from every method, if the store fails or refuses.
     """
 
     def __init__(self, uri: str):
@@ -42,14 +42,14 @@ class Remote:
         return "memory" in self._fs.protocol
 
     def names(self, folder: str) -> list[str]:
-        """Of all files in a folder, relative to it; none if there is no such folder, and an empty one if it is itself a file."""
+        """Names of all files in a folder, relative to it; none if there is no such folder, one empty name if it is itself a file."""
         return list(self.sizes(folder))
 
     def sizes(self, folder: str) -> dict[str, int | None]:
-        """As names(), with the bytes of each where the store tells."""
+        """The bytes of each file, by its name as in names(); None where the store does not tell."""
         place = f"{self._base}/{folder}"
         with self._explained("read"):
-            self._fs.invalidate_cache()  # some stores remember what they have listed, and others write there too
+            self._fs.invalidate_cache()  # some stores remember what they have listed, and other processes write there too
             found = self._fs.find(place, detail=True) if self._is_there(place) else {}
             return {name[len(place) :].lstrip("/"): about.get("size") for name, about in found.items()}
 
@@ -70,13 +70,13 @@ class Remote:
             self._fs.put_file(str(file), target)
 
     def remove(self, name: str) -> None:
-        """A file, or a folder with all that is in it; nothing if there is none."""
+        """Remove a file, or a folder with all that is in it, if it is there."""
         with self._explained("written to"):
             if self._is_there(f"{self._base}/{name}"):
                 self._fs.rm(f"{self._base}/{name}", recursive=True)
 
     def _is_there(self, place: str) -> bool:
-        """Not by fsspec's exists(): of most stores that says no when the network does."""
+        """Whether there is a file or folder at `place`. Not by fsspec's exists(): for most stores that says no when the network fails."""
         try:
             self._fs.info(place)
         except (FileNotFoundError, NotADirectoryError):

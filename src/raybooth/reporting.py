@@ -1,4 +1,4 @@
-"""One HTML file of a run, that opens anywhere: pictures before and after, scores in words, losses, times, configuration."""
+"""One HTML file about a run that opens anywhere: pictures before and after, scores in words, losses, times, configuration."""
 
 import base64
 import io
@@ -26,8 +26,8 @@ FILE = "report.html"
 PROMPTS, PER_PROMPT, OF_CLASS, PHOTOGRAPHS, COLUMNS = 100, 4, 8, 24, 12
 BUDGET = 4_200_000  # characters for all pictures together, of the 5 MB of a page that can be sent
 LADDER = [(side, quality) for side in (1024, 768, 512, 384, 288, 216, 160, 120, 88, 64) for quality in (90, 80)]
-"""How pictures are embedded: pixels at most, and JPEG's quality. The largest first, in bytes too."""
-SETTINGS = "settings.json"  # as the page gives it
+"""How pictures may be embedded: the longest side in pixels, and JPEG's quality. The largest first, in bytes too."""
+SETTINGS = "settings.json"  # by its name on the page
 WORDS = {
     "dino": ("Is it the subject?", "DINO: how alike the pictures and the photographs are to an encoder that tells individuals apart. Higher is better."),
     "clip_i": (
@@ -60,7 +60,7 @@ RULES = {
     "so that 2 is all there is.",
     "subject": "The one whose pictures are likest to the subject is taken.",
 }
-"""Why a checkpoint is the model."""
+"""Why a checkpoint became the model, by `evaluate.select`."""
 
 CEILINGS = {"clip_t": "base, without the token"}
 """What a score's ceiling is, where it is not what the photographs score among themselves."""
@@ -68,7 +68,7 @@ CEILINGS = {"clip_t": "base, without the token"}
 
 @dataclass(frozen=True)
 class Line:
-    """A score for people: a question, its answer's numbers, and what they stand between."""
+    """A score for people: a question, what the score means, its numbers, and the name of its ceiling."""
 
     question: str
     meaning: str
@@ -77,13 +77,13 @@ class Line:
 
     @property
     def told(self) -> str:
-        """The score, in brackets its interval."""
+        """The score, with its interval in brackets."""
         value = number(self.score.value)
         return f"{value} ({number(self.interval[0])} to {number(self.interval[1])})" if self.interval else value
 
     @property
     def since(self) -> str:
-        """What has changed since the base model, in brackets its interval. Without one there is nothing to say, for it may be chance."""
+        """The change since the base model, with its interval in brackets; empty without an interval, as the change may be chance."""
         if self.score.changed is None or self.score.floor is None:
             return ""
         change, low, high = (number(x, "+") for x in (self.score.value - self.score.floor, *self.score.changed))
@@ -95,24 +95,24 @@ class Line:
 
     @property
     def marks(self) -> list[tuple[str, float]]:
-        """What the score is to be compared with."""
+        """Names and values of what the score is to be compared with."""
         return [(name, x) for name, x in (("base", self.score.floor), (self.ceiling, self.score.ceiling)) if x is not None]
 
     @property
     def span(self) -> tuple[float, float]:
-        """Of the bar: nought and all its numbers lie inside, or what hardly differs would look far apart."""
+        """The ends of the bar: nought and all its numbers lie inside, or what hardly differs would look far apart."""
         numbers = [0.0, self.score.value, *(self.interval or ()), *(x for _, x in self.marks)]
         margin = 0.08 * (max(numbers) - min(numbers)) or 0.1
         return min(numbers) - margin, max(numbers) + margin
 
     def place(self, value: float) -> float:
-        """On the bar, in percent."""
+        """Where a value lies on the bar, in percent."""
         low, high = self.span
         return 100 * (value - low) / (high - low)
 
 
 def number(x: float, sign: str = "") -> str:
-    """With a minus that is read aloud: of a hyphen before a number screen readers say nothing."""
+    """A number as text, with a minus that is read aloud: screen readers pass over a hyphen before a number."""
     return f"{x:{sign}z.3f}".replace("-", "\u2212")
 
 
@@ -136,7 +136,7 @@ def report(run: Run) -> Path:
 
 
 def page(facts: dict[str, Any]) -> str:
-    """The template, filled in."""
+    """The report's HTML: the template, filled in."""
     import jinja2
 
     environment = jinja2.Environment(loader=jinja2.PackageLoader("raybooth"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -180,7 +180,7 @@ def facts_of(run: Run) -> dict[str, Any]:
 
 
 def _again(run: Run, trained: dict[str, Any]) -> dict[str, Any]:
-    """How to make it again: by what the model was made, which need not be what the storage's config.json says, and what is drawn and scored now."""
+    """How to make the run again: by the settings that the model was made with, perhaps not those of config.json, and those of drawing and scoring now."""
     now, imported = settings_of(run.config), trained.get("imported")
     made = trained.get("configuration", now)
     settings = made | {"generate": now["generate"], "evaluate": now["evaluate"] | {"select": made["evaluate"]["select"]}}
@@ -195,14 +195,14 @@ def _again(run: Run, trained: dict[str, Any]) -> dict[str, Any]:
 
 
 def _before_after(run: Run) -> list[tuple[str, list[Path], list[Path], int]]:
-    """The prompts, as many as one page can show, with the first that the base drew of each and that the fine-tuned model did, and how many there are."""
+    """The prompts, as many as one page can show, each with its first pictures by the base model and the fine-tuned one, and the number of all."""
     found = list(by_prompt(run, "output-images").items())[:PROMPTS]
     before, after = (run.workspace.root / stage for stage in ("before-images", "output-images"))
     return [(prompt, [before / n for n in names[:PER_PROMPT]], [after / n for n in names[:PER_PROMPT]], len(names)) for prompt, names in found]
 
 
 def _stages(run: Run, selected: dict[str, Any] | None) -> list[str]:
-    """What this run's model and pictures follow from, in the order of their making."""
+    """The stages that this run's model, pictures and scores follow from, in the order of their making."""
     chosen = [*_checkpoint_stages(selected), "checkpoint-features"] if selected else []
     made = ["base-model", "encoders", "instance-images", evaluation.class_before(run), "latents", *chosen, "fine-tuned-model"]
     compared = ["distances"] if run.config.evaluate.lpips else []
@@ -210,7 +210,7 @@ def _stages(run: Run, selected: dict[str, Any] | None) -> list[str]:
 
 
 def _checkpoint_stages(selected: dict[str, Any]) -> list[str]:
-    """The base model's pictures first."""
+    """The stages of the checkpoints' pictures, the base model's first."""
     return [_checkpoint_stage(step) for step in (0, *(c["step"] for c in selected["candidates"]))]
 
 
@@ -219,7 +219,7 @@ def _checkpoint_stage(step: int) -> str:
 
 
 def _seconds(manifests: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Those of all checkpoints together."""
+    """The seconds of each stage, those of all checkpoints' pictures together."""
     total: dict[str, float] = {}
     for stage, manifest in manifests.items():
         name = stage.partition("/")[0]
@@ -228,7 +228,7 @@ def _seconds(manifests: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def _strip(run: Run, selected: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What the checkpoints drew, if it is still there: a column each, the base model's first, and a line a prompt."""
+    """What the checkpoints drew, if it is still there: one column each, the base model's first, and one line per prompt."""
     if not selected:
         return None
     candidates = {c["step"]: c for c in selected["candidates"]}
@@ -242,7 +242,7 @@ def _strip(run: Run, selected: dict[str, Any] | None) -> dict[str, Any] | None:
     lines = []
     by_base, drawn = by_prompt(run, stages[0]), by_prompt(run, stages[1])
     for prompt, (name, *_) in drawn.items():
-        plain = by_base.get(run.config.without_token(prompt), [name])[0]  # the very prompt, of a run of before
+        plain = by_base.get(run.config.without_token(prompt), [name])[0]  # or with the token, in a run of an earlier version
         lines.append((prompt, [run.workspace.root / stages[0] / plain, *(run.workspace.root / stage / name for stage in stages[1:])]))
     scores, kept = [candidates[step] | _shares(candidates[step]) for step in steps[1:]], len(candidates)
     told = {"rule": selected["rule"], "why": RULES.get(selected["rule"], ""), "each": max(map(len, drawn.values()))}
@@ -250,7 +250,7 @@ def _strip(run: Run, selected: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _shares(candidate: dict[str, Any]) -> dict[str, str]:
-    """What its balance is the sum of; nothing of one that an earlier version scored."""
+    """The two shares whose sum is a candidate's balance; none if an earlier version scored it."""
     names = ("step", "dino", "clip_t", "own", "base")
     if not candidate.keys() >= set(names):
         return {}
@@ -259,7 +259,7 @@ def _shares(candidate: dict[str, Any]) -> dict[str, str]:
 
 
 def columns(steps: list[int], taken: int) -> list[int]:
-    """Of ever so many checkpoints those that fit beside the base model, evenly apart: the first and the last, and the one that was taken among them."""
+    """The checkpoints that fit beside the base model, however many there are: evenly spaced, among them the first, the last and the one taken."""
     most = COLUMNS - 1
     if len(steps) <= most:
         return steps
@@ -269,7 +269,7 @@ def columns(steps: list[int], taken: int) -> list[int]:
 
 
 def embedded(paths: Iterable[Path]) -> dict[Path, str]:
-    """Pictures for the page itself: as large and as good as all of them together may be, and none larger than it is."""
+    """Pictures as data URIs, as large and as good as the budget for all of them allows, and none larger than the original."""
     shown = Counter(paths)
     step = bisect_left(LADDER[:-1], True, key=lambda step: _fits(shown, *step))
     return {path: _uri(path, *LADDER[step]) for path in shown}
@@ -281,7 +281,7 @@ def _fits(shown: Counter[Path], side: int, quality: int) -> bool:
 
 
 def _uri(path: Path, side: int, quality: int) -> str:
-    """The picture, of `side` pixels at most."""
+    """The picture as a data URI, of `side` pixels at most."""
     with Image.open(path) as image:
         small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)

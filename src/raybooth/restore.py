@@ -1,4 +1,4 @@
-"""A checkpoint's weights in a loaded base model, to draw with or to save."""
+"""Puts a checkpoint's weights into a loaded base model, to draw with or to save."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ def restore(family: Family, loaded: Loaded, checkpoint: Path) -> "dict[str, nn.M
     with torch.no_grad():
         for name, parameter in trained.named_parameters():
             value = tensors.get(f"average.{name}", tensors.get(f"weights.{name}"))
-            if value is not None:  # with adapters only these are in it
+            if value is not None:  # with adapters there are no others in it
                 parameter.copy_(value)
     trained.requires_grad_(False).eval()
     return dict(trained)

@@ -20,12 +20,12 @@ from raybooth.sections import Sampling
 Switch = Callable[[Sequence[str]], None]
 """Puts the named adapters in place, one for each row of the forward pass that follows; "" is none."""
 Watch = Callable[[int, Tensor], None]
-"""Hears, after each step, how many are done and which clean latents (batch, c, h, w) the model expects. What it raises ends the drawing."""
+"""Is told, after each step, how many are done and which clean latents (batch, c, h, w) the model expects. What it raises ends the drawing."""
 KEPT = 64  # encoded prompts
 
 
 def decoded_at_once(pictures: int, side: int) -> int:
-    """A large picture's decoding needs more memory than all of its denoising: one at a time."""
+    """How many pictures to decode at once: large ones one by one, as decoding one needs more memory than all of its denoising."""
     return pictures if side <= 128 else 1
 
 
@@ -34,7 +34,7 @@ class Sampler:
 
     Args:
         batch: pictures in one forward pass (twice as many rows with guidance).
-        switch: where rows have adapters of their own.
+        switch: for rows with adapters of their own.
     """
 
     def __init__(self, family: Family, loaded: Loaded, sampling: Sampling, batch: int, switch: Switch | None = None):
@@ -52,7 +52,7 @@ class Sampler:
     def draw_batch(
         self, prompts: Sequence[str], seeds: Sequence[int], adapters: Sequence[str] = (), sampling: Sampling | None = None, watch: Watch | None = None
     ) -> np.ndarray:
-        """(n, h, w, 3) uint8 pictures, at most a batch of them, in one forward pass a step. `sampling` stands for this batch in place of the sampler's."""
+        """(n, h, w, 3) uint8 pictures, at most a batch of them, in one forward pass a step. `sampling` replaces the sampler's for this batch."""
         texts = list(zip(adapters or [""] * len(seeds), prompts, strict=True))
         spare, own = self.batch - len(seeds), list(seeds)
         return self._draw(texts + texts[-1:] * spare, own + own[-1:] * spare, sampling or self.sampling, watch)[: len(own)]
@@ -62,7 +62,7 @@ class Sampler:
         facts = self.loaded.facts
         shape = facts.latent_shape(sampling.resolution)
         scheduler = self.family.scheduler(self.loaded.folder, sampling.scheduler, sampling.steps, shape, self.parameter.device)
-        # Schedulers of flows neither scale the first noise nor what the denoiser sees, and have no names for it.
+        # Schedulers of flows scale neither the first noise nor what the denoiser sees, and lack these attributes.
         scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)
         z = torch.stack([normal(shape, s, "latents") for s in seeds]).to(self.parameter) * getattr(scheduler, "init_noise_sigma", 1.0)
         guided = sampling.guidance > 1 and not facts.embeds_guidance
@@ -80,12 +80,12 @@ class Sampler:
                 watch(done, self.loaded.objective.clean(x, out, t.expand(len(x))))
             z = scheduler.step(out, t, z, return_dict=False)[0]
         finite = z.flatten(1).isfinite().all(1).tolist()
-        if not all(finite):  # it would be black pictures
+        if not all(finite):  # they would be black pictures
             raise NotFiniteError([i for i, it_is in enumerate(finite) if not it_is])
         return self.decoded(z)
 
     def _conditioning(self, rows: Sequence[tuple[str, str]], sampling: Sampling) -> dict[str, Tensor]:
-        """Of (adapter, prompt) pairs, each encoded once and by itself."""
+        """The conditioning of (adapter, prompt) pairs, each encoded once and by itself."""
         for adapter, prompt in dict.fromkeys(rows):
             if (adapter, prompt) not in self._texts:
                 self.switch([adapter])
@@ -99,7 +99,7 @@ class Sampler:
         return stacked
 
     def decoded(self, z: Tensor) -> np.ndarray:
-        """(n, h, w, 3) uint8 of latents."""
+        """Latents decoded to (n, h, w, 3) uint8 pictures."""
         at_once = decoded_at_once(len(z), z.shape[-1] * self.loaded.facts.downscale)
         pixels = torch.cat([decode(self.loaded, part) for part in z.split(at_once)])
         levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255)

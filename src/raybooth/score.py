@@ -12,12 +12,12 @@ Distances = NDArray[np.float64]
 
 
 def to_subject(drawn: Array, photographs: Array) -> Array:
-    """DINO, CLIP-I, PRES: of each drawn picture (n, d) the mean cosine to the photographs (m, d): (n,)."""
+    """DINO, CLIP-I, PRES: the mean cosine of each drawn picture (n, d) to the photographs (m, d): (n,)."""
     return (drawn @ photographs.T).mean(axis=1)
 
 
 def to_prompt(drawn: Array, prompts: Array) -> Array:
-    """CLIP-T: of each picture (n, d) the cosine to its own prompt (n, d): (n,)."""
+    """CLIP-T: the cosine of each picture (n, d) to its own prompt (n, d): (n,)."""
     return (drawn * prompts).sum(axis=1)
 
 
@@ -28,7 +28,7 @@ def pairwise_cosines(pictures: Array) -> Array:
 
 
 def distances(patches: Array) -> Distances:
-    """Of pictures whose patches are (n, p, d) from one another: (n, n).
+    """Distances of pictures from one another (n, n), by their patches (n, p, d).
 
     The distance is LPIPS's (Zhang et al. 2018, equation 1) on the last layer of the ViT, unweighted: the squared distance of
     unit-length features at each place, averaged over the places. It lies in [0, 4].
@@ -41,20 +41,20 @@ def distances(patches: Array) -> Distances:
 
 
 def diversity(prompts: Sequence[Distances]) -> Array:
-    """DIV: of each prompt, whose pictures' distances from one another are (n, n), the mean of its pairs: (prompts,)."""
+    """DIV: the mean distance of each prompt's pairs of pictures, from their distances (n, n): (prompts,). Prompts with one picture are left out."""
     return np.array([one.sum() / (len(one) * (len(one) - 1)) for one in prompts if len(one) > 1], dtype=np.float32)
 
 
 def share(value: float, anchor: float) -> float:
-    """How much of `anchor` a `value` comes to, 1 being all. There are no parts of an anchor of nought or less: then what is missing is taken from 1."""
+    """`value` as a share of `anchor`, 1 being all. An anchor of nought or less has no shares: then what is missing is taken from 1."""
     return value / anchor if anchor > 0 else 1 + value - anchor
 
 
 @dataclass(frozen=True)
 class Score:
-    """A mean with its bootstrap 95% interval (none of a single value).
+    """A mean with its bootstrap 95% interval (None for a single value).
 
-    `floor` is the base model's before fine-tuning, and `changed` the interval of what has changed since: by pairs of pictures of the same prompt and
+    `floor` is the base model's before fine-tuning, and `changed` the interval of the change since: over pairs of pictures of the same prompt and
     seed, which vary together, so that it is much narrower than the two means' own. `ceiling` is the best that can be expected.
     """
 
@@ -67,7 +67,7 @@ class Score:
 
 
 def scored(values: Array, base: Array | None = None, ceiling: float | None = None, draws: int = 2000) -> Score:
-    """Percentile bootstrap (Efron 1979) over `values`, with a fixed seed. `base` are the base model's, in the same order."""
+    """The score of `values`, by percentile bootstrap (Efron 1979) with a fixed seed. `base` are the base model's, in the same order."""
     floor = None if base is None else float(base.mean())
     if len(values) == 1:
         return Score(float(values[0]), None, None, floor, ceiling)
@@ -84,7 +84,7 @@ def _interval(means: NDArray[Any]) -> tuple[float, float]:
 def scored_pairs(found: Distances, base: Distances | None = None, ceiling: float | None = None, draws: int = 2000) -> Score:
     """DIV of two or more pictures of one prompt, whose distances from one another are (n, n).
 
-    What is drawn anew are the pictures: pairs share them, and by pairs the interval would be half as wide as it is. A picture is no pair with itself.
+    Pictures are resampled, not pairs: these share pictures, and by them the interval would be half as wide. A picture makes no pair with itself.
     """
     n = len(found)
     value, floor = float(diversity([found])[0]), None if base is None else float(diversity([base])[0])

@@ -11,7 +11,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=100_000_000)]
 Item = TypeVar("Item")
 Several = Annotated[list[Item], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-"""A list, of which one item can stand without brackets."""
+"""A list; a single text can stand without brackets."""
 Guidance = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None
 SchedulerName = Literal["dpmsolver++", "ddim", "pndm", "euler"]
 
@@ -24,7 +24,7 @@ class Section(BaseModel):
     def _no_number_is_true(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("it is not a switch that is true or false")  # Python counts with them
+            raise ValueError("it is not a switch that is true or false")  # to Python they are numbers
         return value
 
     @field_validator("*", mode="before")
@@ -63,7 +63,7 @@ class Subject(Section):
 
     @property
     def prompt(self) -> str:
-        """What every instance image is called."""
+        """The prompt of every instance image."""
         return f"photo of {self.name}"
 
     @property
@@ -103,7 +103,7 @@ class Prior(Section):
 
     @property
     def drawn(self) -> int:
-        """Class pictures that are needed."""
+        """The number of class pictures that are needed."""
         return self.images if self.method == "class-images" else 0
 
     @property
@@ -118,8 +118,8 @@ class Prior(Section):
 
 
 RELATIVE = {"full": 40, "lora": 500}
-"""Adafactor's rate over AdamW's, for steps of about the same size: it is multiplied by the root mean square of a tensor of weights, of 0.001 at least,
-which is 0.025 or so of weights, and next to nothing of the half of an adapter that starts at zero."""
+"""Adafactor's rate over AdamW's, for steps of about the same size: Adafactor multiplies it by the root mean square of the tensor, at least 0.001,
+which is about 0.025 for weights, and next to nothing for the half of an adapter that starts at zero."""
 
 
 class Finetune(Section):
@@ -158,11 +158,11 @@ class Finetune(Section):
 
     @model_validator(mode="after")
     def _rate_of_its_own(self) -> "Finetune":
-        """Prodigy finds the rate; adapters start from nothing, and learn next to nothing at that of the weights."""
+        """Set the default rate: Prodigy finds its own; adapters start from nothing, and learn next to nothing at that of the weights."""
         if "lr" not in self.model_fields_set:
             usual = 1e-4 if self.method == "lora" else type(self).model_fields["lr"].default
             own = {"prodigy": 1.0, "adafactor": usual * RELATIVE[self.method]}.get(self.optimizer, usual)
-            self.__dict__["lr"] = own  # not as one that was set: mini's rates come before it
+            self.__dict__["lr"] = own  # not counted as set: mini's rates take precedence
         return self
 
 
@@ -220,7 +220,7 @@ class Sampling:
     resolution: int
 
     def changed(self, steps: int | None, guidance: float | None) -> "Sampling":
-        """With what is given in place of its own."""
+        """A copy with what is given in place of its own."""
         return replace(self, steps=self.steps if steps is None else steps, guidance=self.guidance if guidance is None else guidance)
 
 
@@ -238,7 +238,7 @@ class Cluster(Section):
 
     @property
     def is_demanding(self) -> bool:
-        """Whether a machine may not have what is asked for."""
+        """Whether it asks for what a machine may not have."""
         return self.address is not None or self.worker_range[0] > 1 or bool(self.gpus_per_worker)
 
     @property

@@ -20,8 +20,8 @@ PROMPTS, EACH = 4, 2  # the first that show the subject, and pictures of each; t
 class Candidate:
     """A checkpoint's scores.
 
-    `own` is DINO among the photographs, none of a single one. `base` is CLIP-T of the base model: of the same seeds, and of the same prompts without the
-    token, for what it makes of a word that it has never met is easily beaten, and would let much be forgotten.
+    `own` is DINO among the photographs, None if there is only one. `base` is the base model's CLIP-T, for the same seeds and the same prompts without the
+    token: what it makes of a word that it has never met is easily beaten, and would let much be forgotten.
     """
 
     step: int
@@ -32,12 +32,12 @@ class Candidate:
 
     @property
     def balance(self) -> float:
-        """How much of what can be had of the subject, and how much of the prompt is kept, each at most whole."""
+        """The share of the subject that is reached plus the share of the prompt that is kept, each at most 1."""
         return min(1.0, self.subject) + min(1.0, self.prompt)
 
     @property
     def subject(self) -> float:
-        """Of one photograph, which is like no other, all of its DINO is to be had."""
+        """DINO as a share of the photographs' own, or of 1 if there is only one photograph."""
         return share(self.dino, 1.0 if self.own is None else self.own)
 
     @property
@@ -72,13 +72,13 @@ def candidates(run: Run, checkpoints: Mapping[int, str]) -> list[Candidate]:
 
 
 def rows_of(run: Run, plain: bool = False) -> list[dict[str, Any]]:
-    """What every checkpoint draws: the subject, if need be by the prompt that it was learnt by. `plain` is what the base model does: without the token."""
+    """Rows that every checkpoint draws: of the subject, if need be by the prompt that it was learnt by; `plain` for the base model: without the token."""
     prompts = [p for p in run.config.output_prompts if run.config.shows_subject(p)] or [run.config.subject.prompt]
     return output_rows(run, "checkpoint", EACH, [run.config.without_token(p) if plain else p for p in prompts[:PROMPTS]])
 
 
 def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, Any]:
-    """Choose by `evaluate.select`, and if it is not the last one, write it into the storage's folder `target`. Returns what was found, as facts."""
+    """Choose a checkpoint by `evaluate.select` and, unless it is the last, write it into the storage's folder `target`. Returns what was found, as facts."""
     from raybooth import finetune_job
     from raybooth.cluster.rows import map_rows
 
@@ -89,7 +89,7 @@ def select(run: Run, checkpoints: Mapping[int, str], target: str) -> dict[str, A
         marks = f"subject {subject}, prompt {c.prompt:.0%} of the base model's without the token"
         run.say(f"checkpoint {c.step}: {marks}{'; taken' if c is best else ''}")
     if best.step != max(checkpoints):
-        shutil.rmtree(run.workspace.root / target, ignore_errors=True)  # the last step's: a pull would take it for the one that another machine has made
+        shutil.rmtree(run.workspace.root / target, ignore_errors=True)  # else a pull would keep the last step's in place of what another machine has made
         make = partial(finetune_job.exporter, run.workspace.uri, checkpoints[best.step], target)
         cluster, size = run.config.cluster, model_bytes(run, "base-model")
         list(map_rows(make, [{"name": "model"}], batch=1, have=run.ray, retries=cluster.retries, say=run.say, model_bytes=size))

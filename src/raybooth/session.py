@@ -34,8 +34,8 @@ MADE = ("instance-images", "class-images", "output-images")
 class Run:
     """One run. Stages are functions of it; Ray starts when the first of them needs it.
 
-    Use it as a context manager: it holds the storage's lock and shuts Ray down at the end. One that `writes` nothing there does without the lock
-    where it cannot be had.
+    Use it as a context manager: it holds the storage's lock and shuts Ray down at the end. One that does not write (`writes`) does without
+    the lock if it may not write there.
     """
 
     def __init__(self, config: Config, quiet: bool = False, writes: bool = True):
@@ -67,10 +67,10 @@ class Run:
         return have
 
     def _usable(self, have: "Resources") -> "Resources":
-        """What torch can use of it: Ray counts what GPUs there are.
+        """The part of the resources that torch can use: Ray counts what GPUs there are.
 
         Raises:
-            RayboothError: if torch is made for GPUs, and can use none: who pays for them would wait for hours.
+            RayboothError: if torch is built for GPUs but can use none: whoever pays for them would wait for hours.
         """
         if version("torch").endswith("+cpu"):
             self.say("torch is its CPU build here and cannot use what this machine has of GPUs: install the CUDA build ('make demo TORCH=cuda').")
@@ -85,19 +85,19 @@ class Run:
         return have
 
     def say(self, text: str) -> None:
-        """On a line of its own, above a line of progress."""
+        """Print `text` on a line of its own, above the progress line."""
         from tqdm import tqdm
 
         if not self.quiet:
             tqdm.write(text, file=sys.stderr)
 
     def say_why(self, stage: Stage) -> None:
-        """Of what was made before, and is made anew: hours may go by."""
+        """Say why a stage that was made before is made anew: that may take hours."""
         if why := stage.why:
             self.say(f"{stage.name}: made anew, for {why}")
 
     def progress(self, things: Iterable[T], total: int, title: str, unit: str) -> Iterator[T]:
-        """`things` with a line that shows how many, at which rate, and the time left."""
+        """Yield `things` under a line that shows how many, at which rate, and the time left."""
         from tqdm import tqdm
 
         yield from tqdm(things, desc=title, total=total, unit=unit, disable=self.quiet, dynamic_ncols=True, file=sys.stderr)
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def model_folder(self) -> Path:
-        """The fine-tuned pipeline, a folder that plain diffusers opens, or adapters."""
+        """The folder of the fine-tuned model: a pipeline that plain diffusers opens, or adapters."""
         return self.workspace.root / "fine-tuned-model"
 
     @property
@@ -117,7 +117,7 @@ class Run:
         return "opens in plain diffusers" if (self.model_folder / "model_index.json").exists() else "adapters for the base model, for load_lora_weights"
 
     def outputs(self, stage: str) -> dict[str, str]:
-        """name -> sha256 of what a stage has made.
+        """The sha256 of each of a stage's outputs, by name.
 
         Raises:
             RayboothError: if it has not been run.
@@ -156,7 +156,7 @@ class Run:
         return images
 
     def save_config(self) -> None:
-        """Keep the configuration beside what it made, for people, and for the verbs that are given none."""
+        """Keep the configuration beside what it made, for people, and for verbs that are given none."""
         values = settings_of(self.config)
         if not self.workspace.remote:
             values["storage"] = str(self.workspace.root)
@@ -164,10 +164,10 @@ class Run:
         self.workspace.push(CONFIG_FILE)
 
     def refuse_others_files(self) -> None:
-        """Beside its stages' folders a run writes files that no manifest names. What bears such a name where no run was begun is the user's.
+        """Refuse a storage with files of a user's that a run would overwrite: beside its stages' folders it writes some that no manifest names.
 
         Raises:
-            RayboothError: if there is one.
+            RayboothError: if there is one of such a name, and no run was begun there.
         """
         root = self.workspace.root
         for name in LOOSE:
@@ -182,7 +182,7 @@ class Run:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """A configuration to be kept with what it made, as plain values: paths of this machine are absolute, for it is read again in other folders."""
+    """A configuration as plain values, to be kept with what it made: paths of this machine are absolute, as it is read again in other folders."""
     values = config.model_dump(by_alias=True, mode="json")
     values["subject"]["photos"] = [_absolute(source) for source in config.subject.photos]
     for section, key in (("base", "model"), ("base", "configuration"), ("evaluate", "dino"), ("evaluate", "clip"), ("evaluate", "lpips")):
@@ -191,13 +191,13 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def _absolute(value: str | None) -> str | None:
-    """Of what lies there; names on the hub, addresses and mini are none."""
+    """The absolute path of what exists; names on the hub, addresses and mini stay as they are."""
     path = os.path.expanduser(value) if value and value != "mini" else ""
     return os.path.abspath(path) if os.path.exists(path) else value
 
 
 def version(name: str) -> str:
-    """Of an installed package, for people."""
+    """The version of an installed package, for people."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -205,12 +205,12 @@ def version(name: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what this machine computes with."""
+    """The versions of what this machine computes with."""
     return {name: version(name) for name in ("raybooth", "torch", "diffusers", "transformers", "ray")}
 
 
 def folder_here(storage: str, *names: str) -> Path:
-    """Of this machine, with what it has of a storage: the storage itself, or its mirror, into which the stages or files `names` are brought first."""
+    """This machine's folder with what it has of a storage: the storage itself, or its mirror, into which the stages or files `names` are brought first."""
     if "://" not in storage:
         return path_of(storage, "storage")
     workspace = Workspace(storage)
@@ -220,13 +220,13 @@ def folder_here(storage: str, *names: str) -> Path:
 
 
 def kept_config(storage: str) -> Path | None:
-    """The configuration beside what a storage holds; None if no run was begun there."""
+    """The path of the configuration that a storage holds; None if no run was begun there."""
     path = folder_here(storage, CONFIG_FILE) / CONFIG_FILE
     return path if path.is_file() else None
 
 
 def config_in(storage: str) -> Path:
-    """As kept_config().
+    """The path of the configuration that a storage holds, like kept_config().
 
     Raises:
         RayboothError: if no run was begun there.
@@ -238,7 +238,7 @@ def config_in(storage: str) -> Path:
 
 
 class StepLine:
-    """The live line of fine-tuning at the driver."""
+    """The driver's live progress line of a fine-tuning."""
 
     def __init__(self, run: Run):
         from tqdm import tqdm
@@ -257,8 +257,8 @@ class StepLine:
         self.bar.update(word["step"] - self.bar.n)
 
     def _start(self, step: int) -> None:
-        """A group begins, or goes on from a step, which may be an older one: its rate and the time left count from now."""
-        self.bar.initial = 0  # of the group before: reset() shows the line, and would count back from there
+        """Set the line to the step where a group begins or resumes, perhaps an older one: rate and time left count from now."""
+        self.bar.initial = 0  # drop that of the group before: reset() shows the line, and would count back from there
         self.bar.reset()
         self.bar.n = self.bar.initial = self.bar.last_print_n = step
         self.bar.refresh()

@@ -16,7 +16,7 @@ from raybooth.manifest import holds_configuration, read_manifest
 from raybooth.photos import SUFFIXES, Photo, refuse_duplicates
 
 HUB = "hf://"
-MOST = 1000  # photographs; somebody who gives more has given another folder than was meant
+MOST = 1000  # photographs; whoever gives more has probably given the wrong folder
 LARGEST_DOWNLOAD = 64 << 20  # bytes
 
 
@@ -35,7 +35,7 @@ def is_remote(source: str) -> bool:
 def gather(sources: Sequence[str], storage: Path | None = None) -> Gathered:
     """The photographs in files and folders of this machine, which are read when they are needed.
 
-    Links are followed, and a file counts once, however often it is come to. Skipped with the reason: hidden files and folders, files whose names
+    Links are followed, and a file counts once, however often it is found. Skipped with the reason: hidden files and folders, files whose names
     are not a picture's, and what raybooth itself has made: the folder `storage`, other storages, stages of any.
 
     Raises:
@@ -63,9 +63,10 @@ def _existing(source: str) -> Path:
 
 
 def refuse_configurations(sources: Iterable[str]) -> None:
-    """
+    """Refuse configurations among the sources of photographs.
+
     Raises:
-        RayboothError: if one of the sources of photographs is a configuration.
+        RayboothError: if there is one.
     """
     for path in (path_of(source, "subject.photos") for source in sources if source.endswith((".toml", ".json"))):
         if path.is_file():
@@ -73,7 +74,7 @@ def refuse_configurations(sources: Iterable[str]) -> None:
 
 
 def _absent(source: str, path: Path) -> str:
-    """What to say of it; it may be an address of a kind that is not taken."""
+    """What to say about a source that does not exist; it may be an address of an unsupported kind."""
     scheme, colon, rest = source.partition("://")
     if colon and scheme.lower() == "file":
         return f"{source} is no path: write it without {scheme}://, as {unquote(rest)}."
@@ -91,7 +92,7 @@ def _absent(source: str, path: Path) -> str:
 
 
 def fetch(sources: Sequence[str], dataset: Callable[[str], Path]) -> Gathered:
-    """The photographs behind URLs and in datasets of the hub, of which `dataset` makes a folder.
+    """The photographs behind URLs and in datasets of the hub, which `dataset` downloads to a folder.
 
     Raises:
         RayboothError: if one cannot be fetched, there is no photograph at all or far too many, or two are the same.
@@ -115,7 +116,7 @@ def _checked(gathered: Gathered, sources: Sequence[str]) -> Gathered:
 
 
 class _Found:
-    """What has been found so far; `storage` is not looked into below a folder, only if it is itself given."""
+    """What has been found so far; `storage` is looked into only if it is itself given, not below another folder."""
 
     def __init__(self, storage: Path | None = None):
         self.gathered = Gathered()
@@ -123,7 +124,7 @@ class _Found:
         self._seen: set[str] = set()
 
     def add(self, path: Path, name: str) -> None:
-        """A file, or all that is in a folder, in the order of names; called `name` in messages."""
+        """Add a file, or all that is in a folder in the order of names; messages call it `name`."""
         real = os.path.realpath(path)
         if real in self._seen:
             return
@@ -160,12 +161,12 @@ class _Found:
 
 
 def _readable(name: str) -> str:
-    """File names may hold bytes that are no text, which neither JSON nor a terminal takes."""
+    """A file name as text: it may hold bytes that are not, which neither JSON nor a terminal takes."""
     return os.fsencode(name).decode(errors="replace")
 
 
 def _made_besides(folder: Path) -> set[str]:
-    """Outputs of a stage's folder that are not its pictures, as its contact sheet."""
+    """Names of a stage folder's outputs that are not its pictures, such as its contact sheet."""
     manifest = read_manifest(folder) or {"outputs": {}, "facts": {}}
     return set(manifest["outputs"]) - set(manifest["facts"].get("pictures", manifest["outputs"]))
 
@@ -177,10 +178,10 @@ def _without_password(url: str) -> str:
 
 
 def _address(url: str) -> str:
-    """As a request takes it: blanks and letters of any language encoded, a host's by the rules for names.
+    """A URL as a request takes it: blanks and letters of any language encoded, the host's by the rules for domain names.
 
     Raises:
-        ValueError: if it is no address.
+        ValueError: if it is not an address.
     """
     parts = urlsplit(url)
     host, colon, port = parts.netloc.partition(":")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Stage:
-    """One stage's folder. `inputs` says from what the outputs follow; its digest decides whether they still hold."""
+    """One stage's folder. `inputs` says what the outputs follow from; its digest decides whether they still hold."""
 
     def __init__(self, workspace: "Workspace", name: str, inputs: dict[str, Any]):
         self.workspace, self.name, self.inputs = workspace, name, inputs
@@ -31,7 +31,7 @@ class Stage:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """Of what is complete, whatever its inputs were."""
+        """The manifest of the complete outputs, whatever their inputs were; None if there are none."""
         return read_manifest(self.folder)
 
     @property
@@ -42,7 +42,7 @@ class Stage:
 
     @property
     def why(self) -> str:
-        """What has changed since its outputs were made, for people; nothing if they hold, or there are none."""
+        """What has changed since its outputs were made, for people; empty if they hold, or there are none."""
         old = self.manifest
         if old is None or old["digest"] == self.key:
             return ""
@@ -70,7 +70,7 @@ class Stage:
         return self.partial / name if (self.partial / name).exists() else self.folder / name
 
     def clear(self) -> None:
-        """Drop the work in progress, for results that are made as a whole; not the time that it took."""
+        """Drop the work in progress, for results that are made as a whole, but keep the time that it took."""
         shutil.rmtree(self.partial, ignore_errors=True)
         if self._clock.before:
             self._clock.keep()
@@ -82,7 +82,7 @@ class Stage:
         self.keep_time()
 
     def keep_time(self) -> None:
-        """Note, now and then, the time that was worked on this: what is cut off and gone on with counts from its beginning."""
+        """Note, now and then, the time worked on this, so that work which is cut off and resumed counts from its beginning."""
         if self._clock.due:
             with contextlib.suppress(OSError, RayboothError):  # a full disk stops what has more to write
                 self._clock.keep()
@@ -91,7 +91,8 @@ class Stage:
     def finish(self, facts: dict[str, Any] | None = None, only: Iterable[str] | None = None, earlier: float = 0.0) -> dict[str, Any]:
         """Move the work in progress into place: beside what holds already, instead of what does not.
 
-        `only` names the outputs that are still wanted; without it all that hold are kept. `earlier` are seconds of work that others were made by.
+        `only` names the outputs that are still wanted; without it all that hold are kept. `earlier` are seconds of work done under other inputs.
+        Returns the new manifest.
         """
         old = self.manifest
         self.partial.mkdir(parents=True, exist_ok=True)
@@ -115,11 +116,11 @@ class Stage:
         return manifest
 
     def _complete_interrupted_finish(self) -> None:
-        for manifest in sorted(self.folder.glob(f".partial-*/{MANIFEST}")):  # of other inputs too, or its files would be in the way as nobody's
+        for manifest in sorted(self.folder.glob(f".partial-*/{MANIFEST}")):  # of other inputs too, or its files would be in the way, as if not ours
             self.workspace.take_in(self.name, manifest.parent)
 
     def _refuse_to_overwrite(self, new: dict[str, dict[str, Any]], old: dict[str, Any] | None) -> None:
-        mirror = self.workspace.mirror  # in which nothing is the user's, but in what it mirrors
+        mirror = self.workspace.mirror  # nothing in it is the user's, only in what it mirrors
         foreign = mirror.foreign(self.name, new) if mirror else self._foreign(new, set(old["outputs"]) if old else set())
         if foreign:
             where = f"{self.workspace.storage.rstrip('/')}/{self.name}" if mirror else self.folder
@@ -130,7 +131,7 @@ class Stage:
             )
 
     def _foreign(self, new: dict[str, dict[str, Any]], ours: set[str]) -> list[str]:
-        """Of files that are there and in no manifest, those with the very content are ours, of a stage that has lost its manifest."""
+        """What is in the way of outputs `new` and not among `ours`. Files with the same content are ours too, of a stage that has lost its manifest."""
         there = [n for n in new if n not in ours and os.path.lexists(self.folder / n)]
         foreign = [n for n in there if not (self.folder / n).is_file() or describe(self.folder / n) != new[n]]
         folders = {p.as_posix() for n in new for p in Path(n).parents} - ours
@@ -142,7 +143,7 @@ class Stage:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], below: str = "") -> Iterator[str]:
-    """Where two trees of inputs are not the same, as "finetune.lr was 0.1 and is 0.2"."""
+    """The differences between two trees of inputs, such as "finetune.lr was 0.1 and is 0.2"."""
     for key in [*old, *(k for k in new if k not in old)]:
         a, b, name = old.get(key), new.get(key), f"{below}{key}"
         if isinstance(a, dict) and isinstance(b, dict):

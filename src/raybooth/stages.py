@@ -25,10 +25,10 @@ _AS_HERE = "; what --set says here it must be told too"
 
 
 def prepare(run: Run) -> None:
-    """The base model and the instance images. The configuration is kept when both are there: one that was refused changes nothing."""
+    """Prepare the base model and the instance images. The configuration is kept when both are there: a refused one changes nothing."""
     run.workspace.check_writable()
     run.refuse_others_files()
-    if run.config.cluster.address is None:  # on a cluster it is for its machines to have
+    if run.config.cluster.address is None:  # on a cluster its machines need to have it
         check_installed(run.config.finetune)
     with tempfile.TemporaryDirectory() as scratch:
         photos = Photographs(run, Path(scratch))
@@ -49,7 +49,7 @@ def prepare(run: Run) -> None:
 
 
 def _check_lengths(run: Run) -> None:
-    """Of the prompts, against what the base model reads of one.
+    """Check the prompts against the length that the base model reads.
 
     Raises:
         RayboothError: if the subject or the class would be cut off where it is taught.
@@ -77,7 +77,7 @@ def _unread(run: Run, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
 
 
 def class_images(run: Run) -> None:
-    """Pictures of the class by the base model, for prior preservation."""
+    """Draw pictures of the class with the base model, for prior preservation."""
     prior = run.config.prior
     if not prior.drawn:
         return run.say(f"class-images: none are wanted (prior.{'images = 0' if prior.method == 'class-images' else f'method = {prior.method}'})")
@@ -85,7 +85,7 @@ def class_images(run: Run) -> None:
 
 
 def encode(run: Run) -> None:
-    """Instance and class images to latents (posterior mean and std), prompts to conditioning; named by their content."""
+    """Encode instance and class images to latents (posterior mean and std), and prompts to conditioning; files are named by their content."""
     from raybooth import jobs
 
     stage, rows = _latents(run)
@@ -101,7 +101,7 @@ def encode(run: Run) -> None:
 
 
 def _latents(run: Run) -> tuple[Stage, dict[str, dict[str, str]]]:
-    """The latents' stage and, by name, what each is made from."""
+    """The latents' stage and, by file name, what each is made from."""
     stage = run.workspace.stage("latents", {"model": run.model_digest("base-model")})
     rows = {_latent_name(sha): {"stage": f"{kind}-images", "file": f, "sha256": sha} for kind, found in _pictures(run).items() for f, sha in found.items()}
     rows |= {name: {"prompt": p} for name, p in _prompt_names(run).items()}
@@ -109,7 +109,7 @@ def _latents(run: Run) -> tuple[Stage, dict[str, dict[str, str]]]:
 
 
 def _pictures(run: Run) -> dict[str, dict[str, str]]:
-    """Of each kind, instance and class, file -> sha256 of the pictures that are trained on.
+    """The pictures that are trained on, file -> sha256 for each kind, instance and class.
 
     Raises:
         RayboothError: if they are not of the present settings and base model, or too few.
@@ -157,9 +157,10 @@ def _read_row(run: Run, row: dict[str, str]) -> dict[str, Any]:
 
 
 def refuse_import(run: Run) -> None:
-    """
+    """Refuse to fine-tune in place of an imported LoRA.
+
     Raises:
-        RayboothError: if the storage holds a LoRA that was made elsewhere, and of which it may be the only copy: fine-tuning would take its place.
+        RayboothError: if the storage holds one; it may be the only copy.
     """
     held = run.manifest_of("fine-tuned-model")
     if held and "imported" in held["inputs"]:
@@ -167,7 +168,7 @@ def refuse_import(run: Run) -> None:
 
 
 def finetune(run: Run) -> None:
-    """The base model to the fine-tuned model, by the prior-preserving loss."""
+    """Fine-tune the base model by the prior-preserving loss."""
     from raybooth import finetune_job
     from raybooth.cluster.fit import run_group
 
@@ -193,7 +194,7 @@ def finetune(run: Run) -> None:
     selects, key = config.evaluate.select != "last", digest(inputs)
     if selects:
         prepare_encoders(run)
-        # Not [generate]: a model that was chosen stays chosen, whatever is drawn with it later. By what it was chosen its facts tell.
+        # Not [generate]: a model that was chosen stays chosen, whatever is drawn with it later. Its facts tell what it was chosen by.
         inputs["select"] = {"rule": config.evaluate.select, "encoders": run.model_digest("encoders")}
     stage = run.workspace.stage("fine-tuned-model", inputs)
     if stage.done():
@@ -224,14 +225,14 @@ def finetune(run: Run) -> None:
         for note in notes:
             run.say(f"fine-tuned-model: {note}")
         facts["selected"] = selection.select(run, kept, target)
-    facts |= {"configuration": settings_of(config), "versions": versions()}  # config.json may be another's by the time that somebody asks
+    facts |= {"configuration": settings_of(config), "versions": versions()}  # config.json may be another run's by the time that somebody asks
     earlier = _seconds_of_training(stage, key) if min(starts, default=0) == config.finetune.steps else 0.0
     stage.finish(facts, only=files_under(stage.partial), earlier=earlier)
     run.say(f"fine-tuned-model: {stage.folder}")
 
 
 def _seconds_of_training(stage: Stage, key: str) -> float:
-    """Of the fine-tuning `key`, where its model is only chosen anew."""
+    """Seconds of the fine-tuning `key`, if only the choice of its model is new; else 0."""
     old = stage.manifest
     if old is None or old["digest"] == stage.key or digest({k: v for k, v in old["inputs"].items() if k != "select"}) != key:
         return 0.0
@@ -239,7 +240,7 @@ def _seconds_of_training(stage: Stage, key: str) -> float:
 
 
 def generate(run: Run) -> None:
-    """Pictures of every prompt by the fine-tuned model."""
+    """Draw pictures of every prompt with the fine-tuned model."""
     taught = run.workspace.manifest("fine-tuned-model")["inputs"].get("prompts", {}).get("instance", run.config.subject.prompt)
     if taught != run.config.subject.prompt:
         run.say(f"output-images: the model was taught '{taught}', and the subject is '{run.config.subject.prompt}' by now: 'raybooth run' would teach that.")
@@ -248,4 +249,4 @@ def generate(run: Run) -> None:
 
 
 STAGES = {"prepare": prepare, "class-images": class_images, "encode": encode, "finetune": finetune, "generate": generate}
-"""The way of the data, in order; the names are the verbs of the command line."""
+"""The stages in the order of the data; the names are the verbs of the command line."""

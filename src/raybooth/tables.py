@@ -9,13 +9,13 @@ from raybooth.errors import RayboothError
 
 
 def unpack(table: Path, name: str, suffixes: frozenset[str], most: int) -> None:
-    """The pictures of a table as files beside it, in the order of its rows, up to `most`, and no table.
+    """Replace a table by a folder with its pictures as files, up to `most`, in the order of its rows.
 
     Args:
-        name: of the table, for messages.
+        name: the table's, for messages.
 
     Raises:
-        RayboothError: if it is no table.
+        RayboothError: if it cannot be read as a table.
     """
     from pyarrow import ArrowException
 

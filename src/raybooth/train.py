@@ -24,12 +24,12 @@ from raybooth.teacher import Teacher
 
 VALIDATION = 8  # draws of each kind of row
 Words = dict[str, Tensor]
-"""What the denoiser is told of prompts: its conditioning, a row each."""
+"""What the denoiser is told of prompts: their conditioning, one row each."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What fit() needs to know beside model and rows. `finetune.batch` counts instance rows over all workers; `autocast` is what "auto" stands for here."""
+    """What fit() needs to know besides model and rows. `finetune.batch` counts instance rows over all workers; `autocast` is what "auto" stands for here."""
 
     finetune: Finetune
     seed: int
@@ -68,10 +68,10 @@ class State:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, done. `metrics` is there on every `log_every`-th and on the last.
+    """One completed optimizer step. `metrics` is there on every `log_every`-th and on the last.
 
     `state` reads what a checkpoint holds; every worker of the group must call it, or none. `validate` gives the mean losses of fixed rows at
-    fixed noise and timesteps, by kind: what training does to the loss without the noise of its draws. Any worker may call it.
+    fixed noise and timesteps, by kind: what training does to the loss, without the noise of the draws. Any worker may call it.
     """
 
     number: int
@@ -81,7 +81,7 @@ class Step:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """For the forward pass; the backward pass takes its types from there."""
+    """The context of a forward pass, in `dtype` if given; the backward pass takes its types from there."""
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
@@ -104,7 +104,7 @@ class RowLoss(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Weighted squared error of each row: the first `instances` are of the subject, the others of the class.
 
-        `prompt` is of each row; `used` are those of all workers' rows in this step, each once, and `words` theirs if they were encoded before.
+        `prompt` is each row's; `used` are those of all workers' rows in this step, each once, and `words` their conditioning if encoded before.
         """
         z, target, taught = self.objective.noisy(x0, noise, t), self.objective.target(x0, noise, t), prompt[instances:]
         if self.teacher and taught:
@@ -114,7 +114,7 @@ class RowLoss(nn.Module):
         return row_errors(prediction, target) * self.objective.weight(t, self.min_snr_gamma)
 
     def encode(self, used: Sequence[int]) -> Words:
-        """Of these prompts, by the text encoders if they are trained: one row each."""
+        """The conditioning of these prompts, one row each; by the text encoders if they are trained."""
         known = self.data.conditioning
         known = {k: v[self._at(used)] for k, v in known.items()} if known else None
         if not self.text_encoder:
@@ -134,9 +134,9 @@ def fit(
 ) -> Iterator[Step]:  # fmt: skip
     """Fine-tune `loaded` in place by the prior-preserving loss, from the beginning or from `start`.
 
-    Parts of which some parameters require gradients already (adapters) keep to those; others are trained whole.
+    In parts where some parameters require gradients already (adapters) only those are trained; other parts are trained whole.
     The loss is sum(w_i * mse_i) / (instance rows of all workers), so a group of workers steps as one worker does.
-    `start` is let go of when it has been read, for it is as large as what is trained: let go of it too.
+    `start` is released when it has been read, as it is as large as what is trained: release it too.
 
     Raises:
         RayboothError: if the loss, the gradient or a weight is not finite.
@@ -170,7 +170,7 @@ class _Loop:
         of_encoders = finetune.lr if finetune.text_encoder_lr is None else finetune.text_encoder_lr
         rates = {part: finetune.lr if part == module.family.denoiser else of_encoders for part in self.trained}
         groups = groups_of(finetune.optimizer, self.parameters, rates)
-        # What is multiplied is rounded, in bfloat16 by up to half a 128th: the bound is to hold after that too.
+        # Scaled gradients are rounded, in bfloat16 by up to half a 128th: the bound is to hold after that too.
         self.bound = finetune.max_grad_norm * (1 - max(torch.finfo(p.dtype).eps for p in self.parameters.values()) / 2)
         self.optimizer = make_optimizer(finetune.optimizer, groups, finetune.weight_decay, self.seed)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast is torch.float16)
@@ -181,14 +181,14 @@ class _Loop:
         self.seen = torch.zeros(4, device=self.device)  # sums since the last reading: loss, instance, prior, gradient norm
 
     def step(self) -> None:
-        """One optimizer step by this worker's share of the rows."""
+        """Take one optimizer step, on this worker's share of the rows."""
         finetune, seed, step = self.finetune, self.seed, self.done
         every = rows_of_step(self.data, step, finetune.batch, seed)
         used = sorted({self.data.prompt[row] for row in every})
         passes = dealt(len(every), self.parallel.rank, self.parallel.world, finetune.accumulate)
         for part, keys in self.keys.items():
-            keys[:] = [(seed, "dropout", step, part, prompt) for prompt in used]  # the denoiser's are of rows, which each pass sets
-        with reseeded(self.device, seed, "dropout", step, self.parallel.rank):  # what little a library drops by itself
+            keys[:] = [(seed, "dropout", step, part, prompt) for prompt in used]  # the denoiser's are by rows: each pass sets them
+        with reseeded(self.device, seed, "dropout", step, self.parallel.rank):  # for the little that libraries drop by themselves
             self._passes(every, passes, used)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor(finetune.schedule, step, finetune.steps, finetune.warmup)
@@ -205,7 +205,7 @@ class _Loop:
             self.average.update(self.done)
 
     def _clip(self, bound: float) -> Tensor:
-        """torch's clip_grad_norm_; returns the norm before it, in float32: gradients in bfloat16 would have it rounded, perhaps to the bound."""
+        """Clip the gradients as torch's clip_grad_norm_ does; returns the norm before, in float32: bfloat16 would round it, perhaps to the bound."""
         norms = torch._foreach_norm([p.grad for p in self.parameters.values() if p.grad is not None], 2, dtype=torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(norms))
         # Below the bound it multiplies by one. A CPU can be asked for that without waiting; a GPU cannot.
@@ -214,8 +214,8 @@ class _Loop:
         return norm
 
     def _passes(self, every: list[int], passes: Sequence[Sequence[int]], used: list[int]) -> None:
-        """Forward and backward over this worker's places in the step, a pass after the other. A trained text encoder runs once for all of them:
-        they go by copies of what it says, but for the last, which takes the gradients of the copies back to it.
+        """Forward and backward over this worker's places in the step, one pass after the other. A trained text encoder runs once for all of
+        them: they use copies of its output, except the last, which takes the gradients of the copies back to it.
         """
         words, copies = None, None
         if len(passes) > 1 and self.finetune.text_encoder:
@@ -263,14 +263,14 @@ class _Loop:
         )
 
     def _check_weights(self) -> None:
-        """The last update may have broken them: the loss and the gradients are from before it."""
+        """Refuse weights that are not finite: the last update may have broken them, and the loss and the gradients are from before it."""
         norms = torch._foreach_norm([p.detach() for p in self.parameters.values()], torch.inf)
         if not torch.stack(norms).isfinite().all():
             raise self._broken("weights are")
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """In passes of a step's own shape, which the device is warm for."""
+        """Mean losses of fixed rows at fixed noise, by kind; in passes of a step's own shape, which the device is warm for."""
         data, finetune = self.data, self.finetune
         kinds = {"instance": range(data.instances), "prior": range(data.instances, len(data.weight))}
         kinds = {kind: among for kind, among in kinds.items() if among}
@@ -281,7 +281,7 @@ class _Loop:
                 places = range(i, min(i + share, VALIDATION))
                 chosen = [among[k % len(among)] for among in kinds.values() for k in places]
                 rows = to_device(torch.tensor(chosen), self.device)
-                # No step of the training is the one before the first.
+                # Step -1, before the first: no step of the training draws the same.
                 drawn = noised_rows(data, self.objective, self.seed, finetune.noise_offset, -1, [*places] * len(kinds), rows)
                 with autocast(self.device, self.autocast):
                     prompt = [data.prompt[row] for row in chosen]
@@ -291,7 +291,7 @@ class _Loop:
         return {f"validation_{kind}": mean for kind, mean in zip(kinds, torch.cat(errors, 1).mean(1).tolist(), strict=True)}
 
     def state(self) -> State:
-        """Of the present step. The sums since the last reading are those of all workers.
+        """The state at the present step. The sums since the last reading are those of all workers.
 
         Raises:
             RayboothError: if it is not finite: a broken state must not replace a good one.
@@ -330,7 +330,7 @@ class _Loop:
         for group, kept in zip(held["param_groups"], state.scalars["groups"], strict=True):
             group.update(kept)
         self.optimizer.load_state_dict(held)
-        if state.scalars["scaler"]:  # empty where the run began without one: precision 'auto' is another on another device
+        if state.scalars["scaler"]:  # empty where the run began without one: precision 'auto' differs between devices
             self.scaler.load_state_dict(state.scalars["scaler"])
 
     def finish(self) -> None:

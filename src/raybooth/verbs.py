@@ -13,7 +13,7 @@ ALL = {**STAGES, "evaluate": evaluate, "report": report}
 
 
 def do(run: Run, names: Iterable[str]) -> None:
-    """Those verbs, in order. A whole run that asks for much of a cluster looks for it first: what is refused has changed nothing."""
+    """Do the named verbs, in order. A whole run that asks much of a cluster looks for it first: a refused one changes nothing."""
     names = list(names)
     if "prepare" not in names:
         refuse_other_base(run)

@@ -29,11 +29,11 @@ from raybooth.remote import Remote
 from raybooth.stage import Stage, intact
 
 LOCK = ".lock"
-"""A storage's lock file, held while a run is at work there. It says whose, and its time is when that began."""
+"""A storage's lock file, held while a run is at work there. It names the holder, and its time is when that began."""
 
 
 def _check_address(storage: str) -> None:
-    """A slip in an address would make a folder of its name.
+    """Refuse a mistyped address, which would make a folder of that name.
 
     Raises:
         RayboothError: if it is neither a path nor the address of a place.
@@ -48,7 +48,7 @@ class Workspace:
     """One storage. A URI is mirrored in a folder of this machine: read from there, written through. A folder is made when it is first written to.
 
     Raises:
-        RayboothError: if it can be none.
+        RayboothError: if `storage` cannot be one.
     """
 
     def __init__(self, storage: str):
@@ -56,7 +56,7 @@ class Workspace:
         self.storage = storage
         self.worked = Worked()
         self.remote = Remote(storage) if "://" in storage else None
-        if self.remote:  # with or without a slash at its end it is one place
+        if self.remote:  # with or without a slash at the end it is the same place
             self.root = cache_folder() / digest(storage.rstrip("/"))[:16]
         else:
             self.root = path_of(storage, "storage").absolute()
@@ -70,7 +70,7 @@ class Workspace:
         """Drop what an earlier process has left in the mirror of its memory.
 
         Raises:
-            RayboothError: if that one still runs.
+            RayboothError: if that one is still running.
         """
         with _OPENING:
             if self.root in _OF_THIS_PROCESS:
@@ -85,32 +85,32 @@ class Workspace:
 
     @property
     def uri(self) -> str:
-        """The storage as a worker in another folder can open it: an absolute path, or the URI; of this process's memory its mirror."""
+        """The storage as a worker in another folder can open it: an absolute path, or the URI; for this process's memory its mirror."""
         return self.storage if self.remote and not self.remote.is_memory else str(self.root)
 
     def stage(self, name: str, inputs: dict[str, Any]) -> Stage:
         return Stage(self, name, inputs)
 
     def command(self, verb: str) -> str:
-        """How a verb is called on this storage, for messages. Given no more than that, each goes by the storage's own settings."""
+        """The command of a verb on this storage, for messages. Given no more than that, each goes by the storage's own settings."""
         quoted = shlex.quote(self.storage)
         said = f"raybooth {verb} --storage {quoted}"
         return said if quoted.startswith("'") else f"'{said}'"
 
     def first(self, verb: str) -> str:
-        """What to do, for messages, where what `verb` makes is not there yet, or not as it is needed."""
+        """The advice, for messages, to run `verb` first, if what it makes is not there yet, or not as it is needed."""
         return f"run {self.command(verb)} first{self._or_all()}"
 
     def _anew(self, stage: str) -> str:
         return f"run {self.command(_VERBS.get(stage, stage))} to make it again{self._or_all()}"
 
     def _or_all(self) -> str:
-        """Where `run` alone would do: in a storage that holds a run, and not a LoRA that was made elsewhere."""
+        """The advice to use `run` instead, if that would do: in a storage that holds a run, and not a LoRA that was made elsewhere."""
         imported = "imported" in (read_manifest(self.root / "fine-tuned-model") or {}).get("inputs", {})
         return f", or {self.command('run')} for all" if holds_configuration(self.root) and not imported else ""
 
     def manifest(self, stage: str) -> dict[str, Any]:
-        """Of a stage that must have been run before.
+        """The manifest of a stage that must have been run before.
 
         Raises:
             RayboothError: if it has not.
@@ -122,7 +122,7 @@ class Workspace:
         return manifest
 
     def output(self, stage: str, name: str) -> Path:
-        """Where an output lies that the stage's manifest names.
+        """The path of an output that the stage's manifest names.
 
         Raises:
             RayboothError: if it is no longer there.
@@ -134,16 +134,16 @@ class Workspace:
         return path
 
     def intact(self, stage: str, names: Iterable[str]) -> bool:
-        """Whether a stage has made these outputs, whatever from, and they are there as it made them."""
+        """Whether a stage has made these outputs, from whatever inputs, and they are there as it made them."""
         self.pull(stage)
         manifest = read_manifest(self.root / stage) or {"outputs": {}}
         return all(name in manifest["outputs"] and intact(self.root / stage / name, manifest["outputs"][name]) for name in names)
 
     def read(self, stage: str, name: str, sha256: str) -> bytes:
-        """An output as its manifest has it.
+        """The content of an output, which has the digest `sha256`.
 
         Raises:
-            RayboothError: if it is no longer there, or another.
+            RayboothError: if it is no longer there, or differs.
         """
         data = self.output(stage, name).read_bytes()
         if hashlib.sha256(data).hexdigest() != sha256:
@@ -152,10 +152,10 @@ class Workspace:
 
     @contextlib.contextmanager
     def locked(self, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-        """Hold the storage against other runs of this machine, or of all that share the mount. What killed ones have left half written there goes.
+        """Hold the storage against other runs of this machine, or of all that share the mount. What killed runs left half written there is removed.
 
         Raises:
-            RayboothError: naming the holder, or if it cannot be written to.
+            RayboothError: if another holds it, naming that one, or if it cannot be written to.
         """
         path = self.root / LOCK
         self._check_writable_here()
@@ -166,7 +166,7 @@ class Workspace:
                 f.seek(0)
                 holder = f.read().strip() or "another run"
                 raise RayboothError(f"The storage {self.storage} is in use by {holder}: wait for it, stop it, or give another --storage.") from None
-            if not locks:  # to refuse would shut out whoever has no other mount; to start a second run is a mistake that few make
+            if not locks:  # refusing would shut out whoever has no other mount; few make the mistake of starting a second run
                 say(f"The storage {self.storage} lies on a file system without locks: start no second run in it before this one has ended.")
             f.seek(0)
             if (text := f.read()) and not _HOLDER.fullmatch(text):
@@ -180,9 +180,10 @@ class Workspace:
             yield
 
     def check_writable(self) -> None:
-        """
+        """Check that the storage can be written to.
+
         Raises:
-            RayboothError: if the storage cannot be written to.
+            RayboothError: if it cannot.
         """
         self._check_writable_here()
         if self.remote:
@@ -208,7 +209,7 @@ class Workspace:
             move_in(partial)
 
     def folders(self, folder: str) -> set[str]:
-        """Names of the folders in one of the storage, here or in the remote storage, but of hidden ones."""
+        """Names of the folders in `folder`, here or in the remote storage, except hidden ones."""
         found = self.mirror.folders(folder) if self.mirror else {p.name for p in (self.root / folder).glob("*") if p.is_dir()}
         return {name for name in found if not name.startswith(".")}
 
@@ -229,7 +230,7 @@ class Workspace:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """A stage's output for another storage. Outputs are replaced and never written into: a link will do where the file system has them."""
+    """Link or copy a stage's output into another storage. Outputs are replaced, never written into: a link will do where the file system has them."""
     try:
         os.link(source, target)
     except OSError:
@@ -237,7 +238,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def process_at_work(root: Path) -> int | None:
-    """Of this machine, in the storage of folder `root`."""
+    """The id of this machine's process that is at work in the storage of folder `root`; None if there is none."""
     if not is_locked(root / LOCK):
         return None
     try:
@@ -248,7 +249,7 @@ def process_at_work(root: Path) -> int | None:
 
 
 def _user() -> str:
-    """Of this process; a container's may have no name."""
+    """The name of this process's user; a container's may have none."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -265,4 +266,4 @@ _VERBS = {
     "base-model": "prepare", "instance-images": "prepare", "latents": "encode",
     "fine-tuned-model": "finetune", "output-images": "generate", "scores": "evaluate",
 }  # fmt: skip
-"""What makes a stage, where it is called otherwise."""
+"""The verb that makes a stage, where its name is different."""

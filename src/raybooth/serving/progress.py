@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from raybooth.config import Config, load
 from raybooth.disk import is_locked
 from raybooth.drawing import SHEET
+from raybooth.errors import RayboothError
 from raybooth.families import family_of
 from raybooth.manifest import CONFIG_FILE, read_manifest
 from raybooth.workspace import LOCK
@@ -122,13 +123,11 @@ def _stages(storage: Path, config: Config, step: int) -> list[Step]:
     subject = config.subject
     photographs = sum(1 for _ in (storage / "photographs").glob("*"))
     instances = photographs * (1 + subject.crops) * (1 + subject.flip)
-    base = storage / "base-model"
-    frozen = family_of(base).has_frozen_encoders(config.finetune.text_encoder) if read_manifest(base) else not config.finetune.text_encoder
     made = {name: len(_files(storage / name, suffix)) for name, suffix in OUTPUTS.items()}
     rows = [
         ("prepare", "instance-images", made["instance-images"], instances),
         ("class-images", "class-images", made["class-images"], config.prior.drawn),
-        ("encode", "latents", made["latents"], instances + config.prior.drawn + 2 * frozen),
+        ("encode", "latents", made["latents"], instances + config.prior.drawn + 2 * _encodes_prompts(storage, config)),
         ("finetune", "fine-tuned-model", step, config.finetune.steps),
         ("generate", "output-images", made["output-images"], len(config.output_prompts) * config.generate.images_per_prompt),
     ]
@@ -137,6 +136,13 @@ def _stages(storage: Path, config: Config, step: int) -> list[Step]:
         Step(name=name, done=total if read_manifest(storage / folder) else min(done, total - 1), total=total)
         for name, folder, done, total in rows if total
     ]  # fmt: skip
+
+
+def _encodes_prompts(storage: Path, config: Config) -> bool:
+    """Whether the two prompts are encoded beforehand. A guess as long as the base model is not there."""
+    with contextlib.suppress(RayboothError):
+        return family_of(storage / "base-model").has_frozen_encoders(config.finetune.text_encoder)
+    return not config.finetune.text_encoder
 
 
 def _state(storage: Path) -> tuple[State, str | None]:

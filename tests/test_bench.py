@@ -1,5 +1,6 @@
 """The paper's protocol: its subjects and prompts from a folder, what runs share, and the table."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,9 @@ def test_subjects_as_people_call_them(tmp_path: Path):
     assert found == {
         "my dog": ("Dog", LIVE_PROMPTS), "rc.car": ("toy car", OBJECT_PROMPTS), "shirt": ("t-shirt", OBJECT_PROMPTS), "pony": ("pony", LIVE_PROMPTS),
     }  # fmt: skip
+    listing.write_text("my dog,Dog,LIVE\nrc.car,toy car\nshirt,t-shirt\npony,pony,alive\n")
+    with pytest.raises(RayboothError, match="says 'alive' of pony: write live or object"):
+        subjects_of(tmp_path)
     listing.write_bytes("my dog,chien à la neige".encode("latin-1"))
     with pytest.raises(RayboothError, match="is not text in UTF-8"):
         subjects_of(tmp_path)
@@ -69,6 +73,7 @@ def test_a_setting_for_all_runs_leaves_the_rows_what_they_are(tmp_path: Path):
         (["--storage", "s3://bucket/x"], "--storage s3://bucket/x is not a folder"),
         (["--storage", "{folder}/file"], "is not a folder"),
         (["--storage", "{folder}/new", "--set", "finetune.stepz=1"], "did you mean finetune.steps?"),
+        (["--storage", "{folder}/new", "--set", "storage={folder}/one"], "give the folder of all with --storage"),
         (["--storage", "{folder}/new", "--base", "mini"], "leave --subjects and --base out"),
     ],
 )
@@ -84,7 +89,7 @@ def test_what_is_wrong_shows_before_anything_is_drawn(
 
 def test_a_row_is_the_mean_over_subjects():
     def scores(value: float, floor: float, ceiling: float | None) -> dict[str, Score]:
-        return {"dino": Score(value, 0, 1, floor, ceiling), "clip_t": Score(value, 0, 1, floor, None), "pres": Score(value, 0, 1, floor, ceiling)}
+        return {"dino": Score(value, 0, 1, floor, ceiling), "clip_t": Score(value, 0, 1, 0.1, floor), "pres": Score(value, 0, 1, floor, ceiling)}
 
     text = bench.table({"ours": {"a": scores(0.8, 0.5, 1.0), "b": scores(0.4, 0.7, 0.5)}}, published=True)
     assert "| ours | 0.600 (80%) | - | 0.600 (100%) | 0.600 (0.600) | - | - |" in text
@@ -99,10 +104,34 @@ def test_what_rows_differ_by_is_told_subject_by_subject():
     def row(*values: float) -> dict[str, dict[str, Score]]:
         return {str(i): {"dino": Score(v, 0, 1, 0.0, 1.0)} for i, v in enumerate(values)}
 
-    text = bench.table({"ours": row(0.2, 0.5, 0.8), "theirs": row(0.1, 0.4, 0.7), "half-way": {"2": row(0, 0, 0.9)["2"]}})
-    assert "| its 95% over subjects | 0.200 to 0.800 | - |" in text
+    ours, theirs = (row(*(k / 10 + 0.2 - less for k in range(8))) for less in (0, 0.1))
+    text = bench.table({"ours": ours, "theirs": theirs, "half-way": {"2": row(0, 0, 0.9)["2"]}})
+    assert re.search(r"\| its 95% over subjects \| 0.[34]\d\d to 0.7\d\d \| - \|", text)
     assert "| less ours, 95% over subjects | -0.100 to -0.100 | - |" in text
     assert text.splitlines()[-1].startswith("| half-way | 0.900")
+
+
+def test_rows_of_other_class_pictures_are_compared_by_what_they_have_changed():
+    """Each recipe's base draws the class as its own [prior] says: that alone makes no recipe better."""
+
+    def row(base: float) -> dict[str, dict[str, Score]]:
+        return {str(i): {"pres": Score(base + 0.02, 0, 1, base, None), "dino": Score(base, 0, 1, 0.0, 1.0)} for i in range(8)}
+
+    difference = bench.table({"ours": row(0.1), "theirs": row(0.3)}).splitlines()[-1]
+    assert difference == "| less ours, 95% over subjects | +0.200 to +0.200 | - | - | +0.000 to +0.000 | - | - |"
+
+
+def test_a_photograph_that_cannot_be_read_shows_before_anything_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str], ray: None):
+    from raybooth.demo import photographs
+
+    photographs(tmp_path / "subjects" / "a", 1, "dog", 2)
+    (tmp_path / "subjects" / "b").mkdir()
+    (tmp_path / "subjects" / "b" / "0.jpg").write_text("no picture")
+    (tmp_path / "subjects" / "prompts_and_classes.txt").write_text("a,dog\nb,dog\n")
+    command = ["bench", "dreambench", "--subjects", str(tmp_path / "subjects"), "--base", "mini", "--storage", str(tmp_path / "bench")]
+    assert main(command) == 2
+    assert "0.jpg is not a picture that can be read" in capsys.readouterr().err
+    assert not list((tmp_path / "bench").glob("*/*/class-images"))
 
 
 def test_a_perfect_model_reaches_what_the_photographs_score_among_themselves():

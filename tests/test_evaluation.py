@@ -200,6 +200,15 @@ def test_what_is_scored_is_the_present_model(storage: Path, photos: Path):
     assert all(before[name].value != after[name].value for name in ("dino", "clip_t", "pres"))
 
 
+def test_what_was_drawn_since_is_not_shown_beside_what_the_base_has_not_drawn(storage: Path, photos: Path):
+    with on_mini(storage, photos) as run:
+        evaluation.before_after(run)
+    with on_mini(storage, photos, "generate.prompts=['photo of {subject} in a room']") as run:
+        do(run, ["generate"])
+        with pytest.raises(RayboothError, match=r"has not drawn what .* holds in output-images: run 'raybooth evaluate"):
+            evaluation.before_after(run)
+
+
 def test_other_texts_are_other_scores(storage: Path, photos: Path, monkeypatch: pytest.MonkeyPatch):
     """As when a later version asks CLIP otherwise."""
     with on_mini(storage, photos) as run:

@@ -8,7 +8,7 @@ run.images("output")
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raybooth.api import class_images, connect, encode, evaluate, export, finetune, generate, import_lora, plan, prepare, report, run, token
+    from raybooth.api import class_images, connect, encode, evaluate, export, finetune, generate, import_lora, plan, prepare, report, run, scores, token
     from raybooth.config import Config
     from raybooth.errors import RayboothError
     from raybooth.loading import load
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Config", "RayboothError", "Run",
-    "class_images", "connect", "encode", "evaluate", "export", "finetune", "generate", "import_lora", "load", "plan", "prepare", "report", "run", "token",
+    "class_images", "connect", "encode", "evaluate", "export", "finetune", "generate", "import_lora", "load", "plan", "prepare", "report", "run",
+    "scores", "token",
 ]  # fmt: skip
 
 _HOMES = {"Config": "raybooth.config", "RayboothError": "raybooth.errors", "load": "raybooth.loading", "Run": "raybooth.session"}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raybooth import exporting, importing, naming, stages, verbs
+from raybooth import evaluation, exporting, importing, naming, stages, verbs
 from raybooth.base_model import keep_base, model_configuration
 from raybooth.cluster.session import connected
 from raybooth.config import Config, load
@@ -15,6 +15,7 @@ from raybooth.session import Run, config_in
 
 if TYPE_CHECKING:
     from raybooth.planning import Plan
+    from raybooth.score import Score
 
 
 def connect(address: str | None = None) -> None:
@@ -58,6 +59,16 @@ finetune = _verb("finetune")
 generate = _verb("generate")
 evaluate = _verb("evaluate")
 report = _verb("report")
+
+
+def scores(config: Given) -> dict[str, "Score"]:
+    """The scores of a run that was evaluated, by name: "dino", "clip_i", "clip_t", "pres", "div", "class_div".
+
+    Raises:
+        RayboothError: if it was not evaluated.
+    """
+    with Run(_config(config), writes=False) as made:
+        return evaluation.read(made)
 
 
 def plan(config: Given) -> "Plan":

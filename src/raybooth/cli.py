@@ -169,6 +169,8 @@ def _bench(args: argparse.Namespace) -> None:
         raise RayboothError("bench mini has subjects and a base of its own: leave --subjects and --base out.")
     if args.what == "dreambench" and args.subjects is None:
         raise RayboothError("bench dreambench needs --subjects DIR: a copy of the DreamBooth dataset, with prompts_and_classes.txt.")
+    if _storage(args) != args.storage:
+        raise RayboothError("Each run of a bench has a storage of its own: give the folder of all with --storage, and not with --set.")
     root = root_of(args.storage)
     if args.what == "mini":
         from raybooth import minibench

@@ -6,6 +6,7 @@ from pathlib import Path
 from raybooth.errors import RayboothError
 from raybooth.photos import SUFFIXES
 
+KINDS = ("live", "object")
 LISTING = "prompts_and_classes.txt"
 LIVE_CLASSES = ("cat", "dog")
 _ANYWHERE = (
@@ -61,6 +62,9 @@ def subjects_of(folder: Path) -> list[Subject]:
         raise RayboothError(f"--subjects {folder} has no subfolders with photographs: give a copy of the DreamBooth dataset.")
     if absent := [p.name for p in found if not said.get(p.name, [""])[0]]:
         raise RayboothError(f"{listing} does not say the class of {', '.join(absent)}: add a line '{absent[0]},CLASS'.")
+    for name, kind in ((p.name, said[p.name][1]) for p in found if len(said[p.name]) > 1):
+        if kind.lower() not in ("", *KINDS):
+            raise RayboothError(f"{listing} says '{kind}' of {name}: write {' or '.join(KINDS)}, for the prompts of the one kind or the other.")
     return [Subject(p.name, said[p.name][0], p, _prompts(*said[p.name])) for p in found]
 
 
@@ -75,5 +79,5 @@ def _said(listing: Path) -> dict[str, list[str]]:
 
 
 def _prompts(class_name: str, kind: str = "", *_: str) -> tuple[str, ...]:
-    live = kind == "live" or (kind != "object" and class_name.lower() in LIVE_CLASSES)
+    live = kind.lower() == "live" or (kind.lower() != "object" and class_name.lower() in LIVE_CLASSES)
     return LIVE_PROMPTS if live else OBJECT_PROMPTS

@@ -14,7 +14,7 @@ from raybooth.files import files_under
 from raybooth.session import Run
 
 WEIGHTS, SHARDED = "model.safetensors", "model.safetensors.index.json"
-KINDS = {"dino": ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit"), "clip": ("clip",)}
+KINDS = {"dino": ("vit", "dinov2", "dinov2_with_registers"), "clip": ("clip",)}
 """The `model_type` they may have in config.json: ViTs with a class token, and both towers of CLIP. LPIPS's VGG16 is known by its weights alone."""
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _AGAIN = "copy or download it again, or name another one in [evaluate]."

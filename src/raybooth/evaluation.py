@@ -10,6 +10,7 @@ from PIL import Image
 
 from raybooth.drawing import by_prompt, class_inputs, class_rows, draw, drawing, output_rows, photographs
 from raybooth.encoder_files import prepare_encoders
+from raybooth.errors import RayboothError
 from raybooth.features import features, lpips_distances
 from raybooth.files import write_atomically
 from raybooth.pictures import contact_sheet, png
@@ -177,7 +178,8 @@ def table(run: Run) -> str:
     width = max(len(texts[name]) for name in scores)
     lines = [f"{'':<{width}}{'now':>8}  {'95% interval':>16}  {'base':>6}  {'change since, 95%':>17}  {'ceiling':>7}"]
     for name, score in scores.items():
-        base, own = (f"{x:.3f}" if x is not None else "-" for x in (score.floor, score.ceiling))
+        ceiling = score.ceiling if name in ("dino", "clip_i", "clip_t") else None  # the photographs' own PRES and DIV are nothing to reach for
+        base, own = (f"{x:.3f}" if x is not None else "-" for x in (score.floor, ceiling))
         interval = "-" if score.low is None else f"{score.low:.3f} to {score.high:.3f}"
         changed = "-" if score.changed is None else "{:+.3f} to {:+.3f}".format(*score.changed)
         lines.append(f"{texts[name]:<{width}}{score.value:>8.3f}  {interval:>16}  {base:>6}  {changed:>17}  {own:>7}")
@@ -185,15 +187,21 @@ def table(run: Run) -> str:
 
 
 def before_after(run: Run) -> Path:
-    """Write `before-after.png` and return its path: the photographs; prompts and seeds before and after; class pictures before and after."""
-    shown = pictures(run)
+    """Write `before-after.png` and return its path: the photographs; prompts and seeds before and after; class pictures before and after.
+
+    Raises:
+        RayboothError: if the run was not evaluated since it was last drawn with.
+    """
+    shown, drawn = pictures(run), by_prompt(run, "output-images")
+    if not set(shown["output"][1]) <= set(shown["before"][1]):
+        raise RayboothError(f"The base model has not drawn what {run.config.storage} holds in output-images: {run.workspace.first('evaluate')}.")
 
     def opened(kind: str, names: list[str] | None = None) -> list[Image.Image]:
         stage, own = shown[kind]
         return [Image.open(run.workspace.root / stage / name).convert("RGB") for name in names or own]
 
     lines = [("the photographs", opened("instance"))]
-    for prompt, names in by_prompt(run, "output-images").items():
+    for prompt, names in drawn.items():
         lines += [(f"{prompt}: {when}", opened(kind, names)) for when, kind in (("before", "before"), ("after", "output"))]
     lines += [(f"{run.config.class_prompt}: {when}", opened(f"class-{when}")[:8]) for when in ("before", "after")]
     path = run.workspace.root / "before-after.png"

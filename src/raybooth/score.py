@@ -55,7 +55,8 @@ class Score:
     """A mean with its bootstrap 95% interval (None for a single value).
 
     `floor` is the base model's before fine-tuning, and `changed` the interval of the change since: over pairs of pictures of the same prompt and
-    seed, which vary together, so that it is much narrower than the two means' own. `ceiling` is the best that can be expected.
+    seed, which vary together, so that it is much narrower than the two means' own. `ceiling` is the best that can be expected of DINO, CLIP-I and
+    CLIP-T; of PRES and DIV, what the photographs have.
     """
 
     value: float

@@ -203,7 +203,7 @@ def identity_pairs(step: int, groups: int = 20, alike: int = 4) -> tuple[list[Sc
     for _ in range(groups):
         kin = make_identity(rng)
         for _ in range(alike):
-            one = type(kin)(kin.kind, kin.color, kin.accent, kin.pattern, rng.getrandbits(32))
+            one = replace(kin, seed=rng.getrandbits(32))
             pairs.append([make_scene(rng, one, make_worn(rng, one, 0.3)) for _ in range(2)])
     return [a for a, _ in pairs], [b for _, b in pairs]
 
@@ -235,13 +235,14 @@ def cached_latents(work: Path, vae: AutoencoderKL, scenes: range) -> tuple[Tenso
     """Posterior mean and standard deviation of the scenes of these numbers, scaled: 2 x (n, 4, 16, 16)."""
     path = work / f"latents-{scenes.start}-{scenes.stop}.safetensors"
     if not path.exists():
-        means, stds = [], []
+        partial, means, stds = path.with_suffix(".new"), [], []
         for i in range(0, len(scenes), 50):
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 d = vae.encode(pixels([random_scene(j) for j in scenes[i : i + 50]])).latent_dist
             means.append(d.mean * vae.config.scaling_factor)
             stds.append(d.std * vae.config.scaling_factor)
-        save_file({"mean": torch.cat(means), "std": torch.cat(stds)}, path)
+        save_file({"mean": torch.cat(means), "std": torch.cat(stds)}, partial)
+        partial.rename(path)
     cache = load_file(path)
     return cache["mean"], cache["std"]
 
@@ -309,5 +310,6 @@ def _train(
     for key, parameter in net.named_parameters():
         parameter.requires_grad_(key.startswith(only))
     Trainer(name, net, loss, steps=steps, lr=lr, folder=work, **how).run()
-    finish(name)
+    finish(f"{name}.new")
+    (work / f"{name}.new").rename(work / name)
     return net

@@ -20,12 +20,10 @@ SHEET = "contact-sheet.png"
 
 def resolution(run: Run) -> int:
     """Side of every picture of the run, in pixels."""
-    if run.config.base.resolution:
-        return run.config.base.resolution
     from raybooth.families import family_of
 
-    run.outputs("base-model")  # must be here
-    return family_of(run.base_folder).facts(run.base_folder).resolution
+    run.outputs("base-model")  # reports a missing one
+    return run.config.base.resolution or family_of(run.base_folder).facts(run.base_folder).resolution
 
 
 def class_rows(run: Run, n: int) -> list[dict[str, Any]]:
@@ -83,7 +81,7 @@ def drawing(run: Run, name: str, model_stage: str, how: Prior | Generate, inputs
 def sampling(run: Run, how: Prior | Generate) -> Sampling:
     from raybooth.families import family_of
 
-    side = resolution(run)  # first: unless base.resolution is set, it reports a missing base model
+    side = resolution(run)  # first: it reports a missing base model
     return family_of(run.base_folder).sampling(how, side)
 
 

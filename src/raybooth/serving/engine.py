@@ -108,7 +108,6 @@ class Engine:
             while len(self._models) >= self.whole:
                 self._models.popitem(last=False)
             folder = subject.base_folder if subject.kind == "lora" else subject.weights
-            assert folder is not None
             family = family_of(folder)
             loaded = _without_its_folder(for_inference(folder, (family.denoiser, "vae", *family.encoders)))
             if _is_file(subject):

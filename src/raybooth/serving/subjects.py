@@ -50,7 +50,7 @@ class Subject:
     id: str
     kind: Literal["base", "lora", "full"]
     weights: Path
-    base_folder: Path | None
+    base_folder: Path
     base: str
     model: str
     sampling: Sampling
@@ -143,7 +143,7 @@ def of_file(file: Path, base: Subject) -> Subject:
 
 def folder_of(base: Subject, found: Mapping[str, Subject]) -> Path | None:
     """A folder that holds a base model now, if any: it is the same in every run's, and the one that it was found in may be gone by now."""
-    places = [base.weights, *(s.base_folder for s in found.values() if s.base == base.base and s.base_folder)]
+    places = [base.weights, *(s.base_folder for s in found.values() if s.base == base.base)]
     return next((p for p in places if p.is_dir()), None)
 
 
@@ -198,7 +198,6 @@ class Subjects:
         runs = [s for c in candidates if not _is_file_of_adapters(c) and (s := self._read(c))]
         if self._base is None and runs:
             first = runs[0]
-            assert first.base_folder is not None
             self._base = of_base(first.base_folder, configuration.load(first.base_folder.parent / CONFIG_FILE), first.base)
         files = [s for c in candidates if _is_file_of_adapters(c) and self._base and (s := self._read(c))]
         found = {BASE: self._base} if self._base else {}

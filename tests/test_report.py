@@ -20,6 +20,7 @@ from stored import on_mini, teach
 
 from raybooth import config, evaluation, plots, reporting
 from raybooth.cli import parser
+from raybooth.config import Config
 from raybooth.drawing import by_prompt, draw
 from raybooth.reporting import Line
 from raybooth.score import Score
@@ -353,7 +354,7 @@ def test_ever_so_many_large_pictures_still_make_a_page_that_can_be_sent(
         monkeypatch.setattr(evaluation, "pictures", lambda run: found | {"instance": ("instance-images", ["00.png"] * 1000)})
         of_stage = {"output-images": dict.fromkeys(prompts, shown[:1] * 4)}
         monkeypatch.setattr(reporting, "by_prompt", lambda run, stage: of_stage.get(stage) or by_prompt(run, stage))
-        monkeypatch.setattr(reporting, "output_prompts", lambda run: prompts)
+        monkeypatch.setattr(Config, "output_prompts", prompts)
         text = reporting.page(reporting.facts_of(run))
     assert text.count("data:image/jpeg") == 24 + 100 * 8 + 2 * 2 + 12
     assert 2_000_000 < len(text) < 5_000_000

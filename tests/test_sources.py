@@ -105,6 +105,19 @@ def test_what_is_no_http_or_breaks_off_is_said(error: Exception, monkeypatch: py
         fetch(["http://h/a.png"], no_hub)
 
 
+def test_a_server_that_drips_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch):
+    """A byte now and then is no timeout of a socket's."""
+
+    class Dripping(io.BytesIO):
+        def read1(self, size: int | None = -1) -> bytes:
+            return b"."
+
+    monkeypatch.setattr(sources, "LONGEST_DOWNLOAD", 0.2)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Dripping())
+    with pytest.raises(RayboothError, match=r"http://h/a\.png cannot be fetched: it takes longer than 0\.2 seconds"):
+        fetch(["http://h/a.png"], no_hub)
+
+
 def test_blanks_and_letters_of_any_language_in_a_url_are_encoded(monkeypatch: pytest.MonkeyPatch):
     asked = []
 

@@ -91,7 +91,7 @@ class Prior(Section):
     """Prior preservation: pictures of the class that keep 'a dog' from becoming this dog (Ruiz et al. 2023, section 3.2)."""
 
     images: int = Field(200, ge=0, le=1_000_000, description="class pictures the base model draws; 0 turns prior preservation by them off")
-    weight: NonNegative = Field(1.0, description="weight of a class row in the loss")
+    weight: float = Field(1.0, ge=0, le=1_000_000, allow_inf_nan=False, description="weight of a class row in the loss")
     prompt: str = Field("photo of a {class}", min_length=1, description="what the class pictures show")
     method: Literal["class-images", "base-prediction", "none"] = Field(
         "class-images", description="what class rows are taught by: pictures, or (LoRA only, no pictures needed) the base model's own predictions"

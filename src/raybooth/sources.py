@@ -4,6 +4,7 @@ import http.client
 import os
 import re
 import string
+import time
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from raybooth.photos import SUFFIXES, Photo, refuse_duplicates
 HUB = "hf://"
 MOST = 1000  # photographs; whoever gives more has probably given the wrong folder
 LARGEST_DOWNLOAD = 64 << 20  # bytes
+LONGEST_DOWNLOAD = 300.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -189,13 +191,27 @@ def _address(url: str) -> str:
     return quote(urlunsplit(parts._replace(netloc=netloc)), safe=string.punctuation)
 
 
+def _read(response: http.client.HTTPResponse) -> bytes:
+    """The body, up to one byte more than LARGEST_DOWNLOAD.
+
+    Raises:
+        TimeoutError: if that takes longer than LONGEST_DOWNLOAD: a server that sends a byte now and then never runs into a socket's timeout.
+    """
+    data, until = bytearray(), time.monotonic() + LONGEST_DOWNLOAD
+    while len(data) <= LARGEST_DOWNLOAD and (part := response.read1(1 << 16)):
+        data += part
+        if time.monotonic() > until:
+            raise TimeoutError(f"it takes longer than {LONGEST_DOWNLOAD:g} seconds")
+    return bytes(data)
+
+
 def _download(url: str) -> bytes:
     if _without_password(url) != url:
         raise RayboothError(f"{_without_password(url)} has a name and a password in its address, which raybooth does not send: download it, and give the file.")
     try:
         request = urllib.request.Request(_address(url), headers={"User-Agent": "raybooth"})
         with urllib.request.urlopen(request, timeout=30) as response:
-            data = response.read(LARGEST_DOWNLOAD + 1)
+            data = _read(response)
     except (http.client.HTTPException, OSError, ValueError) as error:
         raise RayboothError(f"The photograph {url} cannot be fetched: {reason(getattr(error, 'reason', error))}. Check the address, or give a file.") from None
     if len(data) > LARGEST_DOWNLOAD:

@@ -159,6 +159,8 @@ class Workspace:
         """
         path = self.root / LOCK
         self._check_writable_here()
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a folder explains itself when it is opened
+            raise RayboothError(f"{path} is no file, and in the way of one of raybooth's: move it elsewhere, and run the same command again.")
         with explained(self.storage, self.root), path.open("a+", errors="replace") as f:
             try:
                 locks = lock(f, wait=False)

@@ -186,10 +186,10 @@ def _have_a_token() -> None:
 def _refuse_silence(address: str | None) -> None:
     """Refuse an address where nothing listens: Ray itself would wait for minutes."""
     host, colon, port = (address or "").rpartition("://")[2].rpartition(":")
-    if colon and port.isdigit():
+    if colon and port.isdecimal():
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise _no_cluster(address, error) from None
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import toys
+from diffusers import DiffusionPipeline
 from stored import make_adapters
 from test_families import draw, rows, settings, whole
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +21,7 @@ from raybooth.cluster.fit import DDP
 from raybooth.families import FAMILIES, family_of
 from raybooth.families.base import Family, Loaded
 from raybooth.families.lora import add_adapters, load_adapters, save_adapters
-from raybooth.families.parts import load
+from raybooth.families.parts import load, save
 from raybooth.finetune_job import in_common
 from raybooth.jobs import for_inference
 from raybooth.method import autocast_dtype, drawing_dtype, held_in, make_ready
@@ -221,3 +222,16 @@ def test_workers_on_unlike_devices_take_one_precision(monkeypatch: pytest.Monkey
     assert in_common(FAMILIES[0], Finetune(), group).precision == common
     for said in ("fp16", "bf16-weights"):
         assert in_common(FAMILIES[0], Finetune(precision=said), group).precision == said
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_what_was_trained_in_bf16_weights_opens_in_plain_diffusers_without_a_word(tmp_path: Path, name: str):
+    """transformers would open the text encoder in bfloat16, and diffusers the UNet in float32: they would not go together."""
+    base = toys.made(name)
+    family = family_of(base)
+    loaded = load(family, base, family.trainable(True), torch.bfloat16)
+    values = {k: v.float() for k, v in loaded.modules["text_encoder"].state_dict().items()}
+    save(base, loaded.modules, tmp_path)
+    pipe: Any = DiffusionPipeline.from_pretrained(tmp_path)
+    pipe("a dog", num_inference_steps=1, height=32, width=32, output_type="np")
+    assert all(torch.equal(v, values[k]) for k, v in pipe.text_encoder.state_dict().items())

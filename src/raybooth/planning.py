@@ -97,7 +97,7 @@ def plan(folder: Path, config: Config, device: str = "cuda") -> Plan:
     used = without_weights(family, folder, finetune, config.lora, device)
     workers = config.workers[0]
     flops = step_flops(family, used, config.prior, finetune, side, workers)
-    saved = {part: sum(t.numel() * t.element_size() for t in _saved(used.modules[part])) for part in trained}
+    saved = {part: sum(t.numel() * (4 if part in family.encoders else t.element_size()) for t in _saved(used.modules[part])) for part in trained}
     held = [*used.modules.values(), *_copy_that_teaches(family, used, config, trained, device)]
     with FakeTensorMode():
         for module in held:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raybooth.config import Config
-from raybooth.disk import path_of
+from raybooth.disk import explained, path_of
 from raybooth.errors import RayboothError
 from raybooth.files import write_atomically
 from raybooth.manifest import CONFIG_FILE, holds_configuration, model_digest, read_manifest
@@ -222,7 +222,8 @@ def folder_here(storage: str, *names: str) -> Path:
 def kept_config(storage: str) -> Path | None:
     """The path of the configuration that a storage holds; None if no run was begun there."""
     path = folder_here(storage, CONFIG_FILE) / CONFIG_FILE
-    return path if path.is_file() else None
+    with explained(storage, path.parent):
+        return path if path.is_file() else None
 
 
 def config_in(storage: str) -> Path:

@@ -168,10 +168,14 @@ def text_pipeline(loaded: Loaded, name: str) -> Any:
 
 def save(base: Path, trained: "Mapping[str, nn.Module]", target: Path) -> None:
     """Write a pipeline that plain diffusers opens to `target`: what was trained, and copies of the rest."""
+    import torch
+
     index = read_index(base)
     for part in [k for k, v in index.items() if isinstance(v, list) and v[0] and (base / k).is_dir()]:
         if part in trained:
             module: Any = trained[part]
+            if index[part][0] == "transformers":  # which opens weights in the precision they are saved in, and diffusers its own in float32
+                module = module.to("cpu", dtype=torch.float32)
             module.save_pretrained(target / part)
             _forget_origin(target / part / "config.json")
         else:

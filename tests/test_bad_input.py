@@ -131,6 +131,11 @@ def with_a_hole(data: bytes) -> bytes:
     return data[: len(data) // 2] + bytes(300) + data[len(data) // 2 + 300 :]
 
 
+def half_of(data: bytes) -> bytes:
+    """As a copy that was cut off leaves it on a disk that had set aside the room for it."""
+    return data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+
+
 def as_bmp(path: Path) -> bytes:
     buffer = io.BytesIO()
     Image.open(path).save(buffer, "BMP")
@@ -227,10 +232,12 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a URL with a blank", None, ["PHOTOS=http://127.0.0.1:9/my dog.png"], "http://127.0.0.1:9/my dog.png cannot be fetched"),
     ("a URL whose port is none", None, ["PHOTOS=http://h:abc/a.png"], "http://h:abc/a.png cannot be fetched"),
     ("a URL whose host is none", None, ["PHOTOS=http://[::1/a.png"], "http://[::1/a.png cannot be fetched"),
+    ("a URL whose port cannot be", None, ["PHOTOS=http://127.0.0.1:99999999999999999999/a.png"], "cannot be fetched"),
     ("a URL in capitals", None, ["PHOTOS=HTTP://127.0.0.1:9/a.png"], "HTTP://127.0.0.1:9/a.png cannot be fetched"),
     ("a corrupt photograph", lambda w: w.photo("bad.png", image()[:60] + b"\0" * 200 + image()[260:]), [], "bad.png"),
     ("a truncated photograph", lambda w: w.photo("cut.jpg", image(kind="JPEG")[:900]), [], "cut.jpg is damaged or cut off"),
     ("a JPEG with a hole", lambda w: w.photo("hole.jpg", with_a_hole(PHOTOGRAPH.read_bytes())), [], "hole.jpg is damaged or cut off (Corrupt JPEG data"),
+    ("half a JPEG, filled up", lambda w: w.photo("half.jpg", half_of(PHOTOGRAPH.read_bytes())), [], "half.jpg is damaged or cut off"),
     ("an empty file", lambda w: w.photo("none.png", b""), [], "none.png is not a picture"),
     ("a photograph of one pixel", lambda w: w.photo("dot.png", image(1, 1)), [], "dot.png is 1 x 1 pixels"),
     ("a thin photograph", lambda w: w.photo("thin.png", image(400, 8)), [], "thin.png is 400 x 8 pixels"),
@@ -323,6 +330,7 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a placeholder of two words", None, ["--set=generate.prompts=['{my subject} in the snow']"], "{my subject} in the snow"),
     ("an empty placeholder", None, ["--set=generate.prompts=['{} in the snow']"], "'{} in the snow' has a placeholder that is not known"),
     ("a placeholder in double braces", None, ["--set=generate.prompts=['{{subject}} in the snow']"], "{{subject}} in the snow"),
+    ("a token that is an article", None, ["--token=a"], "subject.token is 'a', a word of every prompt"),
     ("a class with its article", None, ["--class=an elephant"], "write the noun alone, 'elephant'"),
     ("a class by its name in Python", toml("subject.class_name = 'dog'\n"), ["FOLDER/my.toml"], "did you mean subject.class?"),
     ("class pictures that show the subject", None, ["--set=prior.prompt=photo of {subject}"], "names the subject: it must show the class alone"),
@@ -351,6 +359,7 @@ TABLE: list[tuple[str, Callable[[World], None] | None, list[str], str]] = [
     ("a storage below a file", None, ["--storage=FOLDER/photos/0.png/run"], "is not a folder"),
     ("a storage that cannot be written to", None, ["--storage=/proc/raybooth"], "/proc/raybooth"),
     ("a storage of an unknown kind", None, ["--storage=gopher://x/y"], "gopher://x/y"),
+    ("a storage with a password", None, ["--storage=ftp://me:secret@host/x"], "ftp://***@host/x has a password in its address"),
     ("a storage of an unknown user", None, ["--storage=~nobody-of-this-name/run"], "storage = '~nobody-of-this-name/run'"),
     ("a storage that is too long", None, ["--storage=/tmp/" + "a" * 300], "longer than a path may be"),
     ("a storage that is only read from", None, ["--storage=http://127.0.0.1:9/x"], "http://127.0.0.1:9/x cannot be written to"),

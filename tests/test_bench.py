@@ -87,6 +87,17 @@ def test_what_is_wrong_shows_before_anything_is_drawn(
     assert (tmp_path / "file").read_text() == "the user's"
 
 
+@pytest.mark.parametrize("name", ["table.md", "scores.json"])
+def test_a_users_file_is_not_written_over(tmp_path: Path, name: str):
+    """But a bench's own is."""
+    (tmp_path / "table.md").write_text(bench.table({}))
+    (tmp_path / "scores.json").write_text('{"ours": {"dog": {"dino": {"value": 1}}}}')
+    assert bench.root_of(str(tmp_path)) == tmp_path
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(RayboothError, match=f"{name} is none that a bench has made"):
+        bench.root_of(str(tmp_path))
+
+
 def test_a_row_is_the_mean_over_subjects():
     def scores(value: float, floor: float, ceiling: float | None) -> dict[str, Score]:
         return {"dino": Score(value, 0, 1, floor, ceiling), "clip_t": Score(value, 0, 1, 0.1, floor), "pres": Score(value, 0, 1, floor, ceiling)}

@@ -1,6 +1,8 @@
 """Which storage a command means, and what it goes by there."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
@@ -10,7 +12,7 @@ from stored import make_run
 import raybooth
 from raybooth import config
 from raybooth.base_model import model_configuration
-from raybooth.cli import config_of, main
+from raybooth.cli import OTHER, config_of, main
 from raybooth.demo import demo_config
 from raybooth.errors import RayboothError
 from raybooth.mini import FOLDER
@@ -134,3 +136,21 @@ def test_a_demo_with_photographs_of_ones_own_draws_none_among_them(tmp_path: Pat
     assert not [*own.iterdir(), *storage.glob("photographs/*")]
     assert main(["demo", "--storage", str(storage), "--set", "subject.photos=[]"]) == 2
     assert len([*storage.glob("photographs/*.png")]) == 5
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """As `| head -1` does."""
+    command = f"{sys.executable} -m raybooth plan --base mini --class dog | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_a_folder_that_may_not_be_entered_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def closed(_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/closed/x")
+
+    monkeypatch.setitem(OTHER, "doctor", closed)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "raybooth: /closed/x cannot be reached (Permission denied): ask its owner for the right to, or give another path.\n"

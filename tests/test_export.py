@@ -268,6 +268,24 @@ def test_a_full_disk_is_said(runs: Callable[..., Path], tmp_path: Path, monkeypa
         exported(runs("sd1"), "single-file", tmp_path / "out")
 
 
+def test_a_damaged_model_is_not_exported(toy: Path, tmp_path: Path):
+    storage = fine_tuned(tmp_path / "run", toy)
+    weights = storage / "fine-tuned-model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(RayboothError, match=r"fine-tuned-model/unet/.* is not what its manifest says, .* run 'raybooth finetune"):
+        exported(storage, "diffusers", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_that_is_no_yaml_has_no_licence(toy: Path, tmp_path: Path):
+    """A title with a colon in it, say."""
+    base = shutil.copytree(toy, tmp_path / "base")
+    (base / "README.md").write_text("---\ntitle: my dog: second try\n---\n")
+    with run_of(tmp_path / "run", base) as run:
+        prepare_base(run)
+        assert run.facts("base-model")["license"] is None
+
+
 def test_the_card_says_what_it_is(tmp_path: Path):
     storage = fine_tuned(tmp_path / "run", "mini", only="attn2.to_q")
     with run_of(storage, "mini") as run:

@@ -1,4 +1,5 @@
 import errno
+import json
 import multiprocessing
 import os
 import time
@@ -141,6 +142,18 @@ def test_a_finish_that_was_cut_off_between_its_files_is_never_taken_for_a_whole(
     assert again.done() == (inputs == {"k": "new"})
     assert workspace.manifest("model")["inputs"] == {"k": "new"}
     assert [workspace.output("model", name).read_text() for name in ("a.bin", "b.bin")] == ["new", "new"]
+
+
+@pytest.mark.parametrize("name", ["../mine.txt", "/tmp/mine.txt", "a/../../mine.txt"])
+def test_a_manifest_that_names_files_elsewhere_is_none(tmp_path: Path, name: str):
+    """Of a storage that was given away, say: what is not wanted any more is deleted."""
+    stage = Workspace(str(tmp_path / "run")).stage("things", {"n": 1})
+    stage.write("a.txt", b"a")
+    manifest = stage.finish()
+    assert read_manifest(stage.folder) == manifest
+    manifest["outputs"][name] = manifest["outputs"]["a.txt"]
+    (stage.folder / "manifest.json").write_text(json.dumps(manifest))
+    assert read_manifest(stage.folder) is None
 
 
 def test_a_torn_manifest_is_no_manifest(tmp_path: Path):

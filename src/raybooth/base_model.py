@@ -267,10 +267,11 @@ def local_source(model: str, setting: str = "base.model") -> Path | None:
 def _licence(folder: Path) -> str | None:
     """The licence that a folder's model card names, or else its manifest, if it is the base model of a storage; None if neither does."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     try:
         named: str | None = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
-    except (OSError, ValueError):
+    except (OSError, ValueError, YAMLError):  # people write colons into titles
         named = None
     return named or (read_manifest(folder) or {}).get("facts", {}).get("license")
 

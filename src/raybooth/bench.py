@@ -25,6 +25,11 @@ Recipes = Mapping[str, Sequence[str]]
 Results = dict[str, dict[str, dict[str, Score]]]
 """recipe -> subject -> name of a score -> score."""
 
+TABLE, SCORES = "table.md", "scores.json"
+HEAD = (
+    "| | DINO (of the photographs' own) | CLIP-I (same) | CLIP-T (of the base's without the token) | PRES (base's) | DIV (of the base's) "
+    "| DIV of the class (same) |"
+)
 FEWEST = 8
 """Number of subjects below which there is no interval over them: the bootstrap's would be too narrow (of three it holds the mean three times in four)."""
 DRIFT = ("pres", "class_div")
@@ -43,7 +48,24 @@ def root_of(storage: str) -> Path:
         raise RayboothError(f"--storage {storage} is not a folder: the runs of a bench share their files on one machine, give one of its folders.")
     workspace = Workspace(storage)
     workspace.check_writable()
+    for name, is_ours in ((TABLE, _is_table), (SCORES, _are_scores)):
+        path = workspace.root / name
+        if path.exists() and not is_ours(path):
+            raise RayboothError(f"{path} is none that a bench has made, and it would write its own there: move that file elsewhere, or give another --storage.")
     return workspace.root
+
+
+def _is_table(path: Path) -> bool:
+    return path.read_bytes().startswith(HEAD.encode()[:20])
+
+
+def _are_scores(path: Path) -> bool:
+    """Whether the file at least looks like results: recipes of subjects of scores."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(found, dict) and all(isinstance(by, dict) and all(isinstance(s, dict) for s in by.values()) for by in found.values())
 
 
 def bench(
@@ -85,10 +107,10 @@ def bench(
                     do(run, (*STAGES, "evaluate"))
                     results[recipe][subject.name] = evaluation.read(run)
                 done[subject.class_name, recipe] = Path(config.storage)
-                write_atomically(root / "scores.json", json.dumps(_plain(results), indent=1).encode())
-                write_atomically(root / "table.md", table(results, published).encode())  # of what is done so far: the rest may take days
+                write_atomically(root / SCORES, json.dumps(_plain(results), indent=1).encode())
+                write_atomically(root / TABLE, table(results, published).encode())  # of what is done so far: the rest may take days
     text = table(results | known(), published)
-    write_atomically(root / "table.md", text.encode())
+    write_atomically(root / TABLE, text.encode())
     return text
 
 
@@ -120,8 +142,7 @@ def table(results: Results, published: bool = False) -> str:
     of the class are compared by their change since the base model, whose class pictures each recipe draws with settings of its own.
     """
     lines = [
-        "| | DINO (of the photographs' own) | CLIP-I (same) | CLIP-T (of the base's without the token) | PRES (base's) | DIV (of the base's) "
-        "| DIV of the class (same) |",
+        HEAD,
         "|---|---|---|---|---|---|---|",
     ]
     first = next(iter(results), "")

@@ -80,6 +80,9 @@ def main(argv: list[str] | None = None) -> int:
         line = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(error))  # names and values may hold line breaks and terminal codes
         print(f"raybooth: {line}", file=sys.stderr)
         return 2
+    except PermissionError as error:  # of a path that was given, in a folder that this user may not enter
+        print(f"raybooth: {error.filename} cannot be reached ({error.strerror}): ask its owner for the right to, or give another path.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nraybooth: stopped. What was complete is kept; the same command goes on from there.", file=sys.stderr)
         return STOPPED

@@ -71,6 +71,8 @@ class Config(Section):
             raise ValueError("subject.class is empty: say what the subject is an instance of, as in --class dog")
         if subject.token.casefold() == subject.class_name.casefold():
             raise ValueError(f"subject.token equals subject.class ('{subject.token}'): choose a rare word for the token, such as unqtkn")
+        if subject.token.casefold() in ("a", "an", "the"):
+            raise ValueError(f"subject.token is '{subject.token}', a word of every prompt: choose a rare one, such as unqtkn")
         if self.prior.method == "base-prediction" and self.finetune.method != "lora":
             raise ValueError("prior.method = 'base-prediction' needs finetune.method = 'lora': only then is the base model still there to ask")
         least, at_most = self.cluster.worker_range

@@ -43,7 +43,7 @@ class Model:
 
     @cached_property
     def folder(self) -> Path:
-        self.run.outputs("fine-tuned-model")
+        self.run.workspace.check_intact("fine-tuned-model")
         return self.run.model_folder
 
     @property

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raybooth.files import BLOCK, file_digest, files_under
@@ -56,6 +56,7 @@ def _is_ours(manifest: dict[str, Any]) -> bool:
         isinstance(manifest.get("digest"), str)
         and isinstance(outputs, dict)
         and all(isinstance(o, dict) and {"bytes", "sha256"} <= o.keys() for o in outputs.values())
+        and all(not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in outputs)  # what is outside is not a stage's
         and all(isinstance(manifest.get(name), dict) for name in said)
         and type(manifest.get("step", 0)) is int
     )

@@ -149,7 +149,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Refuse a JPEG that is damaged in the middle: libjpeg only warns of it, and Pillow shows grey or shifted blocks.
+    """Refuse a JPEG that is damaged in the middle, or cut off and filled up: libjpeg only warns of it, and Pillow shows grey or shifted blocks.
 
     Raises:
         ValueError: in libjpeg's words.
@@ -160,7 +160,7 @@ def _check_jpeg(data: bytes) -> None:
         simplejpeg.decode_jpeg(data, colorspace="GRAY", min_factor=1, strict=True)
     except ValueError as error:
         # Some cameras write extra bytes after whole data. What this decoder does not know, such as CMYK, Pillow may.
-        if str(error).startswith("Corrupt JPEG data") and "extraneous bytes" not in str(error):
+        if str(error).startswith(("Corrupt JPEG data", "Premature end of JPEG")) and "extraneous bytes" not in str(error):
             raise
 
 

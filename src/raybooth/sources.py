@@ -212,7 +212,7 @@ def _download(url: str) -> bytes:
         request = urllib.request.Request(_address(url), headers={"User-Agent": "raybooth"})
         with urllib.request.urlopen(request, timeout=30) as response:
             data = _read(response)
-    except (http.client.HTTPException, OSError, ValueError) as error:
+    except (http.client.HTTPException, OSError, ValueError, OverflowError) as error:  # the last of a port
         raise RayboothError(f"The photograph {url} cannot be fetched: {reason(getattr(error, 'reason', error))}. Check the address, or give a file.") from None
     if len(data) > LARGEST_DOWNLOAD:
         raise RayboothError(f"The photograph {url} is larger than {LARGEST_DOWNLOAD >> 20} MiB: give a smaller one.")

@@ -42,6 +42,11 @@ def _check_address(storage: str) -> None:
     one_slash = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", storage)
     if one_slash or (is_address and (not scheme or not place.strip("/") or (scheme.lower() == "file" and not place.startswith("/")))):
         raise RayboothError(f"The storage {storage} is neither a folder nor an address: write a path, or an address such as s3://bucket/run.")
+    if is_address and ":" in re.split(r"[/?#]", place, maxsplit=1)[0].rpartition("@")[0]:
+        raise RayboothError(
+            f"The storage {scheme}://***@{place.partition('@')[2]} has a password in its address, which would be noted with the run: leave it out, "
+            "and give it as the environment variable or file that this kind of storage reads."
+        )
 
 
 class Workspace:
@@ -139,6 +144,19 @@ class Workspace:
         manifest = read_manifest(self.root / stage) or {"outputs": {}}
         return all(name in manifest["outputs"] and intact(self.root / stage / name, manifest["outputs"][name]) for name in names)
 
+    def check_intact(self, stage: str) -> None:
+        """Refuse a stage with an output that is missing, or not as it was made.
+
+        Raises:
+            RayboothError: if there is one, or the stage was not run.
+        """
+        for name, described in self.manifest(stage)["outputs"].items():
+            if not intact(self.output(stage, name), described):
+                raise self._changed(stage, name)
+
+    def _changed(self, stage: str, name: str) -> RayboothError:
+        return RayboothError(f"{stage}/{name} in the storage {self.storage} is not what its manifest says, it was changed or damaged: {self._anew(stage)}.")
+
     def read(self, stage: str, name: str, sha256: str) -> bytes:
         """The content of an output, which has the digest `sha256`.
 
@@ -147,7 +165,7 @@ class Workspace:
         """
         data = self.output(stage, name).read_bytes()
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise RayboothError(f"{stage}/{name} in the storage {self.storage} is not what its manifest says, it was changed or damaged: {self._anew(stage)}.")
+            raise self._changed(stage, name)
         return data
 
     @contextlib.contextmanager

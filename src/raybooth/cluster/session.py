@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from raybooth.cluster import allocator
 from raybooth.errors import RayboothError
@@ -122,16 +123,30 @@ def _start(address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     stopped = signal.getsignal(signal.SIGTERM)
     try:
-        with _native_stderr_silent():
+        with _native_stderr_silent(), _sigterm_is_ours():
             if address:
                 ray.init(address=address, **quiet)
             else:
                 _start_here(include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise _no_cluster(address, error) from None
-    # Ray's core has put a handler of its own in its place, which ends the process with a dump of its stack.
+    # A Ray that keeps its handlers elsewhere has put one in the place of ours.
     if callable(stopped) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stopped)
+
+
+@contextlib.contextmanager
+def _sigterm_is_ours() -> Iterator[None]:
+    """Keep Ray and its core from handling SIGTERM in this process: theirs end it without a word, or with a dump of its stack."""
+    from ray._private import ray_constants, utils
+
+    with contextlib.ExitStack() as kept:
+        for module, name, value in (
+            (utils, "set_sigterm_handler", lambda handler: None), (ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True),
+        ):  # fmt: skip
+            if hasattr(module, name):
+                kept.enter_context(mock.patch.object(module, name, value))
+        yield
 
 
 def _start_here(**how: Any) -> None:

@@ -273,3 +273,30 @@ def test_a_variants_list_of_shards_replaces_none_and_names_what_is_there(tmp_pat
     (tmp_path / "t5" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.fp16-00001-of-00002.safetensors"}}))
     settle_shards(tmp_path, map(plain_name, alone))
     assert json.loads((tmp_path / "t5" / "model.safetensors.index.json").read_text())["weight_map"] == {"a": "model-00001-of-00002.safetensors"}
+
+
+def edited(name: str, folder: Path, file: str, **values: Any) -> Path:
+    base = MAKERS[name](folder)
+    (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | values))
+    return base
+
+
+def test_an_encoder_that_does_not_see_its_padding_is_asked_as_diffusers_asks_it(tmp_path: Path):
+    base = edited("sd1", tmp_path / "base", "text_encoder/config.json", use_attention_mask=True)
+    family, loaded = whole(base)
+    pipe: Any = DiffusionPipeline.from_pretrained(base)
+    theirs = pipe.encode_prompt(["a dog"], "cpu", 1, False)[0]
+    assert (family.encode_text(loaded, ["a dog"], None)["text"] - theirs).abs().max() < 1e-5
+    encoder: Any = loaded.modules["text_encoder"]
+    encoder.config.use_attention_mask = False
+    assert (family.encode_text(loaded, ["a dog"], None)["text"] - theirs).abs().max() > 1e-2
+
+
+def test_flux_is_trained_with_a_shift_that_its_scheduler_has_by_itself(tmp_path: Path):
+    base = edited("flux", tmp_path / "base", "scheduler/scheduler_config.json", shift=3.0, use_dynamic_shifting=False)
+    assert family_of(base).objective(base).shift == 3.0  # type: ignore[union-attr]
+
+
+def test_a_size_may_be_height_and_width(tmp_path: Path):
+    base = edited("sd1", tmp_path / "base", "unet/config.json", sample_size=[16, 16])
+    assert family_of(base).facts(base).resolution == 32

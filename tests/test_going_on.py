@@ -61,6 +61,18 @@ def test_a_run_goes_on_where_the_loss_is_scaled_otherwise(toy: Path, before: tor
     assert [s.number for s in rest] == [2]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_adapters_go_on_with_their_own_optimizer_states(toy: Path, optimizer: str):
+    """Adafactor has the halves of adapters in groups of their own, in another order than the parameters."""
+    how = Finetune(method="lora", optimizer=optimizer)
+    settings = changed(steps=4, optimizer=optimizer)
+    whole, _ = trained(toy, settings, how=how)
+    run = fit(family_of(toy), readied(toy, how), data(), settings)
+    half = copy.deepcopy(next(step for step in run if step.number == 2).state())
+    again, _ = trained(toy, settings, how=how, start=half)
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
 def test_dropout_is_the_same_after_a_restart_and_leaves_the_random_state_alone(toy: Path):
     settings = changed(steps=4)
 

@@ -113,6 +113,17 @@ def _scores(run: Run) -> list[str]:
     return ["## Scores of the fine-tuned model", f"```\n{evaluation.table(run)}\n```"]
 
 
+def _has_half_encoders(folder: Path) -> bool:
+    """Whether a text encoder of the pipeline in `folder` is saved in half precision."""
+    from safetensors import safe_open
+
+    for file in folder.glob("text_encoder*/*.safetensors"):
+        with safe_open(file, "np") as held:
+            if any(held.get_slice(name).get_dtype() in ("F16", "BF16") for name in held.keys()):  # noqa: SIM118
+                return True
+    return False
+
+
 def _snippet(run: Run, to: str, name: str, prompt: str, repo: str | None) -> str:
     pipeline, base, here = family_of(run.base_folder).pipeline, run.config.base, repo or "."
     local = local_source(base.model)
@@ -121,10 +132,13 @@ def _snippet(run: Run, to: str, name: str, prompt: str, repo: str | None) -> str
     in_file = local is not None and local.suffix == SUFFIX
     opened = f'pipe = {pipeline}.from_single_file("{place}"{of_file})' if in_file else f'pipe = {pipeline}.from_pretrained("{place}")'
     config = of_file if in_file else f', config="{place}"'
+    # transformers opens text encoders in the precision they are saved in, and diffusers the rest in float32: half of one kind would not go together.
+    precision = ", torch_dtype=torch.bfloat16" if to == "diffusers" and _has_half_encoders(run.model_folder) else ""
     lines = {
-        "diffusers": [f'pipe = {pipeline}.from_pretrained("{here}")'],
+        "diffusers": [f'pipe = {pipeline}.from_pretrained("{here}"{precision})'],
         "lora": [opened, f'pipe.load_lora_weights("{here}", weight_name="{WEIGHTS}")'],
         "kohya": [opened, f'pipe.load_lora_weights("{here}", weight_name="{name}.safetensors")'],
         "single-file": [f'pipe = {pipeline}.from_single_file("{name}.safetensors"{config})'],
     }[to]
-    return "\n".join([f"from diffusers import {pipeline}", "", *lines, f'pipe({json.dumps(prompt, ensure_ascii=False)}).images[0].save("picture.png")'])
+    drawn = f'pipe({json.dumps(prompt, ensure_ascii=False)}).images[0].save("picture.png")'
+    return "\n".join([*(["import torch"] if precision else []), f"from diffusers import {pipeline}", "", *lines, drawn])

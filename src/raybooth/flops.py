@@ -72,7 +72,8 @@ def loss_without_data(family: Family, loaded: Loaded, trained: tuple[str, ...], 
     """A scalar that depends on all trained parts as the loss does, for `rows` rows and `prompts` prompts to encode, on the default device."""
     shape, conditioning = loaded.facts.latent_shape(side), family.conditioning(loaded.folder)
     dtype = next(loaded.modules[family.denoiser].parameters()).dtype
-    text = {k: torch.zeros(rows, *s, dtype=dtype, requires_grad=len(trained) > 1) for k, s in conditioning.items()}
+    of_rows = torch.zeros(rows, dtype=torch.long)  # rows share the conditioning of two prompts, and its gradients
+    text = {k: torch.zeros(2, *s, dtype=dtype, requires_grad=len(trained) > 1)[of_rows] for k, s in conditioning.items()}
     out = family.predict(loaded, torch.zeros(rows, *shape, dtype=dtype), torch.zeros(rows), text)
     loss = out.float().square().mean()
     for part in trained[1:] if prompts else ():  # above, the encoders' output is taken as given; here they run, and are trained

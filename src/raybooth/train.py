@@ -319,14 +319,15 @@ class _Loop:
         self.done, self.read_at = state.step, state.scalars["read_at"]
         self.seen.copy_(state.tensors["seen"] if self.parallel.rank == 0 else torch.zeros_like(self.seen))
         held = self.optimizer.state_dict()
-        indices = [i for group in held["param_groups"] for i in group["params"]]
-        for (name, p), index in zip(self.parameters.items(), indices, strict=True):
+        own_groups = zip(self.optimizer.param_groups, held["param_groups"], strict=True)
+        place = {p: i for own, saved in own_groups for p, i in zip(own["params"], saved["params"], strict=True)}  # groups need not be in the parameters' order
+        for name, p in self.parameters.items():
             p.copy_(state.tensors[f"weights.{name}"])
             if self.average:
                 self.average.values[name].copy_(state.tensors[f"average.{name}"])
             prefix = f"optimizer.{name}."
             own = {k.removeprefix(prefix): laid_out_like(p, v) for k, v in state.tensors.items() if k.startswith(prefix)}
-            held["state"][index] = own | state.scalars["numbers"].get(name, {})
+            held["state"][place[p]] = own | state.scalars["numbers"].get(name, {})
         for group, kept in zip(held["param_groups"], state.scalars["groups"], strict=True):
             group.update(kept)
         self.optimizer.load_state_dict(held)

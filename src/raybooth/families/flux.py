@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 from raybooth.families import parts
 from raybooth.families.base import Facts, Family, Loaded
 from raybooth.families.sd3 import FAMILY as SD3
-from raybooth.families.sd3 import flow_scheduler
+from raybooth.families.sd3 import flow_scheduler, objective
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from raybooth.noise import Flow
 
 RESOLUTION = 1024  # its configuration does not say
 
@@ -29,12 +27,6 @@ def facts(folder: Path) -> Facts:
 def _text_length(folder: Path) -> int:
     """T5's tokens as the models were trained: 512 for [dev], 256 for [schnell]. Padding is not masked, so it makes a difference."""
     return 512 if parts.config(folder, "transformer/config").get("guidance_embeds", False) else 256
-
-
-def objective(folder: Path) -> "Flow":
-    from raybooth.noise import Flow
-
-    return Flow(shift=1.0)
 
 
 @parts.configured

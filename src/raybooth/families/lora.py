@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -13,6 +14,7 @@ from raybooth.errors import RayboothError
 from raybooth.families.base import Family, Loaded
 from raybooth.families.lowrank import file_name
 from raybooth.families.parts import load, unloaded
+from raybooth.files import write_atomically
 from raybooth.noise import reseeded
 from raybooth.sections import Lora
 
@@ -156,18 +158,30 @@ def save_adapters(family: Family, modules: Mapping[str, nn.Module], target: Path
         layers[f"{part}_lora_layers"] = {file_name(part, name): tensor for name, tensor in get_peft_model_state_dict(adapted).items()}
         layers[f"{part}_lora_adapter_metadata"] = described(adapted.peft_config["default"])
     getattr(diffusers, family.pipeline).save_lora_weights(target, weight_name=WEIGHTS, **layers)
+    order_header(target / WEIGHTS)
+
+
+def order_header(file: Path) -> None:
+    """Put the texts in a safetensors file's header in order, which the library writes in a random one: equal adapters are equal files then."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of it
+    write_atomically(file, len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
 def described(how: Any) -> dict[str, Any]:
     """What a file's header says of its adapters: the same for equal ones (PEFT keeps targets as a set), and without the folder of the base.
 
     Only what differs from PEFT's defaults: diffusers makes a PEFT configuration from it, and an older PEFT refuses what it does not know. But an older
-    diffusers (0.36) fails without `rank_pattern`.
+    diffusers (0.36) fails without `rank_pattern`. Without the dropout, which is training's: diffusers would go on dropping while it draws.
     """
     from peft import LoraConfig
 
     usual, values = LoraConfig().to_dict(), how.to_dict()
-    own = {k: v for k, v in values.items() if v != usual.get(k) and k != "base_model_name_or_path"}
+    own = {k: v for k, v in values.items() if v != usual.get(k) and k not in ("base_model_name_or_path", "lora_dropout")}
     return own | {"r": how.r, "lora_alpha": how.lora_alpha, "target_modules": sorted(values["target_modules"]), "rank_pattern": values["rank_pattern"]}
 
 
@@ -215,6 +229,7 @@ def _put_in(family: Family, modules: Mapping[str, nn.Module], folder: Path) -> t
             module.load_lora_adapter(state, prefix=part, network_alphas=alphas, metadata=metadata)
         else:
             pipeline.load_lora_into_text_encoder(state, alphas, module, prefix=part, metadata=metadata)
+        module.eval()  # a file of others may name a dropout, and new layers begin in training mode
     return adapted_parts, state
 
 

@@ -42,7 +42,9 @@ def facts(folder: Path, denoiser: str) -> Facts:
     vae, net = config(folder, "vae/config"), config(folder, f"{denoiser}/config")
     float(vae.get("scaling_factor", 1))
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
-    return Facts(net["sample_size"] * downscale, vae["latent_channels"], downscale, net.get("patch_size", 1))
+    size = net["sample_size"]
+    side = min(size) if isinstance(size, list) else size  # some have (height, width)
+    return Facts(side * downscale, vae["latent_channels"], downscale, net.get("patch_size", 1))
 
 
 def load(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.dtype | None" = None) -> Loaded:

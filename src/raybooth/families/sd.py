@@ -69,16 +69,19 @@ def text_shape(folder: Path, *encoders: str) -> tuple[int, int]:
 
 def encode_text(loaded: Loaded, prompts: Sequence[str], known: "Mapping[str, Tensor] | None" = None) -> "dict[str, Tensor]":
     encoder = loaded.modules["text_encoder"]
-    return {"text": encoder(_tokens(loaded, tuple(prompts)).to(next(encoder.parameters()).device, non_blocking=True)).last_hidden_state}
+    device = next(encoder.parameters()).device
+    tokens, mask = (given.to(device, non_blocking=True) for given in _tokens(loaded, tuple(prompts)))
+    # As StableDiffusionPipeline does: most encoders see the padding.
+    return {"text": encoder(tokens, attention_mask=mask if getattr(encoder.config, "use_attention_mask", False) else None).last_hidden_state}
 
 
-def _tokens(loaded: Loaded, prompts: tuple[str, ...]) -> "Tensor":
-    """The prompts' tokens, (n, length). The last ones are kept: a training step has the prompts of the one before."""
+def _tokens(loaded: Loaded, prompts: tuple[str, ...]) -> "tuple[Tensor, Tensor]":
+    """The prompts' tokens and the mask of their padding, each (n, length). The last ones are kept: a training step has the prompts of the one before."""
     last, tokens = loaded.kept.get("tokens", (None, None))
     if last != prompts:
         tokenizer = loaded.tokenizers["tokenizer"]
         read = tokenizer([*prompts], padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
-        tokens = read.input_ids
+        tokens = read.input_ids, read.attention_mask
         loaded.kept["tokens"] = prompts, tokens
     return tokens
 

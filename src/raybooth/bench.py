@@ -91,7 +91,8 @@ def bench(
     with connected(next(iter(configs.values())).cluster.address):
         for subject in subjects:  # a photograph that cannot be read shows before days of work
             config = configs[subject.name, next(iter(recipes))]
-            _share(next(iter(done.values()), None), Path(config.storage), OF_ALL)
+            for other in [*done.values()][:1]:
+                _share(other, Path(config.storage), OF_ALL)
             with Run(config) as run:
                 run.say(f"\n{subject.name}: prepare")
                 do(run, ["prepare"])
@@ -123,10 +124,9 @@ def config_of(subject: Subject, settings: Sequence[str], storage: Path, override
     )  # fmt: skip
 
 
-def _share(other: Path | None, storage: Path, stages: Sequence[str]) -> None:
+def _share(other: Path, storage: Path, stages: Sequence[str]) -> None:
     """Link `stages` that another run has made into `storage`; the digests decide whether they hold there."""
-    for stage in stages if other else ():
-        assert other is not None
+    for stage in stages:
         if (other / stage).is_dir() and not (storage / stage).exists():
             shutil.copytree(other / stage, storage / stage, copy_function=link_or_copy)
 

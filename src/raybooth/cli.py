@@ -77,16 +77,22 @@ def main(argv: list[str] | None = None) -> int:
         with _stopped_by(signal.SIGTERM):
             OTHER.get(args.verb, _run)(args)
     except RayboothError as error:
-        line = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(error))  # names and values may hold line breaks and terminal codes
-        print(f"raybooth: {line}", file=sys.stderr)
-        return 2
+        return _refused(str(error))
     except PermissionError as error:  # of a path that was given, in a folder that this user may not enter
-        print(f"raybooth: {error.filename} cannot be reached ({error.strerror}): ask its owner for the right to, or give another path.", file=sys.stderr)
-        return 2
+        if error.filename is None:
+            raise
+        return _refused(f"{error.filename} cannot be reached ({error.strerror}): ask its owner for the right to, or give another path.")
     except KeyboardInterrupt:
         print("\nraybooth: stopped. What was complete is kept; the same command goes on from there.", file=sys.stderr)
         return STOPPED
     return 0
+
+
+def _refused(sentence: str) -> int:
+    """Print what is wrong, on one line, and return the exit status for it."""
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", sentence)  # names and values may hold line breaks and terminal codes
+    print(f"raybooth: {line}", file=sys.stderr)
+    return 2
 
 
 @contextlib.contextmanager

@@ -33,6 +33,21 @@ def without_some_weights(name: str) -> Spoil:
     return spoil
 
 
+def with_nan(name: str) -> Spoil:
+    def spoil(model: Path) -> None:
+        save_file({k: t * float("nan") for k, t in load_file(model / name).items()}, model / name, {"format": "pt"})
+
+    return spoil
+
+
+def with_one_word_more(model: Path) -> None:
+    """Than the text encoder has embeddings for."""
+    file = model / "tokenizer/tokenizer.json"
+    held = json.loads(file.read_text())
+    held["model"]["vocab"]["dog</w>"] = 10**6
+    file.write_text(json.dumps(held))
+
+
 UNET, TEXT, VAE = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 BROKEN: list[tuple[str, Spoil, str]] = [
     ("weights of another name", lambda m: (m / UNET).rename(m / "unet/model.safetensors"), "unet of the model cannot be opened"),
@@ -48,6 +63,11 @@ BROKEN: list[tuple[str, Spoil, str]] = [
     ("an inpainting model", change("unet/config.json", in_channels=9), "takes 9 channels and the VAE has"),
     ("a text encoder of another model", change("unet/config.json", cross_attention_dim=999), "takes text of width 999"),
     ("latents without a scale", change("vae/config.json", scaling_factor=None), "lack something or hold nonsense"),
+    ("a way of solving that is not known", change("scheduler/scheduler_config.json", solver_type="nope"), "scheduler of the model cannot be opened"),
+    ("a tokenizer that cannot pad", change("tokenizer/tokenizer_config.json", pad_token=None), "tokenizer of the model cannot be opened"),
+    ("a tokenizer without room for words", change("tokenizer/tokenizer_config.json", model_max_length=2), "reads nothing of a prompt"),
+    ("a token that the text encoder does not know", with_one_word_more, "has token 1000000, and its text encoder knows"),
+    ("a VAE of NaN", with_nan(VAE), "not finite"),
     ("a flow", change("scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"), "noise as FlowMatchEulerDiscreteScheduler has it"),
     ("EDM", change("scheduler/scheduler_config.json", _class_name="EDMDPMSolverMultistepScheduler"), "noise as EDM"),
     ("weights of four bits", change("unet/config.json", quantization_config={"quant_method": "bitsandbytes"}), "quantised weights in unet/"),

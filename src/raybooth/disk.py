@@ -78,15 +78,16 @@ def explained(storage: str, root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = root if error.filename is None else Path(str(error.filename))
+        name = error.filename2 or error.filename  # of a file that is put in another's place, the place
+        place = root if name is None else Path(str(name))
         within = place != root and place.is_relative_to(root)
-        ours = error.filename is not None and (within or root.is_relative_to(place))  # a folder above it, which could not be made
+        ours = name is not None and (within or root.is_relative_to(place))  # a folder above it, which could not be made
         sentence = (_BELOW if within else {}).get(error.errno or 0) or _SENTENCES.get(error.errno or 0)
         if sentence is None or not (error.errno in _FULL or ours):
             raise
         if error.errno in (errno.ENOTDIR, errno.EEXIST) and within and (file := _in_the_way(root, place)):
             raise RayboothError(f"{file} is in the way of a folder of raybooth's: move it elsewhere, and run the same command again.") from error
-        raise RayboothError(f"The storage {storage} {sentence} ({error.filename or root}).") from error
+        raise RayboothError(f"The storage {storage} {sentence} ({place}).") from error
 
 
 def _in_the_way(root: Path, place: Path) -> Path | None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raybooth.disk import explained_if_full
+from raybooth.disk import explained, explained_if_full
 from raybooth.errors import LESS_MEMORY
 from raybooth.families import Family, family_of
 from raybooth.jobs import Row, explained_if_out_of_memory, prompt_name, stage_folder
@@ -72,7 +72,7 @@ def finetuner(
         settings = Settings(how, seed, autocast_dtype(family, how.precision, group.device.type))
         training = fit(family, loaded, data, settings, parallel, start)
         del start  # so that fit() can release it: a checkpoint is as large as what is trained
-        with log, explained_if_full(f"The storage {storage}"):
+        with log, explained(storage, workspace.root), explained_if_full(f"The storage {storage}"):
             with out_of_memory_explained():
                 for step in training:
                     if step.metrics:

@@ -79,10 +79,11 @@ class Sampler:
             if watch:
                 watch(done, self.loaded.objective.clean(x, out, t.expand(len(x))))
             z = scheduler.step(out, t, z, return_dict=False)[0]
-        finite = z.flatten(1).isfinite().all(1).tolist()
+        pixels = self._pixels(z)
+        finite = pixels.flatten(1).isfinite().all(1).tolist()
         if not all(finite):  # they would be black pictures
             raise NotFiniteError([i for i, it_is in enumerate(finite) if not it_is])
-        return self.decoded(z)
+        return _levels(pixels)
 
     def _conditioning(self, rows: Sequence[tuple[str, str]], sampling: Sampling) -> dict[str, Tensor]:
         """The conditioning of (adapter, prompt) pairs, each encoded once and by itself."""
@@ -100,7 +101,15 @@ class Sampler:
 
     def decoded(self, z: Tensor) -> np.ndarray:
         """Latents decoded to (n, h, w, 3) uint8 pictures."""
+        return _levels(self._pixels(z))
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        """Latents decoded to (n, 3, h, w) in [-1, 1]."""
         at_once = decoded_at_once(len(z), z.shape[-1] * self.loaded.facts.downscale)
-        pixels = torch.cat([decode(self.loaded, part) for part in z.split(at_once)])
-        levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255)
-        return levels.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+        return torch.cat([decode(self.loaded, part) for part in z.split(at_once)])
+
+
+def _levels(pixels: Tensor) -> np.ndarray:
+    """(n, 3, h, w) in [-1, 1] as (n, h, w, 3) uint8 pictures."""
+    levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255)
+    return levels.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -57,11 +57,11 @@ def load(family: Family, folder: Path, parts: Sequence[str], dtype: "torch.dtype
 
     index, modules, tokenizers = read_index(folder), {}, {}
     for part in parts:
-        with _explained(folder / part), quietly():
+        with explained(folder / part), quietly():
             modules[part] = _weighted(_kind(index, part), folder / part, torch.float32 if part == "vae" else dtype or torch.float32)
     for name in (n for n in index if n.startswith("tokenizer") and index[n][0]):
         tokenizers[name] = tokenizer(folder, name, index)
-    with _explained(folder / "scheduler"):
+    with explained(folder / "scheduler"):
         objective = family.objective(folder)
     return Loaded(folder, family.facts(folder), objective, modules, tokenizers)
 
@@ -70,18 +70,24 @@ def tokenizer(folder: Path, name: str, index: dict[str, Any]) -> Any:
     """The named tokenizer. It reads no more tokens than its text encoder has places for, if that says how many: its own files need not.
 
     Raises:
-        RayboothError: if it cannot be opened.
+        RayboothError: if it cannot be opened, reads no words, or has tokens that its text encoder does not know.
     """
-    with _explained(folder / name):
+    path = folder / name.replace("tokenizer", "text_encoder") / "config.json"
+    encoder = read_object(path) if path.exists() else {}
+    with explained(folder / name):
         read = _kind(index, name).from_pretrained(folder / name)
-    encoder = folder / name.replace("tokenizer", "text_encoder") / "config.json"
-    if places := read_object(encoder).get("max_position_embeddings") if encoder.exists() else None:
-        read.model_max_length = min(read.model_max_length, places)
+        if places := encoder.get("max_position_embeddings"):
+            read.model_max_length = min(read.model_max_length, places)
+        nothing, word = read(["", "dog"], padding="max_length", max_length=min(read.model_max_length, 77), truncation=True).input_ids
+        if nothing == word:
+            raise ValueError("it reads nothing of a prompt")
+        if (last := max(read.get_vocab().values())) >= (known := encoder.get("vocab_size", last + 1)):
+            raise ValueError(f"it has token {last}, and its text encoder knows {known}")
     return read
 
 
 @contextlib.contextmanager
-def _explained(part: Path) -> Iterator[None]:
+def explained(part: Path) -> Iterator[None]:
     """Raise whatever the libraries say of files that do not fit together as a RayboothError that names the part; lack of memory passes as it is."""
     try:
         yield

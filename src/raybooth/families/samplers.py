@@ -36,23 +36,26 @@ def scheduler(folder: Path, name: str, steps: int, shape: tuple[int, int, int], 
     """The named sampler with its timesteps set. All are deterministic: a picture depends on its initial latents and on nothing drawn on the way.
 
     Raises:
-        RayboothError: if there are more steps than the model has timesteps, if they would begin too far from pure noise, or if the sampler cannot
-            handle zero terminal SNR.
+        RayboothError: if there are more steps than the model has timesteps, if they would begin too far from pure noise, if the sampler cannot
+            handle zero terminal SNR, or if the model's own scheduler is described in a way that diffusers cannot follow.
     """
     import diffusers
+
+    from raybooth.families.parts import explained
 
     kind, extra = SAMPLERS[name]
     if steps > SAFE_STEPS and name in _ANY_STRIDE:
         extra = {**extra, "timestep_spacing": "linspace"}
-    how = ddim(folder).config
+    with explained(folder / "scheduler"):
+        how = ddim(folder).config
     if name == "pndm" and how.get("rescale_betas_zero_snr"):
         raise RayboothError("pndm has no steps for this model, whose noise ends in nothing but noise (zero terminal SNR): take dpmsolver++, ddim or euler.")
-    made = getattr(diffusers, kind).from_config(how, **extra)
-    try:
+    noise = int(how.num_train_timesteps)
+    if steps > noise:
+        raise RayboothError(f"{steps} steps are more than {name} can take with this model: lower prior.steps, or generate.steps.")
+    with explained(folder / "scheduler"):
+        made = getattr(diffusers, kind).from_config(how, **extra)
         made.set_timesteps(steps, device=device)
-    except (ValueError, IndexError):
-        raise RayboothError(f"{steps} steps are more than {name} can take with this model: lower prior.steps, or generate.steps.") from None
-    noise = int(made.config.num_train_timesteps)
     if steps > SAFE_STEPS and made.timesteps[0] < 0.9 * noise:  # strides are whole: 501 steps out of 1000 leave out the noisiest 499
         fewer = next(n for n in range(steps, 0, -1) if (n - 1) * (noise // n) >= 0.9 * noise)
         raise RayboothError(f"{steps} steps of {name} would begin amid the noise: set prior.steps, or generate.steps, to {fewer}, or take dpmsolver++.")

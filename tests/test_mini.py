@@ -91,7 +91,7 @@ def drawn():
     prompts = [f"photo of a {kind} {place}" for kind, place in pairs]
     g, images = torch.Generator().manual_seed(0), []
     for i in range(0, len(prompts), 32):
-        images += pipe(prompts[i : i + 32], num_inference_steps=12, guidance_scale=3.0, generator=g).images
+        images += pipe(prompts[i : i + 32], num_inference_steps=6, guidance_scale=3.0, generator=g).images
     return pairs, images
 
 

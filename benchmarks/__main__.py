@@ -36,6 +36,7 @@ def raybooth_run(work: Work, storage: Path, how: dict[str, Any]) -> dict[str, fl
         "finetune.steps": work.steps,
         "finetune.batch": work.batch,
         "finetune.log_every": 10,
+        "finetune.checkpoint_every": work.steps,  # none on the way, as the peers
         "generate.prompts": ["photo of {subject}"],
         "generate.images_per_prompt": work.pictures,
         **how,

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "raybooth"
 LAYERS = [
     {"__main__", "__init__"}, {"cli", "options", "api", "bench", "minibench", "demo", "doctor"}, {"exporting", "importing"}, {"verbs"},
     {"card", "reporting", "serving"},
-    {"evaluation", "plots"}, {"stages", "planning"}, {"selection", "instance_images"},
+    {"evaluation", "plots"}, {"verdict"}, {"stages", "planning"}, {"selection", "instance_images"},
     {"features", "encoder_files"}, {"drawing", "base_model", "naming"}, {"loading"},
     {"session", "jobs", "finetune_job", "log"}, {"restore"}, {"flops"}, {"method"}, {"cluster"},
     {"train", "sample", "score", "encoders", "lpips", "checkpoint"}, {"teacher"},

@@ -17,6 +17,7 @@ from raybooth.pictures import contact_sheet, png
 from raybooth.score import Array, Distances, Score, distances, diversity, pairwise_cosines, scored, scored_pairs, to_prompt, to_subject
 from raybooth.session import Run
 from raybooth.stages import generate
+from raybooth.verdict import verdicts
 
 KINDS = ("instance", "before", "plain", "output", "class-before", "class-after")
 SCORES = "scores.json"
@@ -54,8 +55,8 @@ def evaluate(run: Run) -> None:
         stage.write(SCORES, json.dumps({name: asdict(score) for name, score in _scores(run, found, apart).items()}, indent=1).encode())
         stage.finish()
     run.say(table(run))
-    for missing in unscored(run):
-        run.say(missing)
+    for line in [*unscored(run), "", *verdicts(read(run))]:
+        run.say(str(line))
 
 
 def _draw_comparisons(run: Run) -> None:

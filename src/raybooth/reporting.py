@@ -21,6 +21,7 @@ from raybooth.files import write_atomically
 from raybooth.score import Score
 from raybooth.sections import Prior
 from raybooth.session import Run, settings_of
+from raybooth.verdict import verdicts
 
 FILE = "report.html"
 PROMPTS, PER_PROMPT, OF_CLASS, PHOTOGRAPHS, COLUMNS = 100, 4, 8, 24, 12
@@ -167,6 +168,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "class_prompt": config.class_prompt,
         "scores": [Line(config.fill(q), m, scores[k], CEILINGS.get(k, "photographs")) for k, (q, m) in WORDS.items() if k in scores],
         "unscored": evaluation.unscored(run),
+        "verdicts": verdicts(scores),
         "number": number,
         "strip": strip,
         "losses": plots.losses(trained["history"]) if trained["history"] else "",

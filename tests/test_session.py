@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from raybooth.cluster import session
 from raybooth.cluster.session import Resources, connected
+from raybooth.cluster.start import start
 from raybooth.config import Config
 from raybooth.errors import RayboothError
 from raybooth.session import Run, StepLine, settings_of
@@ -151,5 +151,5 @@ def test_a_machine_too_busy_for_ray_is_given_another_chance(times: int, monkeypa
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     with nullcontext() if times == 1 else pytest.raises(RayboothError, match=r"Ray cannot be started .* timed out .* try again later"):
-        session._start(None)
+        start(None)
     assert len(started) == 2

@@ -85,6 +85,8 @@ def finetuner(
                         if group.rank == 0:
                             checkpoints.save(replace(state, scalars=state.scalars | {"readings": [*log.rows]}))
             if group.rank == 0:
+                if workspace.remote:  # the line stands at its end meanwhile
+                    say({"note": "all steps are done; what is not in the storage yet is uploaded"})
                 checkpoints.wait()
                 save_trained(family, folder, {part: loaded.modules[part] for part in trained}, finetune.method, workspace.root / target)
                 workspace.push_tree(target)

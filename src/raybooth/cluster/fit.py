@@ -13,7 +13,8 @@ from typing import Any
 
 from raybooth.cluster import session
 from raybooth.cluster.allocator import keep_freed_memory
-from raybooth.cluster.session import Resources, causes, check_workers, import_quickly, last_line, own_errors
+from raybooth.cluster.failures import causes, last_line, own_errors
+from raybooth.cluster.session import Resources, check_workers, import_quickly
 from raybooth.errors import LESS_MEMORY, LOGS, RayboothError
 
 Say = Callable[[dict[str, Any]], None]

@@ -7,8 +7,9 @@ import pickle
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, Protocol
 
+from raybooth.cluster.failures import causes, last_line
 from raybooth.cluster.rows import SMALL, threads_of
-from raybooth.cluster.session import Resources, causes, import_quickly, last_line
+from raybooth.cluster.session import Resources, import_quickly
 from raybooth.errors import RayboothError
 
 

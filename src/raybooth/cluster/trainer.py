@@ -16,7 +16,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
-from raybooth.cluster.session import causes
+from raybooth.cluster.failures import causes
 
 UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 """Callbacks that start a process each: to split datasets, and to watch over placement groups, which end with the driver."""

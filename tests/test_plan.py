@@ -210,12 +210,12 @@ def test_the_command_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", "24GiB"]) == 0
     assert "24GiB: fits" in (said := capsys.readouterr().out)
     made = config.load(None, [], subject={"class": "dog"}, base={"model": str(folder)}, storage=str(tmp_path / "none"))
-    assert said.startswith(str(raybooth.plan(made)))
+    planned = raybooth.plan(made)
+    assert said.startswith(str(planned))
     assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", "0.001GiB"]) == 0
     assert "0.001GiB: does not fit" in (said := capsys.readouterr().out)
     assert "neither fine-tuning nor drawing would; lower cluster.sample_batch" in said
     assert "finetune.method = lora with finetune.lr = 1e-4" in said
-    planned = raybooth.plan(made)
     between = (planned.peak + planned.drawing_peak) / 2 * 1.1 / (1 << 30)  # of a toy, as of SD 1.4, the step is the larger
     assert main(["plan", "--class", "dog", "--base", str(folder), "--gpu", f"{between:.6f}GiB"]) == 0
     assert "does not fit: " in (said := capsys.readouterr().out)

@@ -40,11 +40,12 @@ def with_nan(name: str) -> Spoil:
     return spoil
 
 
-def with_one_word_more(model: Path) -> None:
+def with_more_words(model: Path) -> None:
     """Than the text encoder has embeddings for."""
     file = model / "tokenizer/tokenizer.json"
     held = json.loads(file.read_text())
-    held["model"]["vocab"]["dog</w>"] = 10**6
+    vocabulary = held["model"]["vocab"]
+    vocabulary |= {f"word{i}</w>": len(vocabulary) + i for i in range(9999)}
     file.write_text(json.dumps(held))
 
 
@@ -66,7 +67,7 @@ BROKEN: list[tuple[str, Spoil, str]] = [
     ("a way of solving that is not known", change("scheduler/scheduler_config.json", solver_type="nope"), "scheduler of the model cannot be opened"),
     ("a tokenizer that cannot pad", change("tokenizer/tokenizer_config.json", pad_token=None), "tokenizer of the model cannot be opened"),
     ("a tokenizer without room for words", change("tokenizer/tokenizer_config.json", model_max_length=2), "reads nothing of a prompt"),
-    ("a token that the text encoder does not know", with_one_word_more, "has token 1000000, and its text encoder knows"),
+    ("words that the text encoder does not know", with_more_words, "tokens, and its text encoder knows"),
     ("a VAE of NaN", with_nan(VAE), "not finite"),
     ("a flow", change("scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"), "noise as FlowMatchEulerDiscreteScheduler has it"),
     ("EDM", change("scheduler/scheduler_config.json", _class_name="EDMDPMSolverMultistepScheduler"), "noise as EDM"),

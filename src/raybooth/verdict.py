@@ -47,6 +47,6 @@ def verdicts(scores: Mapping[str, Score]) -> list[Verdict]:
         kept = share(clip_t.value, clip_t.ceiling)
         found.append(Verdict("prompts", kept, "of how well the base model draws them in words that it knows", 0.93, advice))
     if of_class and of_class.floor is not None:
-        advice = "set prior.distill = true, or lower finetune.steps"
+        advice = "give class pictures (prior.images), set prior.distill = true, or lower finetune.steps"
         found.append(Verdict("class", share(of_class.value, of_class.floor), "of the variety that the base model has", 0.8, advice))
     return found

@@ -112,9 +112,9 @@ class Line:
         return 100 * (value - low) / (high - low)
 
 
-def number(x: float, sign: str = "") -> str:
+def number(x: float, sign: str = "", form: str = ".3f") -> str:
     """A number as text, with a minus that is read aloud: screen readers pass over a hyphen before a number."""
-    return f"{x:{sign}z.3f}".replace("-", "\u2212")
+    return f"{x:{sign}z{form}}".replace("-", "\u2212")
 
 
 def report(run: Run) -> Path:

@@ -78,6 +78,7 @@ def tokenizer(folder: Path, name: str, index: dict[str, Any]) -> Any:
         read = _kind(index, name).from_pretrained(folder / name)
         if places := encoder.get("max_position_embeddings"):
             read.model_max_length = min(read.model_max_length, places)
+        # At a short length: a tokenizer that does not say how much it reads would pad without end.
         nothing, word = read(["", "dog"], padding="max_length", max_length=min(read.model_max_length, 77), truncation=True).input_ids
         if nothing == word:
             raise ValueError("it reads nothing of a prompt")
